@@ -1,0 +1,1 @@
+"""Quantize PyTorch models for CPUs with pure functions over immutable graphs."""
