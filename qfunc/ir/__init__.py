@@ -1,0 +1,36 @@
+"""The immutable intermediate representation: values, nodes, graphs; functions that edit, check and print them."""
+
+from qfunc.ir.edit import Draft, fresh_id, users
+from qfunc.ir.graph import Graph, Note, Source, Step
+from qfunc.ir.node import Node, Origin, PostOp, TensorFact, Written
+from qfunc.ir.text import digest, to_text
+from qfunc.ir.value import Arg, DictArg, Expression, ListArg, Name, Ref, SliceArg, Token, map_arg, refs
+from qfunc.ir.verify import verify
+
+__all__ = [
+    "Arg",
+    "DictArg",
+    "Draft",
+    "Expression",
+    "Graph",
+    "ListArg",
+    "Name",
+    "Node",
+    "Note",
+    "Origin",
+    "PostOp",
+    "Ref",
+    "SliceArg",
+    "Source",
+    "Step",
+    "TensorFact",
+    "Token",
+    "Written",
+    "digest",
+    "fresh_id",
+    "map_arg",
+    "refs",
+    "to_text",
+    "users",
+    "verify",
+]

@@ -1,0 +1,116 @@
+"""Edits: a `Draft` gathers many and commits them as one new graph, in O(nodes)."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import replace
+
+from qfunc.ir.graph import Graph, Note
+from qfunc.ir.node import Node, substitute
+
+
+def users(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """For each id, the ids of the nodes that use it, in order and without repetition; O(edges)."""
+    found: dict[str, dict[str, None]] = {id: {} for id in graph.order}
+    for node in graph:
+        for used in node.uses():
+            found[used][node.id] = None
+    return {id: tuple(by) for id, by in found.items()}
+
+
+def fresh_id(base: str, taken: Container[str]) -> str:
+    """`base`, or `base_1`, `base_2`, ... whichever is free first.
+
+    >>> fresh_id("x", {"x", "x_1"})
+    'x_2'
+    """
+    if base not in taken:
+        return base
+    index = 1
+    while f"{base}_{index}" in taken:
+        index += 1
+    return f"{base}_{index}"
+
+
+class Draft:
+    """A graph under edit, confined to the function that makes it; `commit` gives the new immutable graph.
+
+    Redirections are kept aside and applied once, so that any number of edits costs one walk over the graph.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._changed: dict[str, Node] = {}
+        self._erased: set[str] = set()
+        self._before: dict[str, list[str]] = {}
+        self._after: dict[str, list[str]] = {}
+        self._redirect: dict[str, str] = {}
+        self._notes: list[Note] = []
+
+    def __getitem__(self, id: str) -> Node:
+        return self._changed.get(id) or self._graph.nodes[id]
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._changed or id in self._graph.nodes
+
+    def put(self, node: Node) -> None:
+        """Replace the node of the same id."""
+        if node is not self[node.id]:
+            self._changed[node.id] = node
+
+    def erase(self, ids: Iterable[str]) -> None:
+        """Remove nodes; their users must be redirected or removed as well."""
+        self._erased.update(ids)
+
+    def fresh(self, base: str) -> str:
+        """An id that is neither in the graph nor in this draft."""
+        return fresh_id(base, self)
+
+    def insert_before(self, anchor: str, node: Node) -> None:
+        """Put a new node right before `anchor`, after what was put there earlier."""
+        self._changed[node.id] = node
+        self._before.setdefault(anchor, []).append(node.id)
+
+    def insert_after(self, anchor: str, node: Node) -> None:
+        """Put a new node right after `anchor`, after what was put there earlier."""
+        self._changed[node.id] = node
+        self._after.setdefault(anchor, []).append(node.id)
+
+    def redirect(self, old: str, new: str) -> None:
+        """Make all users of `old` in the original graph use `new`."""
+        self._redirect[old] = new
+
+    def note(self, node: str, text: str) -> None:
+        """Add a note to the graph."""
+        self._notes.append(Note(node, text))
+
+    def commit(self) -> Graph:
+        """The edited graph, or the very same one when nothing was edited."""
+        notes = tuple(note for note in dict.fromkeys(self._notes) if note not in self._graph.notes)
+        if not (self._changed or self._erased or self._redirect):
+            return replace(self._graph, notes=self._graph.notes + notes) if notes else self._graph
+        moved = {old: self._target(old) for old in self._redirect}
+        turn = substitute(moved)
+        nodes = self._graph.nodes.evolver()
+        order: list[str] = []
+        for id in self._graph.order:
+            for placed in (*self._before.get(id, ()), id, *self._after.get(id, ())):
+                if placed in self._erased:
+                    continue
+                order.append(placed)
+                node = self._changed.get(placed)
+                original = node is None
+                node = node or self._graph.nodes[placed]
+                if moved and (original or placed in self._graph.nodes):
+                    node = node.map(turn)
+                if not original or node is not self._graph.nodes[placed]:
+                    nodes[placed] = node
+        for id in self._erased:
+            if id in self._graph.nodes:
+                nodes.remove(id)
+        return replace(self._graph, nodes=nodes.persistent(), order=tuple(order), notes=self._graph.notes + notes)
+
+    def _target(self, id: str) -> str:
+        while id in self._redirect:
+            id = self._redirect[id]
+        return id

@@ -1,0 +1,75 @@
+"""The graph: a persistent map of nodes, their total order, and the sources of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyrsistent import PMap, pmap
+
+from qfunc.ir.node import Node
+
+
+class Source:
+    """A model that tensors are read from, held by identity: graphs of two models are never equal.
+
+    `tensors` maps each dotted name to the tensor and its state (version, storage address) when the graph was traced.
+    """
+
+    __slots__ = ("constants", "model", "tensors", "title")
+
+    def __init__(self, model: Any, title: str, tensors: PMap[str, Any], constants: PMap[str, Any]) -> None:
+        self.model = model
+        self.title = title
+        self.tensors = tensors
+        self.constants = constants
+
+    def __repr__(self) -> str:
+        return f"Source({self.title})"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that deserves telling and is no error."""
+
+    node: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One recorded pure step: its name, its configuration as text, and the digests before and after."""
+
+    name: str
+    config: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """An immutable program. Equality looks at nodes, order, inputs' sources and mode; not at history and notes."""
+
+    nodes: PMap[str, Node]
+    order: tuple[str, ...]
+    title: str = ""
+    training: bool = False
+    sources: PMap[str, Source] = field(default_factory=pmap)
+    objects: PMap[str, Any] = field(default_factory=pmap)
+    modules: PMap[str, str] = field(default_factory=pmap)
+    """Every module path of the source and the canonical name of its type."""
+    history: tuple[Step, ...] = field(default=(), compare=False, repr=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False, repr=False)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[Node]:
+        nodes = self.nodes
+        return (nodes[id] for id in self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, id: str) -> Node:
+        return self.nodes[id]

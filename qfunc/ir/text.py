@@ -1,0 +1,31 @@
+"""Graphs as text, for people and for digests. Independent of the hash seed: everything follows the graph's order."""
+
+from __future__ import annotations
+
+import hashlib
+
+from qfunc.ir.graph import Graph
+from qfunc.ir.node import Node
+
+
+def to_text(graph: Graph, *, full: bool = False) -> str:
+    """One line per node; `full` adds everything that counts for equality, as digests need it."""
+    head = f"graph {graph.title or '?'}" + (" (training)" if graph.training else "")
+    return "\n".join([head, *(_line(node, full) for node in graph)])
+
+
+def digest(graph: Graph) -> str:
+    """The SHA-256 of the graph's full text: structure, configuration and tensor handles, never tensors."""
+    return hashlib.sha256(to_text(graph, full=True).encode()).hexdigest()
+
+
+def _line(node: Node, full: bool) -> str:
+    args = ", ".join(f"{key}={value!r}" for key, value in node.args)
+    post = "".join(f" + {p!r}" for p in node.post)
+    text = f"  %{node.id} = {node.kind}({args}){post}"
+    if node.fact is not None:
+        text += f" : {node.fact!r}"
+    if full:
+        origins = (node.origin, *(p.origin for p in node.post))
+        text += "".join(f" @ {o.module!r} {o.type} {o.written!r}" for o in origins) + (" aliased" * node.aliased)
+    return text
