@@ -1,10 +1,10 @@
 """The immutable intermediate representation: values, nodes, graphs; functions that edit, check and print them."""
 
 from qfunc.ir.edit import Draft, fresh_id, users
-from qfunc.ir.graph import Graph, Note, Source, Step
+from qfunc.ir.graph import Graph, Note, Opaque, Source, Step
 from qfunc.ir.node import Node, Origin, PostOp, TensorFact, Written
 from qfunc.ir.text import digest, to_text
-from qfunc.ir.value import Arg, DictArg, Expression, ListArg, Name, Ref, SliceArg, Token, map_arg, refs
+from qfunc.ir.value import Arg, DictArg, Expression, ListArg, Name, RecordArg, Ref, SliceArg, Token, map_arg, refs
 from qfunc.ir.verify import verify
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "Name",
     "Node",
     "Note",
+    "Opaque",
     "Origin",
     "PostOp",
+    "RecordArg",
     "Ref",
     "SliceArg",
     "Source",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +11,28 @@ from pyrsistent import PMap, pmap
 from qfunc.ir.node import Node
 
 
-class Source:
-    """A model that tensors are read from, held by identity: graphs of two models are never equal.
+class Opaque:
+    """An object of the user's, held and compared by identity."""
 
-    `tensors` maps each dotted name to the tensor and its state (version, storage address) when the graph was traced.
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Source:
+    """A model that tensors and modules are read from, held by identity: graphs of two models are never equal.
+
+    `tensors` maps each dotted name to the tensor it had when the graph was traced, with a fingerprint of its state, so
+    that a later change can be told.
     """
 
-    __slots__ = ("constants", "model", "tensors", "title")
+    __slots__ = ("model", "tensors", "title")
 
-    def __init__(self, model: Any, title: str, tensors: PMap[str, Any], constants: PMap[str, Any]) -> None:
+    def __init__(self, model: Any, title: str, tensors: Mapping[str, tuple[Any, tuple[int, int]]]) -> None:
         self.model = model
         self.title = title
         self.tensors = tensors
-        self.constants = constants
 
     def __repr__(self) -> str:
         return f"Source({self.title})"
@@ -56,7 +65,7 @@ class Graph:
     title: str = ""
     training: bool = False
     sources: PMap[str, Source] = field(default_factory=pmap)
-    objects: PMap[str, Any] = field(default_factory=pmap)
+    objects: PMap[str, Opaque] = field(default_factory=pmap)
     modules: PMap[str, str] = field(default_factory=pmap)
     """Every module path of the source and the canonical name of its type."""
     history: tuple[Step, ...] = field(default=(), compare=False, repr=False)

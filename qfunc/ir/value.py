@@ -42,6 +42,17 @@ class Token:
         return f"${self.id}"
 
 
+@dataclass(frozen=True, slots=True)
+class RecordArg:
+    """A named tuple: its type (a `Name` or `Token`) and its items."""
+
+    type: Name | Token
+    items: tuple[Arg, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.type!r}({', '.join(map(repr, self.items))})"
+
+
 class Expression:
     """Base of parameter expressions (`qfunc.params`): how a tensor is computed from source tensors, later."""
 
@@ -93,6 +104,7 @@ Arg: TypeAlias = (
     | ListArg
     | DictArg
     | SliceArg
+    | RecordArg
     | tuple["Arg", ...]
 )
 """An argument of a node."""
@@ -107,7 +119,7 @@ def refs(arg: Arg) -> Iterator[str]:
     match arg:
         case Ref(id):
             yield id
-        case tuple() | ListArg():
+        case tuple() | ListArg() | RecordArg():
             for item in arg if isinstance(arg, tuple) else arg.items:
                 yield from refs(item)
         case DictArg(items):
@@ -134,6 +146,9 @@ def map_arg(arg: Arg, function: Callable[[Arg], Arg]) -> Arg:
         case ListArg(old):
             items = tuple([map_arg(item, function) for item in old])
             return arg if _same(items, old) else ListArg(items)
+        case RecordArg(type, old):
+            items = tuple([map_arg(item, function) for item in old])
+            return arg if _same(items, old) else RecordArg(type, items)
         case DictArg(old_pairs):
             pairs = tuple([(map_arg(k, function), map_arg(v, function)) for k, v in old_pairs])
             unchanged = all(k is ok and v is ov for (k, v), (ok, ov) in zip(pairs, old_pairs, strict=True))

@@ -1,0 +1,1 @@
+"""The edge of qfunc, the only impure code: tracing in, running, materializing out."""

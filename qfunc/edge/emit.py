@@ -1,0 +1,257 @@
+"""Emitting fx code and modules for a graph."""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from qfunc.edge.evaluate import Evaluator
+from qfunc.edge.leaves import LEAVES
+from qfunc.edge.tensors import share
+from qfunc.ir import (
+    Arg,
+    DictArg,
+    Expression,
+    Graph,
+    ListArg,
+    Name,
+    Node,
+    RecordArg,
+    Ref,
+    SliceArg,
+    Token,
+    Written,
+    fresh_id,
+)
+from qfunc.ir.node import NamedArgs
+from qfunc.ops import BY_NAME, emit_target, resolve
+from qfunc.params import Load, loads
+
+
+class UncopyableModuleError(Exception):
+    """A leaf module of the user's cannot be deep-copied."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"this leaf module cannot be copied: {reason}")
+        self.path = path
+
+
+class Emitter:
+    """Builds the fx graph and the module tree of one graph; confined to one materialization.
+
+    Each source tensor becomes one new parameter or buffer, so that ties are kept. A module that no pass changed is
+    copied whole to its own path; a changed one becomes a new layer there, or beside it where the unchanged module is
+    called as well.
+    """
+
+    def __init__(self, graph: Graph, *, copy: bool) -> None:
+        self.root = nn.Module()
+        self._graph = graph
+        self._copy = copy
+        self._evaluator = Evaluator(graph.sources)
+        self._fx = fx.Graph()
+        self._values: dict[str, fx.Node] = {}
+        self._memo: dict[int, Any] = {}
+        self._layers: dict[tuple[str, NamedArgs], str] = {}
+        self._tensors: dict[Expression, Tensor] = {}
+        self._late: list[tuple[fx.Node, str, Any]] = []
+        self._unchanged = {_target(node) for node in graph if _calls_module(node) and _is_unchanged(node)}
+
+    def emit(self) -> fx.Graph:
+        """The fx graph; `root` holds what it refers to."""
+        for node in self._graph:
+            self._values[node.id] = self._emit(node)
+        for fx_node, target, value in self._late:
+            fx_node.target = self._attach(target, value)
+        return self._fx
+
+    def _emit(self, node: Node) -> fx.Node:
+        match node.kind:
+            case "placeholder":
+                default = (self._arg(node.get("default")),) if node.has("default") else ()
+                annotation = self._arg(node.get("type")) if node.has("type") else None
+                return self._fx.create_node("placeholder", _target(node), default, {}, node.id, annotation)
+            case "output":
+                return self._fx.create_node("output", "output", (self._arg(node.get("value")),), {}, node.id)
+            case "get_attr":
+                return self._attribute(node.id, _target(node), node.get("value"))
+            case kind if kind in LEAVES:
+                return self._leaf(node)
+            case _:
+                return self._post(node, self._operator(node))
+
+    def _operator(self, node: Node) -> fx.Node:
+        """The operator itself, without what is fused behind it."""
+        written = node.origin.written
+        known = node.kind in BY_NAME and not node.aliased
+        if written is None:
+            target, names = BY_NAME[node.kind].call
+            args = tuple(self._arg(node.get(name)) for name in names)
+            return self._fx.create_node("call_function", resolve(target), args, {}, node.id)
+        args, kwargs = self._written(node, written)
+        target = emit_target(written) if known else written.target
+        if written.op == "call_function":
+            function = self._object(Token(target[1:]) if target.startswith("$") else Name(target))
+            return self._fx.create_node("call_function", function, args, kwargs, node.id)
+        if written.op == "call_module":
+            target = self._clone(target, known) if not known or _is_unchanged(node) else self._layer(node, target)
+        return self._fx.create_node(written.op, target, args, kwargs, node.id)
+
+    def _post(self, node: Node, value: fx.Node) -> fx.Node:
+        for post in node.post:
+            target, names = BY_NAME[post.kind].call
+            args = (value, *(self._arg(post.get(name)) for name in names[1:]))
+            value = self._fx.create_node("call_function", resolve(target), args, {}, f"{node.id}_{post.kind}")
+        return value
+
+    def _leaf(self, node: Node) -> fx.Node:
+        """A module of qfunc's own: an observer, a quantizer, a kernel."""
+        inputs = node.get("inputs")
+        assert isinstance(inputs, tuple)
+        path = self._attach(node.origin.module or node.id, LEAVES[node.kind](node, self._evaluator))
+        return self._fx.create_node("call_module", path, tuple(self._arg(item) for item in inputs), {}, node.id)
+
+    def _clone(self, path: str, known: bool) -> str:
+        """The path of a copy of the source's module; one of a known kind does not write in place any more."""
+        module = self._source_module(path)
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._fresh(tensor)
+        try:
+            clone = copying.deepcopy(module, self._memo)
+        except Exception as error:
+            raise UncopyableModuleError(path, str(error)) from error
+        if known and getattr(clone, "inplace", False):
+            clone.inplace = False
+        return self._attach(path, clone)
+
+    def _layer(self, node: Node, path: str) -> str:
+        """The path of a copy of the source's layer with the tensors that the node's expressions give."""
+        key = (path, node.args[1:])
+        if key not in self._layers:
+            module = self._source_module(path)
+            blank: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+            made = copying.deepcopy(module, blank)
+            for name in BY_NAME[node.kind].weights:
+                value = node.get(name)
+                tensor = self._tensor(value) if isinstance(value, Expression) else None
+                table = made._buffers if name in made._buffers else made._parameters
+                table[name] = tensor  # type: ignore[assignment]
+            place = fresh_id(path, self._unchanged) if path in self._unchanged else path
+            self._layers[key] = self._attach(place, made)
+        return self._layers[key]
+
+    def _source_module(self, path: str) -> nn.Module:
+        model: nn.Module = self._graph.sources["model"].model
+        return model.get_submodule(path)
+
+    def _tensor(self, expression: Expression) -> Tensor:
+        """The new parameter or buffer for an expression."""
+        if expression not in self._tensors:
+            if isinstance(expression, Load):
+                made = self._fresh(self._evaluator.source(expression))
+            else:
+                trained = any(isinstance(self._evaluator.source(load), nn.Parameter) for load in loads(expression))
+                value = self._evaluator.tensor(expression)
+                made = nn.Parameter(value) if trained and value.is_floating_point() else value
+            self._tensors[expression] = made
+        return self._tensors[expression]
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        """The one new tensor that stands for a source tensor."""
+        if id(tensor) not in self._memo:
+            made = tensor.detach().clone() if self._copy else share(tensor)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self._memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        found: Tensor = self._memo[id(tensor)]
+        return found
+
+    def _attribute(self, name: str, target: str, value: Arg) -> fx.Node:
+        """A `get_attr`; where the attribute lives is settled once all modules have their places."""
+        made = self._tensor(value) if isinstance(value, Expression) else self._object(value)
+        node = self._fx.create_node("get_attr", target, (), {}, name)
+        self._late.append((node, target, made))
+        return node
+
+    def _attach(self, target: str, value: Any) -> str:
+        """Put a module, tensor or object at `target`, or at a free name when something else is there; gives the path."""
+        *parents, name = target.split(".")
+        place: Any = self.root
+        for parent in parents:
+            if parent not in place._modules and type(place) is nn.Module:
+                place.add_module(parent, nn.Module())
+            place = getattr(place, parent, None)
+            if not isinstance(place, nn.Module):
+                return self._attach(self._free(target), value)
+        if hasattr(place, name):
+            return target if getattr(place, name) is value else self._attach(self._free(target), value)
+        if type(place) is not nn.Module:
+            return self._attach(self._free(target), value)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            place.register_buffer(name, value)
+        else:
+            setattr(place, name, value)
+        return target
+
+    def _free(self, target: str) -> str:
+        flat = target.replace(".", "_")
+        return fresh_id(flat, {name for name in (flat, *dir(self.root)) if hasattr(self.root, name)})
+
+    def _written(self, node: Node, written: Written) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: list[Any] = []
+        for name in written.args:
+            value = self._arg(node.get(name.lstrip("*")))
+            args.extend(value if name.startswith("*") else (value,))
+        return tuple(args), {keyword: self._arg(node.get(name)) for keyword, name in written.kwargs}
+
+    def _arg(self, arg: Arg) -> Any:
+        match arg:
+            case Ref(id):
+                return self._values[id]
+            case tuple():
+                return tuple(self._arg(item) for item in arg)
+            case ListArg(items):
+                return [self._arg(item) for item in items]
+            case DictArg(pairs):
+                return {self._arg(key): self._arg(value) for key, value in pairs}
+            case SliceArg(start, stop, step):
+                return slice(self._arg(start), self._arg(stop), self._arg(step))
+            case RecordArg(type, items):
+                return self._object(type)(*(self._arg(item) for item in items))
+            case Expression():
+                name = next(loads(arg)).name
+                return self._attribute(f"{name.replace('.', '_')}_value", name, arg)
+            case _:
+                return self._object(arg)
+
+    def _object(self, arg: Arg) -> Any:
+        match arg:
+            case Name(name):
+                return resolve(name)
+            case Token(id):
+                return self._graph.objects[id].value
+            case _:
+                return arg
+
+
+def _target(node: Node) -> str:
+    assert node.origin.written is not None
+    return node.origin.written.target
+
+
+def _calls_module(node: Node) -> bool:
+    return node.origin.written is not None and node.origin.written.op == "call_module"
+
+
+def _is_unchanged(node: Node) -> bool:
+    """Whether every parameter of a module call is still the module's own."""
+    if node.kind not in BY_NAME:
+        return True
+    weights = ((name, node.get(name)) for name in BY_NAME[node.kind].weights)
+    return all(value is None or _load_name(value) == f"{_target(node)}.{name}" for name, value in weights)
+
+
+def _load_name(value: Arg) -> str | None:
+    """The name of a plain source tensor."""
+    return value.name if isinstance(value, Load) else None

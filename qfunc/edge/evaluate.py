@@ -1,0 +1,123 @@
+"""Computing parameter expressions: the one place where weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qfunc.edge.tensors import fingerprint, named_tensors
+from qfunc.errors import NonFinite, Problem, StaleSource
+from qfunc.ir import Expression, Graph, Source
+from qfunc.numerics.affine import dequantize, quantize
+from qfunc.numerics.batch_norm import fold_batch_norm
+from qfunc.numerics.qparams import QParams
+from qfunc.numerics.saturation import limit_pair_sums
+from qfunc.params import DequantizeWeight, FoldBatchNorm, Load, QuantizeWeight, loads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """An integer weight and its qparams."""
+
+    values: Tensor
+    qparams: QParams
+
+
+class Evaluator:
+    """Computes expressions over the sources of one graph, each once; confined to one materialization."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+        self._tensors: dict[Expression, Tensor] = {}
+        self._quantized: dict[QuantizeWeight, QuantizedWeight] = {}
+
+    def source(self, load: Load) -> Tensor:
+        """The source tensor itself, by identity."""
+        return self._sources[load.source].tensors[load.name][0]  # type: ignore[no-any-return]
+
+    def tensor(self, expression: Expression) -> Tensor:
+        """The value of an expression, detached; loads share their source's memory."""
+        if expression not in self._tensors:
+            with torch.no_grad():
+                self._tensors[expression] = self._compute(expression)
+        return self._tensors[expression]
+
+    def quantized(self, expression: QuantizeWeight) -> QuantizedWeight:
+        """The integer values and qparams of a quantized weight."""
+        if expression not in self._quantized:
+            with torch.no_grad():
+                self._quantized[expression] = self._quantize(expression)
+        return self._quantized[expression]
+
+    def _compute(self, expression: Expression) -> Tensor:
+        match expression:
+            case Load():
+                return self.source(expression).detach()
+            case FoldBatchNorm(part, weight, bias, mean, var, gamma, beta, eps, transpose, groups):
+                folded = fold_batch_norm(
+                    self.tensor(weight),
+                    self._optional(bias),
+                    self.tensor(mean),
+                    self.tensor(var),
+                    eps,
+                    self._optional(gamma),
+                    self._optional(beta),
+                    transpose=transpose,
+                    groups=groups,
+                )
+                return folded[0] if part == "weight" else folded[1]
+            case DequantizeWeight(value):
+                weight = self.quantized(value)
+                q = weight.qparams
+                floats = dequantize(weight.values, q.scale, q.zero_point, ch_axis=q.spec.ch_axis)
+                return floats.to(self.tensor(value.value).dtype)
+            case _:
+                raise TypeError(f"no rule to compute {expression!r}")
+
+    def _optional(self, expression: Expression | None) -> Tensor | None:
+        return None if expression is None else self.tensor(expression)
+
+    def _quantize(self, expression: QuantizeWeight) -> QuantizedWeight:
+        weight, observer = self.tensor(expression.value), expression.observer
+        qparams = observer.finish(observer.update(observer.init(), weight))
+        assert qparams is not None, f"{expression!r} has no elements"
+        if expression.pair_limit is not None:
+            qparams = limit_pair_sums(weight, qparams, expression.pair_limit)
+        spec = qparams.spec
+        values = quantize(
+            weight,
+            qparams.scale,
+            qparams.zero_point,
+            spec.quant_min,
+            spec.quant_max,
+            spec.torch_dtype,
+            ch_axis=spec.ch_axis,
+        )
+        return QuantizedWeight(values, qparams)
+
+
+def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
+    """Every parameter expression of a graph, with the node that holds it."""
+    for node in graph:
+        for _, value in node.args:
+            if isinstance(value, Expression):
+                yield node.id, value
+
+
+def check_sources(graph: Graph) -> list[Problem]:
+    """The source tensors that changed since tracing, and the weights to be quantized that are not finite."""
+    found: dict[Problem, None] = {}
+    current = {key: dict(named_tensors(source.model)) for key, source in graph.sources.items()}
+    for id, expression in expressions(graph):
+        quantized = isinstance(expression, (QuantizeWeight, DequantizeWeight))
+        for load in loads(expression):
+            tensor, before = graph.sources[load.source].tensors[load.name]
+            if current[load.source].get(load.name, tensor) is not tensor or fingerprint(tensor) != before:
+                found[StaleSource(load.name)] = None
+            elif quantized and not bool(torch.isfinite(tensor).all()):
+                reason = f"{load.name} holds NaN or infinity, which no scale can represent"
+                found[NonFinite(id, reason, "mend the weights, or keep the module float with set_module_name")] = None
+    return list(found)

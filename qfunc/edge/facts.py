@@ -1,0 +1,85 @@
+"""What an example shows of every value: shape, dtype, device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyrsistent import pmap
+from returns.result import Failure, Success
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from qfunc.edge.materialize import materialize
+from qfunc.errors import BadExampleInputs
+from qfunc.ir import Graph, TensorFact
+from qfunc.ir.node import Fact
+from qfunc.result import R
+
+
+def with_facts(graph: Graph, example_inputs: Any) -> R[Graph]:
+    """The graph with the shape, dtype and device of each value, seen by running a copy of it on the example."""
+    made = materialize(graph, copy=True)
+    if isinstance(made, Failure):
+        return made
+    module = made.unwrap()
+    bound = bind_inputs(module.graph, tree_map_only(Tensor, torch.clone, example_inputs))
+    if isinstance(bound, str):
+        return Failure(BadExampleInputs("example_inputs", bound))
+    recorder = _Recorder(module)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            recorder.run(*bound)
+    except Exception as error:  # noqa: BLE001 - operators raise anything on inputs that do not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Failure(BadExampleInputs(recorder.at, f"the model fails on them: {reason}"))
+    facts = recorder.facts
+    nodes = {node.id: replace(node, fact=facts.get(node.id)) for node in graph}
+    return Success(replace(graph, nodes=pmap(nodes)))
+
+
+def bind_inputs(graph: fx.Graph, inputs: Any) -> tuple[Any, ...] | str:
+    """A batch (tensor, tuple, list or dict) as positional inputs of the graph, or in words why it does not fit."""
+    slots = [(str(node.target), bool(node.args)) for node in graph.nodes if node.op == "placeholder"]
+    names = [name for name, _ in slots]
+    if isinstance(inputs, Mapping):
+        extra = [str(key) for key in inputs if key not in names]
+        lacking = [name for name, optional in slots if name not in inputs and not optional]
+        if extra or lacking:
+            return f"the inputs are {names}: unknown {extra}, missing {lacking}"
+        return tuple(inputs[node.target] if node.target in inputs else node.args[0] for node in _placeholders(graph))
+    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    least = sum(not optional for _, optional in slots)
+    if not least <= len(given) <= len(slots):
+        return f"{len(given)} inputs were given, the model takes {', '.join(names) or 'none'}"
+    return given + tuple(node.args[0] for node in _placeholders(graph)[len(given) :])
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _fact(value: Any) -> Fact:
+    if isinstance(value, Tensor):
+        return TensorFact(tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device))
+    if isinstance(value, (tuple, list)):
+        return tuple(_fact(item) for item in value)
+    return None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a module node by node and writes down what each value looks like."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.facts: dict[str, Fact] = {}
+        self.at = "example_inputs"
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n.name
+        value = super().run_node(n)
+        self.facts[n.name] = _fact(value)
+        return value

@@ -1,0 +1,191 @@
+"""Reading fx nodes: arguments to immutable values, calls to kinds of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from qfunc.ir import (
+    Arg,
+    DictArg,
+    ListArg,
+    Name,
+    Node,
+    Note,
+    Opaque,
+    Origin,
+    RecordArg,
+    Ref,
+    SliceArg,
+    Source,
+    Token,
+    Written,
+)
+from qfunc.ops import FORMS, Kind, bind, name_of, type_name
+from qfunc.params import Load
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
+_INPLACE_FUNCTIONS = frozenset({"operator.setitem", "operator.delitem"})
+
+
+class Reader:
+    """Reads the nodes of one fx graph, in order; gathers the objects without a name and which nodes write in place."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], source: Source, scopes: Mapping[str, tuple[str, Any]]
+    ) -> None:
+        self.objects: dict[str, Opaque] = {}
+        self.inplace: dict[str, str] = {}
+        self.as_written: dict[str, Node] = {}
+        self.notes: list[Note] = []
+        self._tokens: dict[int, Token] = {}
+        self._modules = modules
+        self._source = source
+        self._scopes = scopes
+        self._parameters: dict[str, Load] = {}
+
+    def read(self, node: fx.Node) -> Node:
+        """The node in terms of the vocabulary; one that the vocabulary does not know keeps the kind of its own name."""
+        match node.op:
+            case "placeholder":
+                args = (("default", self.arg(node.args[0])),) if node.args else ()
+                args += (("type", self._named(node.type)),) if node.type is not None else ()
+                return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
+            case "output":
+                return Node(node.name, "output", (("value", self.arg(node.args[0])),), origin=self._origin(node, "output"))
+            case "get_attr":
+                return self._get_attr(node)
+            case _:
+                return self._call(node)
+
+    def arg(self, value: Any) -> Arg:
+        """An fx argument as an immutable value."""
+        if isinstance(value, fx.Node):
+            return Ref(value.name)
+        if type(value) in _PLAIN:
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, tuple):
+            items = tuple(self.arg(item) for item in value)
+            named = hasattr(value, "_fields")
+            return RecordArg(self._named(type(value)), items) if named else items
+        if isinstance(value, list):
+            return ListArg(tuple(self.arg(item) for item in value))
+        if isinstance(value, dict):
+            return DictArg(tuple((self.arg(k), self.arg(v)) for k, v in value.items()))
+        if isinstance(value, slice):
+            return SliceArg(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
+        return self._named(value)
+
+    def _named(self, value: Any) -> Name | Token:
+        name = None if isinstance(value, (Tensor, nn.Module)) else name_of(value)
+        if name is not None:
+            return Name(name)
+        if id(value) not in self._tokens:
+            token = Token(f"object_{len(self._tokens)}")
+            self._tokens[id(value)] = token
+            self.objects[token.id] = Opaque(value)
+        return self._tokens[id(value)]
+
+    def _origin(self, node: fx.Node, target: str, written: Written | None = None) -> Origin:
+        path, cls = self._scopes.get(node.name, ("", None))
+        line = _user_line(node.stack_trace)
+        return Origin(path, type_name(cls) if cls else "", written or Written(node.op, target), line)  # type: ignore[arg-type]
+
+    def _get_attr(self, node: fx.Node) -> Node:
+        target = str(node.target)
+        value: Arg
+        if target in self._source.tensors:
+            value = self._parameters[node.name] = self._load(target)
+        else:
+            found: Any = self._modules[""]
+            for part in target.split("."):
+                found = getattr(found, part)
+            value = self._named(found)
+        return Node(node.name, "get_attr", (("value", value),), origin=self._origin(node, target))
+
+    def _load(self, name: str) -> Load:
+        tensor, _ = self._source.tensors[name]
+        return Load(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+    def _call(self, node: fx.Node) -> Node:
+        args = tuple(self.arg(value) for value in node.args)
+        kwargs = {str(key): self.arg(value) for key, value in node.kwargs.items()}
+        target, module, attribute = self._target(node)
+        plain = self._plain(node, target, args, kwargs)
+        self.as_written[node.name] = plain
+        known = FORMS.get((node.op, target if module is None else type_name(type(module))))
+        bound = None
+        if known is not None and (module is None or _is_plain(module)):
+            bound = bind(*known, args, kwargs, attribute)
+        elif module is not None and known is not None:
+            self.notes.append(Note(node.name, "kept as it is: the module has hooks, parametrizations or an own forward"))
+        if known is None or bound is None:
+            if _writes_input(node, target, module):
+                self.inplace[node.name] = next(iter(plain.uses()), "")
+            return plain
+        if bound.inplace:
+            first = bound.args[0][1]
+            self.inplace[node.name] = first.id if isinstance(first, Ref) else ""
+        bound_args = tuple((key, self._weight(known[0], key, value)) for key, value in bound.args)
+        written = Written(bound.written.op, target, bound.written.args, bound.written.kwargs)
+        return Node(node.name, known[0].name, bound_args, origin=self._origin(node, target, written))
+
+    def _weight(self, row: Kind, key: str, value: Arg) -> Arg:
+        """A parameter given to a functional operator is an expression, as that of a module is."""
+        if key in row.weights and isinstance(value, Ref):
+            return self._parameters.get(value.id, value)
+        return value
+
+    def _target(self, node: fx.Node) -> tuple[str, nn.Module | None, Callable[[str], Arg] | None]:
+        if node.op == "call_method":
+            return str(node.target), None, None
+        if node.op == "call_function":
+            named = self._named(node.target)
+            return (named.name if isinstance(named, Name) else f"${named.id}"), None, None
+        path = str(node.target)
+        module = self._modules[path]
+
+        def attribute(name: str) -> Arg:
+            if f"{path}.{name}" in self._source.tensors:
+                return self._load(f"{path}.{name}")
+            return self.arg(getattr(module, name))
+
+        return path, module, attribute
+
+    def _plain(self, node: fx.Node, target: str, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> Node:
+        """The node exactly as written, its kind the name of what it calls."""
+        kind = type_name(type(self._modules[target])) if node.op == "call_module" else target
+        kind = f".{kind}" if node.op == "call_method" else kind
+        positional = tuple((str(index), value) for index, value in enumerate(args))
+        written = Written(node.op, target, tuple(k for k, _ in positional), tuple((k, k) for k in kwargs))  # type: ignore[arg-type]
+        named = tuple(kwargs.items())
+        return Node(node.name, kind, positional + named, origin=self._origin(node, target, written))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but its class's `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or "forward" in vars(module) or parametrize.is_parametrized(module))
+
+
+def _writes_input(node: fx.Node, target: str, module: nn.Module | None) -> bool:
+    """Whether an unknown call changes its first argument in place, by torch's conventions of naming."""
+    name = target.rpartition(".")[2]
+    trailing = name.endswith("_") and not name.endswith("__")
+    augmented = target.startswith("operator.i") and target[9:] not in ("index", "invert", "is_", "is_not", "indexOf", "inv")
+    switched = node.kwargs.get("inplace") is True or "out" in node.kwargs
+    if node.op == "call_module":
+        return getattr(module, "inplace", False) is True
+    return trailing or switched or target in _INPLACE_FUNCTIONS or (node.op == "call_function" and augmented)
+
+
+def _user_line(stack_trace: str | None) -> str:
+    lines = (stack_trace or "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+

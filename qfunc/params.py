@@ -1,0 +1,94 @@
+"""Parameter expressions: how a tensor is made from source tensors, written down by passes, computed at the edge.
+
+They are data. Comparing two graphs compares expressions, never tensors, and a pass costs nothing for large weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qfunc.ir.value import Expression
+from qfunc.numerics.observers import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class Load(Expression):
+    """A parameter or buffer of a source model."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str = "model"
+
+    def __repr__(self) -> str:
+        return f"load({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldBatchNorm(Expression):
+    """The weight or bias of a convolution or linear with a following batch norm folded into it.
+
+    `W' = W * gamma / sqrt(var + eps)` per output channel, `b' = (b - mean) * gamma / sqrt(var + eps) + beta`.
+    """
+
+    part: Literal["weight", "bias"]
+    weight: Expression
+    bias: Expression | None
+    mean: Expression
+    var: Expression
+    gamma: Expression | None
+    beta: Expression | None
+    eps: float
+    transpose: bool = False
+    groups: int = 1
+
+    def __repr__(self) -> str:
+        base = self.weight if self.part == "weight" else self.bias
+        return f"fold_batch_norm_{self.part}({base!r}, {self.mean!r}, eps={self.eps!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeWeight(Expression):
+    """The integer weight that `observer` makes of a float one; its qparams are computed with it.
+
+    `pair_limit`, where given, bounds the sum of two weights that a kernel adds before it widens (see
+    `qfunc.numerics.saturation`): the scale of a channel that exceeds it is enlarged.
+    """
+
+    value: Expression
+    observer: Observer
+    pair_limit: int | None = None
+
+    def __repr__(self) -> str:
+        limit = f", pair_limit={self.pair_limit}" if self.pair_limit else ""
+        return f"quantize_weight({self.value!r}, {self.observer!r}{limit})"
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizeWeight(Expression):
+    """The float weight that a quantized one stands for."""
+
+    value: QuantizeWeight
+
+    def __repr__(self) -> str:
+        return f"dequantize_weight({self.value!r})"
+
+
+def loads(expression: Expression | None) -> Iterator[Load]:
+    """The source tensors that an expression reads.
+
+    >>> [load.name for load in loads(Load("fc.weight", "float32", (2, 3)))]
+    ['fc.weight']
+    """
+    match expression:
+        case Load():
+            yield expression
+        case FoldBatchNorm(_, weight, bias, mean, var, gamma, beta):
+            for part in (weight, bias, mean, var, gamma, beta):
+                yield from loads(part)
+        case QuantizeWeight(value) | DequantizeWeight(value):
+            yield from loads(value)
+        case _:
+            return
