@@ -11,6 +11,7 @@ from typing import Literal
 
 from qfunc.ir.value import Expression
 from qfunc.numerics.observers import Observer
+from qfunc.numerics.saturation import PairLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,17 @@ class FoldBatchNorm(Expression):
 class QuantizeWeight(Expression):
     """The integer weight that `observer` makes of a float one; its qparams are computed with it.
 
-    `pair_limit`, where given, bounds the sum of two weights that a kernel adds before it widens (see
-    `qfunc.numerics.saturation`): the scale of a channel that exceeds it is enlarged.
+    Where `pairs` says which products a kernel adds in int16 (see `qfunc.numerics.saturation`), the scale of a channel
+    whose pairs could saturate for activations up to `activation_max` is enlarged.
     """
 
     value: Expression
     observer: Observer
-    pair_limit: int | None = None
+    pairs: PairLayout = "none"
+    activation_max: int = 255
 
     def __repr__(self) -> str:
-        limit = f", pair_limit={self.pair_limit}" if self.pair_limit else ""
+        limit = f", pairs={self.pairs!r}, activation_max={self.activation_max}" if self.pairs != "none" else ""
         return f"quantize_weight({self.value!r}, {self.observer!r}{limit})"
 
 

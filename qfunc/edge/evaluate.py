@@ -84,9 +84,17 @@ class Evaluator:
         weight, observer = self.tensor(expression.value), expression.observer
         qparams = observer.finish(observer.update(observer.init(), weight))
         assert qparams is not None, f"{expression!r} has no elements"
-        if expression.pair_limit is not None:
-            qparams = limit_pair_sums(weight, qparams, expression.pair_limit)
         spec = qparams.spec
+        if expression.pairs != "none":
+            scale = limit_pair_sums(
+                weight.to(torch.float32),
+                qparams.scale,
+                expression.pairs,
+                quant_max_activation=expression.activation_max,
+                quant_min=spec.quant_min,
+                quant_max=spec.quant_max,
+            )
+            qparams = QParams(scale, qparams.zero_point.expand(scale.shape), spec)
         values = quantize(
             weight,
             qparams.scale,

@@ -53,7 +53,7 @@ class Reader:
         match node.op:
             case "placeholder":
                 args = (("default", self.arg(node.args[0])),) if node.args else ()
-                args += (("type", self._named(node.type)),) if node.type is not None else ()
+                args += (("type", self.arg(node.type)),) if node.type is not None else ()
                 return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
             case "output":
                 return Node(node.name, "output", (("value", self.arg(node.args[0])),), origin=self._origin(node, "output"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from pyrsistent import pmap
 from returns.result import Failure, Success
 from torch import fx, nn
@@ -17,7 +17,7 @@ from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader
 from qfunc.edge.tensors import named_tensors, source_of
-from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName
+from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, several
 from qfunc.ir import Graph, Node
 from qfunc.ops import type_name
 from qfunc.result import R
@@ -86,8 +86,6 @@ def _graph(
 
 
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> QuantError | None:
-    from qfunc.errors import several
-
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
     ]
@@ -97,8 +95,26 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     return several(errors) if errors else None
 
 
+class _Proxy(fx.Proxy):
+    """A traced value that also records the statements that write in place, which fx loses or refuses."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _records(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _records(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing with the reference's leaf rule."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def __init__(self, custom: CustomConfig) -> None:
         super().__init__()

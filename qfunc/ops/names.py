@@ -58,11 +58,11 @@ def name_of(target: Any) -> str | None:
         return str(target)
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return f"torch.ops.{target}"
-    place = getattr(target, "__module__", None) or "torch"
+    place = (getattr(target, "__module__", None) or "torch").replace("_operator", "operator")
     qualified = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
-    for candidate in (f"{place}.{qualified}", f"torch.{qualified}", f"torch.nn.functional.{qualified}"):
-        if qualified is None or "<" in candidate or place == "__main__":
-            return None
+    if qualified is None or "<" in qualified or place == "__main__":
+        return None
+    for candidate in (f"torch.nn.{qualified}", f"{place}.{qualified}", f"torch.{qualified}"):
         try:
             if resolve(candidate) is target:
                 return candidate

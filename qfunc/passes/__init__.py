@@ -1,0 +1,1 @@
+"""Pure passes: functions from graph to graph, one verb a file."""
