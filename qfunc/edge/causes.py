@@ -112,7 +112,10 @@ CAUSES: tuple[Rule, ...] = (
     Rule(
         (lambda scene: isinstance(scene.root, torch.jit.ScriptModule),),
         "a compiled torch.jit.ScriptModule, whose forward is no longer Python that can be traced",
-        ("pass the Python module it was made from", "use it as a leaf inside another module (custom.non_traceable)"),
+        (
+            "pass the Python module it was made from",
+            "put it whole into another module (CustomConfig's non_traceable_names)",
+        ),
     ),
     Rule(
         (_says('missing the required "forward" function'),),
@@ -124,7 +127,7 @@ CAUSES: tuple[Rule, ...] = (
         "a part of the model is already compiled with torch.compile",
         (
             "trace the original (compiled._orig_mod) and compile the module that materialize returns",
-            "make the compiled part a leaf (custom.non_traceable)",
+            "keep the compiled part whole (CustomConfig's non_traceable_names)",
         ),
     ),
     Rule(

@@ -48,12 +48,13 @@ def diagnose(error: Exception, root: nn.Module) -> Untraceable:
 def _wordings(scene: Scene) -> dict[str, str]:
     """The variable parts of the rules' texts."""
     leaf = (
-        f"keep the module {scene.path!r} whole: make it a leaf (custom.non_traceable)"
+        f"keep the module {scene.path!r} whole: CustomConfig(non_traceable_names=({scene.path!r},))"
         if scene.path
-        else "move this code into a submodule and make that a leaf (custom.non_traceable)"
+        else "move this code into a submodule and keep that whole (CustomConfig's non_traceable_names)"
     )
     wrap = f", or the function with torch.fx.wrap({scene.function!r}) at the top of its file" if scene.function else ""
-    fix = f"fix this input if it is no tensor: concrete_args={{{scene.input!r}: <its value>}}" if scene.input else ""
+    config = f"CustomConfig(concrete_args={{{scene.input!r}: <its value>}})"
+    fix = f"fix this input if it is no tensor: {config}" if scene.input else ""
     error = type(scene.error).__name__ + (f": {scene.message}" if scene.message else "")
     return {"leaf": leaf + wrap, "fix": fix, "input": scene.input, "error": error}
 

@@ -91,7 +91,7 @@ def branch_in_expression(self, x):
     )
 
 
-@case("a tensor's values", "leaf")
+@case("a tensor's values", "non_traceable_names")
 def while_loop(self, x):
     while x.sum() < 3:  # here
         x = x + 1
@@ -152,7 +152,7 @@ def contains(self, x):
     return 3 in x  # here
 
 
-@case("`in` on a traced value", "leaf")
+@case("`in` on a traced value", "non_traceable_names")
 def contained(self, x):
     return x if x.dtype in (torch.float16, torch.float32) else -x  # here
 
@@ -282,7 +282,7 @@ def list_index(self, x):
     return [x, -x][x.size(0)]  # here
 
 
-@case("as an index, a key", "leaf")
+@case("as an index, a key", "non_traceable_names")
 def dict_key(self, x):
     return {1: x, 2: -x}[x.size(0)]  # here
 
