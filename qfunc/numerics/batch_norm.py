@@ -58,5 +58,5 @@ def _scaled(weight: Tensor, factor: Tensor, transpose: bool, groups: int) -> Ten
     spatial = [1] * (weight.dim() - 2)
     if not transpose:
         return weight * factor.view(-1, 1, *spatial)
-    blocks = weight.unflatten(0, (groups, -1))
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
     return (blocks * factor.view(groups, 1, -1, *spatial)).flatten(0, 1)
