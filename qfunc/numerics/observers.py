@@ -1,0 +1,240 @@
+"""Observers: a statistic, how a range is made of it, and the `QuantSpec` that the range is for.
+
+An observer is a frozen value. It is folded over data (`init`, then `update` per tensor) and read with `finish`;
+observers with equal `statistic` can read one and the same state. A user's own observer is any value that satisfies
+`Observer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+import torch
+from torch import Tensor
+
+from qfunc.errors import BadConfig, Problem
+from qfunc.numerics.histogram import best_range
+from qfunc.numerics.qparams import UINT8, QParams, QuantSpec, qparams_of_range, validate
+from qfunc.numerics.statistic import (
+    HistogramState,
+    HistogramStatistic,
+    MinMaxStatistic,
+    MovingAverageStatistic,
+    NoState,
+    NoStatistic,
+    RangeState,
+    State,
+    Statistic,
+)
+
+
+class Observer(Protocol[State]):
+    """What an observer has to offer: a hashable value of a spec, a statistic and a way from its state to qparams."""
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the observed tensor will be quantized."""
+        ...
+
+    @property
+    def statistic(self) -> Statistic[State]:
+        """What is measured; observers with equal statistics share one state."""
+        ...
+
+    def init(self) -> State:
+        """The state before any tensor."""
+        ...
+
+    def update(self, state: State, tensor: Tensor) -> State:
+        """The state after `tensor`; pure."""
+        ...
+
+    def finish(self, state: State) -> QParams | None:
+        """The qparams of what was seen, or None if nothing was."""
+        ...
+
+
+class _Folding(Generic[State]):
+    """`init` and `update` of the statistic."""
+
+    __slots__ = ()
+
+    @property
+    def statistic(self) -> Statistic[State]:
+        """What is measured; observers with equal statistics share one state."""
+        raise NotImplementedError
+
+    def init(self) -> State:
+        """The state before any tensor."""
+        return self.statistic.init()
+
+    def update(self, state: State, tensor: Tensor) -> State:
+        """The state after `tensor`; an empty tensor changes nothing."""
+        return self.statistic.update(state, tensor)
+
+
+class _OfRange(_Folding[RangeState]):
+    """The qparams of the measured range, all of it."""
+
+    __slots__ = ()
+    spec: QuantSpec
+
+    def finish(self, state: RangeState) -> QParams | None:
+        """The qparams of the range, or None if nothing was seen; `state_is_finite(state)` is assumed."""
+        return qparams_of_range(state.minimum, state.maximum, self.spec) if state.observed else None
+
+
+@dataclass(frozen=True, slots=True)
+class MinMax(_OfRange):
+    """The range of all values of all tensors.
+
+    >>> observer = MinMax()
+    >>> qparams = observer.finish(observer.update(observer.init(), torch.tensor([-1.0, 1.55])))
+    >>> qparams.zero_point.item()
+    100
+    """
+
+    spec: QuantSpec = UINT8
+
+    @property
+    def statistic(self) -> MinMaxStatistic:
+        """Least and largest value."""
+        return MinMaxStatistic()
+
+    def merge(self, a: RangeState, b: RangeState) -> RangeState:
+        """The state after all tensors of both; exact."""
+        return self.statistic.merge(a, b)
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannelMinMax(_OfRange):
+    """The range of each channel, along `spec.ch_axis`.
+
+    >>> from qfunc.numerics.qparams import INT8_SYMMETRIC_PER_CHANNEL
+    >>> observer = PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)
+    >>> observer.finish(observer.update(observer.init(), torch.tensor([[255.0, 0.0], [-51.0, 5.0]]))).scale
+    tensor([2.0000, 0.4000])
+    """
+
+    spec: QuantSpec
+
+    @property
+    def statistic(self) -> MinMaxStatistic:
+        """Least and largest value of each channel."""
+        return MinMaxStatistic(self.spec.ch_axis)
+
+    def merge(self, a: RangeState, b: RangeState) -> RangeState:
+        """The state after all tensors of both; exact."""
+        return self.statistic.merge(a, b)
+
+
+@dataclass(frozen=True, slots=True)
+class MovingAverageMinMax(_OfRange):
+    """The moving average of each tensor's range."""
+
+    spec: QuantSpec = UINT8
+    averaging_constant: float = 0.01
+
+    @property
+    def statistic(self) -> MovingAverageStatistic:
+        """Averaged least and largest value."""
+        return MovingAverageStatistic(self.averaging_constant)
+
+
+@dataclass(frozen=True, slots=True)
+class MovingAveragePerChannelMinMax(_OfRange):
+    """The moving average of the range of each channel, along `spec.ch_axis`."""
+
+    spec: QuantSpec
+    averaging_constant: float = 0.01
+
+    @property
+    def statistic(self) -> MovingAverageStatistic:
+        """Averaged least and largest value of each channel."""
+        return MovingAverageStatistic(self.averaging_constant, self.spec.ch_axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram(_Folding[HistogramState]):
+    """The part of the range that is best to quantize in the mean-square sense, by search over a histogram.
+
+    The algorithm is that of `qfunc.numerics.histogram`; like torch.ao's, it counts on all the levels of the dtype even
+    when `spec` uses only a part of them.
+    """
+
+    spec: QuantSpec = UINT8
+    bins: int = 2048
+    upsample_rate: int = 16
+
+    @property
+    def statistic(self) -> HistogramStatistic:
+        """The histogram."""
+        return HistogramStatistic(self.bins, self.upsample_rate)
+
+    def finish(self, state: HistogramState) -> QParams | None:
+        """The qparams of the best range, or None if nothing was seen; `state_is_finite(state)` is assumed."""
+        if not state.range.observed:
+            return None
+        levels = 1 << torch.iinfo(self.spec.torch_dtype).bits
+        low, high = best_range(state.counts, state.range.minimum.item(), state.range.maximum.item(), levels)
+        return qparams_of_range(low, high, self.spec)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedQParams(_Folding[NoState]):
+    """Qparams known beforehand, such as those of a sigmoid's output: nothing is measured.
+
+    >>> FixedQParams(QuantSpec(), 1 / 256, 0).finish(NoState()).scale.item()
+    0.00390625
+    """
+
+    spec: QuantSpec
+    scale: float
+    zero_point: int
+
+    @property
+    def statistic(self) -> NoStatistic:
+        """Nothing."""
+        return NoStatistic()
+
+    def finish(self, state: NoState) -> QParams:  # noqa: ARG002 - nothing was measured
+        """The fixed qparams, whatever was seen."""
+        return QParams(torch.tensor(self.scale, dtype=torch.float32), torch.tensor(self.zero_point), self.spec)
+
+
+def validate_observer(observer: Observer[Any]) -> tuple[Problem, ...]:
+    """All that is impossible about an observer and its spec; empty when it can be meant.
+
+    >>> [problem.reason for problem in validate_observer(MinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=0)))]
+    ['MinMax measures whole tensors, the qscheme per_channel_affine is per channel']
+    """
+    return (*validate(observer.spec), *_scheme_problems(observer), *_parameter_problems(observer))
+
+
+def _scheme_problems(observer: object) -> Iterator[Problem]:
+    name = type(observer).__name__
+    match observer:
+        case MinMax() | MovingAverageMinMax() | Histogram() | FixedQParams() if observer.spec.per_channel:
+            reason = f"{name} measures whole tensors, the qscheme {observer.spec.qscheme} is per channel"
+            yield BadConfig(name, reason, "use a per-channel observer or a per_tensor qscheme")
+        case PerChannelMinMax() | MovingAveragePerChannelMinMax() if not observer.spec.per_channel:
+            reason = f"{name} measures channels, the qscheme {observer.spec.qscheme} is not per channel"
+            yield BadConfig(name, reason, "use a per-channel qscheme with ch_axis, or a per-tensor observer")
+
+
+def _parameter_problems(observer: object) -> Iterator[Problem]:
+    name = type(observer).__name__
+    limits = torch.finfo(torch.float32)
+    match observer:
+        case MovingAverageMinMax(_, c) | MovingAveragePerChannelMinMax(_, c) if not 0 < c <= 1:
+            yield BadConfig(name, f"averaging_constant {c} is not in (0, 1]", "choose a constant such as 0.01")
+        case Histogram(_, bins, rate) if bins < 2 or rate < 1:
+            yield BadConfig(name, f"{bins} bins, upsample_rate {rate}", "use at least 2 bins and a rate of at least 1")
+        case FixedQParams(spec, scale, zero_point):
+            if not limits.tiny <= scale <= limits.max:
+                yield BadConfig(name, f"{scale} is not a scale", "choose a positive, normal float32 number")
+            if not spec.quant_min <= zero_point <= spec.quant_max:
+                reason = f"zero_point {zero_point} is outside of {spec.quant_min}..{spec.quant_max}"
+                yield BadConfig(name, reason, "choose a zero point within the range of the spec")
