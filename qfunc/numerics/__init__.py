@@ -1,0 +1,1 @@
+"""Math on tensors: qparams, affine maps, observers, and the limits of integer kernels."""
