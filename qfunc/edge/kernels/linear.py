@@ -66,6 +66,9 @@ class OnednnLinear(Kernel):
             entry = self._packed(0, self._pack)
         if x.dtype is not self._dtype:
             raise RuntimeError(f"quantized linear was built for {self._dtype} codes, not {x.dtype}")
+        if not x.numel():
+            # The operator flattens an empty batch of rank 3 and more.
+            return torch.empty((*x.shape[:-1], self.weight.shape[0]), dtype=TORCH_DTYPE[self.call.output_dtype])
         return _pointwise(x, *entry)  # type: ignore[no-any-return]
 
     @torch.compiler.disable
