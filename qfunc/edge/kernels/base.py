@@ -1,0 +1,168 @@
+"""What every kernel module shares: float32 state that stays float32, and packed weights that are not state.
+
+Kernels compute on plain `uint8`/`int8` tensors: a real value is `(code - zero_point) * scale`. Activation qparams are
+literals of the module; weights (`int8`), their scales and the bias (`float32`) are buffers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+CodeDType: TypeAlias = Literal["uint8", "int8"]
+OutputDType: TypeAlias = Literal["uint8", "int8", "float32"]
+
+TORCH_DTYPE: dict[str, torch.dtype] = {"uint8": torch.uint8, "int8": torch.int8, "float32": torch.float32}
+CODE_RANGE: dict[str, tuple[int, int]] = {"uint8": (0, 255), "int8": (-128, 127)}
+
+# 1.5 * 2**23: adding it to a float32 below 2**22 leaves round-half-even(x) in the low mantissa bits.
+_MAGIC = 12582912.0
+_MAGIC_BITS = 0x4B400000
+
+PACKS_KEPT = 8
+"""How many packed forms (one per spatial shape) a kernel keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Per-tensor qparams of plain codes: `real = (code - zero_point) * scale`.
+
+    Codes are clamped to `[quant_min, quant_max]`, by default the range of the dtype.
+
+    >>> Affine(0.5, 3).bounds
+    (0, 255)
+    >>> Affine(0.5, 0, "int8", quant_min=-127).bounds
+    (-127, 127)
+    """
+
+    scale: float
+    zero_point: int
+    dtype: CodeDType = "uint8"
+    quant_min: int | None = None
+    quant_max: int | None = None
+
+    def __post_init__(self) -> None:
+        assert math.isfinite(self.scale) and self.scale > 0, f"scale {self.scale}"
+        lowest, highest = CODE_RANGE[self.dtype]
+        low, high = self.bounds
+        assert lowest <= low <= self.zero_point <= high <= highest, f"{self}"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        lowest, highest = CODE_RANGE[self.dtype]
+        return (
+            lowest if self.quant_min is None else self.quant_min,
+            highest if self.quant_max is None else self.quant_max,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.dtype}(scale={self.scale:.6g}, zero_point={self.zero_point})"
+
+
+def inverse_scale(scale: float) -> float:
+    """`1 / scale` in float32 arithmetic, as quantization multiplies by it."""
+    return float(torch.tensor(1.0) / torch.tensor(scale, dtype=torch.float32))
+
+
+def round_to_codes(scaled: Tensor, qparams: Affine) -> Tensor:
+    """Codes of `scaled = real / scale` (float32, owned by the caller: it is overwritten), rounded half to even.
+
+    Clamping before rounding is the same as after it, because the bounds are integers; rounding by adding `1.5 * 2**23`
+    is exact below `2**22`, and the integer left in the mantissa converts to a byte much faster than a float does.
+    NaN gives an unspecified code.
+
+    >>> round_to_codes(torch.tensor([-9.0, 0.5, 1.5, 999.0]), Affine(1.0, 1)).tolist()
+    [0, 1, 3, 255]
+    """
+    low, high = qparams.bounds
+    zero_point = qparams.zero_point
+    scaled.clamp_(low - zero_point, high - zero_point).add_(_MAGIC)
+    return scaled.view(torch.int32).sub_(_MAGIC_BITS - zero_point).to(TORCH_DTYPE[qparams.dtype])
+
+
+class Kernel(nn.Module):
+    """A leaf module over plain codes. Its float32 buffers keep their dtype and bits through `.half()` and `.to(dtype)`.
+
+    Packed weights live in `_packs`: at most `PACKS_KEPT`, filled under a lock, read without one, never part of the
+    state; `deepcopy`, pickling, `load_state_dict` and `_apply` drop them. Weights are constants: after changing a
+    buffer in place call `drop_packs`.
+    """
+
+    _packs: dict[Hashable, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+        self._fresh_packs()
+
+    def _fresh_packs(self) -> None:
+        self._packs = {}
+        self._packs_lock = threading.Lock()
+
+    def drop_packs(self) -> None:
+        """Forget all packed weights; the next call packs again."""
+        with self._packs_lock:
+            self._packs = {}
+
+    def _packed(self, key: Hashable, pack: Callable[[], Any]) -> Any:
+        """The entry for `key`, packed at most once however many threads ask; the oldest entry makes room."""
+        with self._packs_lock:
+            entry = self._packs.get(key)
+            if entry is None:
+                entry = pack()
+                kept = list(self._packs.items())[-(PACKS_KEPT - 1) :]
+                # A new dict: readers do not take the lock.
+                self._packs = dict([*kept, (key, entry)])
+            return entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_packs"], state["_packs_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fresh_packs()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.drop_packs()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kernel:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        result = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self.drop_packs()
+        return cast("Kernel", result)
+
+    def _constants(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Register the weight (`int8`, output channels first), its scales and the bias as buffers, after checking them.
+
+        The oneDNN primitives read out of bounds or stop the process on some of what is refused here.
+        """
+        channels = weight.shape[0]
+        assert weight.dtype == torch.int8 and weight.numel() > 0, f"weight {weight.dtype} {tuple(weight.shape)}"
+        assert weight_scale.dtype == torch.float32 and weight_scale.shape == (channels,), "one float32 scale a channel"
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)), "one float32 bias a channel"
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+
+
+def operator(namespace: str, name: str, overload: str = "default") -> Any:
+    """`torch.ops.<namespace>.<name>.<overload>`, or None where this build of torch has no such operator.
+
+    >>> operator("onednn", "no_such_kernel") is None
+    True
+    """
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return getattr(packet, overload, None)

@@ -1,0 +1,266 @@
+"""Convolutions of oneDNN on plain `uint8`: `onednn.qconv_pointwise` and its `sum` form.
+
+The weight is packed for the exact spatial size it runs at, because oneDNN otherwise reorders it at every call (10 to
+40 times slower for some layers); the batch size does not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+
+from qfunc.edge.kernels.base import TORCH_DTYPE, Affine, Kernel, OutputDType, operator
+
+PostOp: TypeAlias = Literal["none", "relu"]
+PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+
+_prepack = operator("onednn", "qconv_prepack")
+_pointwise = operator("onednn", "qconv_pointwise")
+_binary = operator("onednn", "qconv2d_pointwise", "binary")
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvCall:
+    """The literals of one quantized convolution.
+
+    `stride`, `padding`, `dilation` have one entry per spatial dimension; `padding` may be `"same"` or `"valid"`. With
+    `output_dtype="float32"` the output qparams are 1.0 and 0.
+    """
+
+    input_scale: float
+    input_zero_point: int
+    output_scale: float
+    output_zero_point: int
+    output_dtype: OutputDType
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | Literal["same", "valid"]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: PaddingMode = "zeros"
+    post_op: PostOp = "none"
+
+    def __post_init__(self) -> None:
+        assert self.post_op in ("none", "relu"), self.post_op
+        Affine(self.input_scale, self.input_zero_point)
+        output_affine(self.output_scale, self.output_zero_point, self.output_dtype)
+
+
+def output_affine(scale: float, zero_point: int, dtype: OutputDType) -> Affine | None:
+    """The qparams of codes, or None for float32, which must come with scale 1.0 and zero point 0."""
+    if dtype == "float32":
+        assert (scale, zero_point) == (1.0, 0), "float32 output has no qparams"
+        return None
+    return Affine(scale, zero_point, dtype)
+
+
+class OnednnConv(Kernel):
+    """A 1d, 2d or 3d convolution, any groups, on `uint8` codes; the result is channels-last.
+
+    `weight` is `int8 [out_channels, in_channels / groups, *kernel]`, symmetric per output channel with `weight_scale`
+    (`float32 [out_channels]`); `bias` is `float32 [out_channels]` or None. Input is a plain `uint8` tensor in any memory
+    format, batched or not; output is plain codes or float32. Within one step of the float convolution of the
+    dequantized codes, as long as no pair of products saturates int16 (`qfunc.numerics.saturation`).
+    """
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, call: ConvCall) -> None:
+        super().__init__()
+        self._constants(weight, weight_scale, bias)
+        self.call = call
+        dims = self._dims = weight.dim() - 2
+        assert weight.shape[0] % call.groups == 0, "out_channels is a multiple of groups"
+        assert len(call.stride) == len(call.dilation) == dims, f"{dims} spatial dimensions"
+        self._pad, self._padding = _padding(call, tuple(weight.shape[2:]))
+        # oneDNN has no post-op in 3d, and loses the output's shape on an empty 1d batch.
+        self._finish = dims == 3 and call.post_op == "relu"
+        self._plain = self._pad is None and not self._finish and dims == 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of the codes `x`."""
+        if torch.compiler.is_compiling():
+            return self._uncompiled(x)
+        if self._plain:
+            entry = self._packs.get(x.shape[2:])
+            if entry is not None:
+                return _pointwise(x, *entry)  # type: ignore[no-any-return]
+        return self._run(x)
+
+    @torch.compiler.disable
+    def _uncompiled(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if x.dim() == self._dims + 1:
+            return self._run(x.unsqueeze(0)).squeeze(0)
+        if self._pad is not None:
+            x = pad_codes(x, self._pad, self.call)
+        entry = self._packs.get(x.shape[2:])
+        if entry is None:
+            entry = self._packed(x.shape[2:], lambda: self._pack(x))
+        if not x.shape[0]:
+            return self._empty(x)
+        out: Tensor = _pointwise(x, *entry)
+        if self._finish:
+            out.clamp_(min=self.call.output_zero_point)
+        return out
+
+    def _output_size(self, x: Tensor) -> tuple[int, ...]:
+        call, kernel = self.call, self.weight.shape[2:]
+        return tuple(
+            (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+            for size, pad, dilation, k, stride in zip(
+                x.shape[2:], self._padding, call.dilation, kernel, call.stride, strict=True
+            )
+        )
+
+    def _check(self, x: Tensor) -> None:
+        """Refuse what the primitives answer with garbage: they check less than `torch.nn.functional.conv2d`."""
+        channels = self.weight.shape[1] * self.call.groups
+        if x.dim() != self._dims + 2 or x.shape[1] != channels or min(self._output_size(x)) < 1:
+            raise RuntimeError(
+                f"quantized convolution with weight {tuple(self.weight.shape)}, groups {self.call.groups} and "
+                f"padding {self._padding} cannot take an input of shape {tuple(x.shape)}"
+            )
+
+
+    def _lists(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.call.stride), list(self._padding), list(self.call.dilation)
+
+    def _pack(self, x: Tensor) -> tuple[Any, ...]:
+        """All arguments of the operator after `x`, so that a call is one look-up and one dispatch."""
+        self._check(x)
+        call = self.call
+        geometry = (*self._lists(), call.groups)
+        scale, zero_point = call.input_scale, call.input_zero_point
+        packed = _prepack(self.weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
+        zeros = torch.zeros(self.weight.shape[0], dtype=torch.int64)
+        post_op = "none" if self._finish else call.post_op
+        output = (call.output_scale, call.output_zero_point, TORCH_DTYPE[call.output_dtype])
+        return (scale, zero_point, packed, self.weight_scale, zeros, self.bias, *geometry, *output, post_op, [], "")
+
+    def _empty(self, x: Tensor) -> Tensor:
+        shape = (0, self.weight.shape[0], *self._output_size(x))
+        return torch.empty(shape, dtype=TORCH_DTYPE[self.call.output_dtype])
+
+    def extra_repr(self) -> str:
+        call, shape = self.call, tuple(self.weight.shape)
+        post_op = "" if call.post_op == "none" else f", {call.post_op}"
+        mode = "" if call.padding_mode == "zeros" else f" ({call.padding_mode})"
+        return (
+            f"{shape[1] * call.groups}, {shape[0]}, kernel={shape[2:]}, stride={call.stride}, "
+            f"padding={call.padding}{mode}, dilation={call.dilation}, groups={call.groups}{post_op}, "
+            f"scale={call.output_scale:.6g}, zero_point={call.output_zero_point}, dtype={call.output_dtype}"
+        )
+
+
+class OnednnConvAdd(OnednnConv):
+    """`conv(x) + other`, then ReLU if asked, in one kernel: 1d and 2d, `uint8` output and `uint8` accumulator.
+
+    The kernel writes into its accumulator. `overwrite=True` lets it write into `other` itself: only for a caller who
+    knows that nobody reads `other` afterwards; else a copy is made. `other` has the shape of the output, or broadcasts
+    to it. In 3d the operator does not exist: use `OnednnConv` and `Add`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        call: ConvCall,
+        other: Affine,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(weight, weight_scale, bias, call)
+        assert self._dims in (1, 2), "1d and 2d only"
+        assert call.output_dtype == other.dtype == "uint8", "the accumulator is read as uint8"
+        self.other = other
+        self.overwrite = overwrite
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        """The codes of `conv(x) + other`."""
+        if torch.compiler.is_compiling():
+            return self._uncompiled_add(x, other)
+        if x.dim() == self._dims + 1:
+            return self.forward(x.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
+        if self._pad is not None:
+            x = pad_codes(x, self._pad, self.call)
+        if self._dims == 1:
+            return self._sum(x.unsqueeze(2), other.unsqueeze(2)).squeeze(2)
+        return self._sum(x, other)
+
+    @torch.compiler.disable
+    def _uncompiled_add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.forward(x, other)
+
+    def _sum(self, x: Tensor, other: Tensor) -> Tensor:
+        key = x.shape[2:]
+        entry = self._packs.get(key)
+        if entry is None:
+            entry = self._packed(key, lambda: self._pack(x))
+        head, tail, size = entry
+        shape = (x.shape[0], *size)
+        if other.shape != shape:
+            other = other.expand(shape)
+        accumulator = other.contiguous(memory_format=torch.channels_last)
+        if accumulator is other and not self.overwrite:
+            accumulator = other.clone()
+        if not x.shape[0]:
+            return accumulator
+        return _binary(x, *head, accumulator, *tail)  # type: ignore[no-any-return]
+
+    def _pack(self, x: Tensor) -> tuple[Any, ...]:
+        flat = x.squeeze(2) if self._dims == 1 else x
+        self._check(flat)
+        call, weight = self.call, self.weight
+        stride, padding, dilation = self._lists()
+        if self._dims == 1:
+            weight, stride, padding, dilation = weight.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
+        geometry = (stride, padding, dilation, call.groups)
+        scale, zero_point = call.input_scale, call.input_zero_point
+        packed = _prepack(weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        head = (scale, zero_point, packed, self.weight_scale, zeros)
+        output = (call.output_scale, call.output_zero_point, torch.uint8, self.other.scale, self.other.zero_point)
+        relu = "relu" if call.post_op == "relu" else None
+        tail = (self.bias, *geometry, *output, "sum", 1.0, relu, [], None)
+        size = self._output_size(flat)
+        return head, tail, (weight.shape[0], *((1, *size) if self._dims == 1 else size))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, other={self.other}, overwrite={self.overwrite}"
+
+
+def _padding(call: ConvCall, kernel: tuple[int, ...]) -> tuple[list[int] | None, tuple[int, ...]]:
+    """What to pad by hand (as `F.pad` takes it, last dimension first; None for nothing), and what the kernel pads."""
+    none = (0,) * len(kernel)
+    match call.padding:
+        case "valid":
+            return None, none
+        case "same":
+            assert set(call.stride) == {1}, "padding='same' needs stride 1"
+            totals = [d * (k - 1) for d, k in zip(call.dilation, kernel, strict=True)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        case padding:
+            assert len(padding) == len(kernel), f"{len(kernel)} spatial dimensions"
+            sides = [(pad, pad) for pad in padding]
+    if all(pair == (0, 0) for pair in sides):
+        return None, none
+    if call.padding_mode == "zeros" and all(left == right for left, right in sides):
+        return None, tuple(left for left, _ in sides)
+    return [pad for pair in reversed(sides) for pad in pair], none
+
+
+def pad_codes(x: Tensor, pad: list[int], call: ConvCall) -> Tensor:
+    """Pad codes: with the code of zero, or by a mode that only repeats codes; exact either way."""
+    if call.padding_mode == "zeros":
+        return F.pad(x, pad, value=call.input_zero_point)
+    padded = F.pad(x, pad, mode=call.padding_mode)
+    memory_format = _CHANNELS_LAST.get(x.dim() - 2)
+    return padded if memory_format is None else padded.contiguous(memory_format=memory_format)
+
+

@@ -1,0 +1,288 @@
+"""Engine `"quantized"`: `torch.ops.quantized.*` on torch's quantized tensors (`quint8` activations).
+
+Pooling, averages, ReLU, clamps, reshapes and fixed-range activations are plain aten operators on quantized tensors and
+need no module. These modules can be scripted with `torch.jit.script`. A packed weight belongs to the engine it was
+packed under and runs whatever engine is active later; the active engine is left as it was found. Importing this module
+is silent, but torch warns once when a process makes its first quantized tensor: the dtypes are deprecated.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from qfunc.edge.kernels.base import Affine
+
+TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
+
+_ENGINE_LOCK = threading.Lock()
+
+
+@contextmanager
+def active_engine(engine: TorchEngine) -> Iterator[None]:
+    """Pack under `engine`, then restore the engine that was active. It is global to the process, hence the lock."""
+    with _ENGINE_LOCK:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = before
+
+
+@dataclass(frozen=True, slots=True)
+class QConvCall:
+    """The literals of a convolution on quantized tensors: zero padding, given per spatial dimension."""
+
+    output_scale: float
+    output_zero_point: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    relu: bool = False
+
+
+class QuantizeTensor(nn.Module):
+    """Float to a `quint8` tensor."""
+
+    def __init__(self, output: Affine) -> None:
+        super().__init__()
+        assert output.dtype == "uint8", "activations are quint8"
+        self.scale: float = output.scale
+        self.zero_point: int = output.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.quantize_per_tensor(x.to(torch.float32), self.scale, self.zero_point, torch.quint8)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:.6g}, zero_point={self.zero_point}"
+
+
+class DequantizeTensor(nn.Module):
+    """A quantized tensor to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.dequantize()
+
+
+class _Packed(nn.Module):
+    """Weights as `int8` and float32 buffers, and torch's packed object, made from them and never part of the state."""
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, engine: TorchEngine) -> None:
+        super().__init__()
+        channels = weight.shape[0]
+        assert weight.dtype == torch.int8 and weight.numel() > 0, f"weight {weight.dtype} {tuple(weight.shape)}"
+        assert weight_scale.dtype == torch.float32 and weight_scale.shape == (channels,), "one float32 scale a channel"
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)), "one float32 bias a channel"
+        self.training = False
+        self.engine: str = engine
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+
+    @torch.jit.unused
+    def _quantized_weight(self) -> Tensor:
+        scale = self.weight_scale.double()
+        zeros = torch.zeros(scale.shape[0], dtype=torch.int64)
+        return torch._make_per_channel_quantized_tensor(self.weight, scale, zeros, 0)
+
+    @torch.jit.unused
+    def _pack(self) -> Any:
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def repack(self) -> None:
+        """Pack the present buffers anew."""
+        with active_engine(cast("TorchEngine", self.engine)):
+            self.packed = self._pack()
+
+    @torch.jit.unused
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("packed", None)
+        return state
+
+    @torch.jit.unused
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.repack()
+
+    @torch.jit.unused
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.repack()
+
+    @torch.jit.unused
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+
+_CONV_PREPACK = {
+    1: torch.ops.quantized.conv1d_prepack,
+    2: torch.ops.quantized.conv2d_prepack,
+    3: torch.ops.quantized.conv3d_prepack,
+}
+
+
+class _QuantizedConv(_Packed):
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, call: QConvCall, engine: TorchEngine
+    ) -> None:
+        super().__init__(weight, weight_scale, bias, engine)
+        dims = weight.dim() - 2
+        assert len(call.stride) == len(call.padding) == len(call.dilation) == dims, f"{dims} spatial dimensions"
+        self.stride: list[int] = list(call.stride)
+        self.padding: list[int] = list(call.padding)
+        self.dilation: list[int] = list(call.dilation)
+        self.groups: int = call.groups
+        self.relu: bool = call.relu
+        self.scale: float = call.output_scale
+        self.zero_point: int = call.output_zero_point
+        self.repack()
+
+    @torch.jit.unused
+    def _pack(self) -> Any:
+        prepack = _CONV_PREPACK[self.weight.dim() - 2]
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return prepack(self._quantized_weight(), self.bias, *geometry)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}, "
+            f"engine={self.engine}"
+        )
+
+
+class QuantizedConv1d(_QuantizedConv):
+    """`quantized.conv1d` (+ ReLU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            return torch.ops.quantized.conv1d_relu(x, self.packed, self.scale, self.zero_point)
+        return torch.ops.quantized.conv1d(x, self.packed, self.scale, self.zero_point)
+
+
+class QuantizedConv2d(_QuantizedConv):
+    """`quantized.conv2d` (+ ReLU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            return torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
+        return torch.ops.quantized.conv2d(x, self.packed, self.scale, self.zero_point)
+
+
+class QuantizedConv3d(_QuantizedConv):
+    """`quantized.conv3d` (+ ReLU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            return torch.ops.quantized.conv3d_relu(x, self.packed, self.scale, self.zero_point)
+        return torch.ops.quantized.conv3d(x, self.packed, self.scale, self.zero_point)
+
+
+QUANTIZED_CONV = {1: QuantizedConv1d, 2: QuantizedConv2d, 3: QuantizedConv3d}
+
+
+class QuantizedLinear(_Packed):
+    """`quantized.linear` (+ ReLU) over the last dimension."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        output: Affine,
+        engine: TorchEngine,
+        *,
+        relu: bool = False,
+    ) -> None:
+        super().__init__(weight, weight_scale, bias, engine)
+        assert output.dtype == "uint8", "activations are quint8"
+        self.scale: float = output.scale
+        self.zero_point: int = output.zero_point
+        self.relu: bool = relu
+        self.repack()
+
+    @torch.jit.unused
+    def _pack(self) -> Any:
+        return torch.ops.quantized.linear_prepack(self._quantized_weight(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            return torch.ops.quantized.linear_relu(x, self.packed, self.scale, self.zero_point)
+        return torch.ops.quantized.linear(x, self.packed, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.shape[1]}, {self.weight.shape[0]}, relu={self.relu}, scale={self.scale:.6g}, "
+            f"zero_point={self.zero_point}, engine={self.engine}"
+        )
+
+
+class QuantizedAdd(nn.Module):
+    """`quantized.add` (+ ReLU): the operands carry their own qparams."""
+
+    def __init__(self, output: Affine, *, relu: bool = False) -> None:
+        super().__init__()
+        self.scale: float = output.scale
+        self.zero_point: int = output.zero_point
+        self.relu: bool = relu
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        # The operator sizes its result by the first operand, and warns where the second is larger.
+        if x.numel() < y.numel():
+            x, y = y, x
+        if self.relu:
+            return torch.ops.quantized.add_relu(x, y, self.scale, self.zero_point)
+        return torch.ops.quantized.add(x, y, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}"
+
+
+class QuantizedMul(nn.Module):
+    """`quantized.mul` (+ ReLU)."""
+
+    def __init__(self, output: Affine, *, relu: bool = False) -> None:
+        super().__init__()
+        self.scale: float = output.scale
+        self.zero_point: int = output.zero_point
+        self.relu: bool = relu
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.numel() < y.numel():
+            x, y = y, x
+        if self.relu:
+            return torch.ops.quantized.mul_relu(x, y, self.scale, self.zero_point)
+        return torch.ops.quantized.mul(x, y, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}"
+
+
+class QuantizedCat(nn.Module):
+    """`quantized.cat`: inputs are requantized to the output's qparams."""
+
+    def __init__(self, output: Affine, dim: int = 0) -> None:
+        super().__init__()
+        self.scale: float = output.scale
+        self.zero_point: int = output.zero_point
+        self.dim: int = dim
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        return torch.ops.quantized.cat(tensors, self.dim, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, scale={self.scale:.6g}, zero_point={self.zero_point}"
