@@ -1,0 +1,180 @@
+"""The system that qfunc replaces, as an oracle: torch.ao's FX graph mode, for tests of parity.
+
+This is the only module of qfunc that may import torch.ao, and it does so inside its functions: it works as long as
+torch ships torch.ao, and `available` says whether it does. Every function leaves its arguments as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+QParams: TypeAlias = tuple[tuple[float, ...], tuple[int, ...]]
+"""(scales, zero points): one of each per tensor, or one per channel."""
+
+_EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("torch.ao.quantization is deprecated", DeprecationWarning),
+    ("torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor creation", UserWarning),
+    ("Please use quant_min and quant_max to specify the range for observers", UserWarning),
+    ("must run observer before calling calculate_qparams", UserWarning),
+    ("Default qconfig of oneDNN backend with reduce_range of false", UserWarning),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A value of a prepared model that has an observer.
+
+    `shared` names all values that have this same observer, so that the values of one group have equal qparams;
+    `qparams` is None for an observer that does not compute any (a placeholder).
+    """
+
+    value: str
+    observer: str
+    dtype: torch.dtype
+    qparams: QParams | None
+    shared: tuple[str, ...]
+
+
+def available() -> bool:
+    """Whether this torch has torch.ao's FX graph mode."""
+    try:
+        return find_spec("torch.ao.quantization.quantize_fx") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def engines() -> tuple[str, ...]:
+    """The engines that torch's quantized operators have on this machine."""
+    return tuple(name for name in torch.backends.quantized.supported_engines if name != "none")
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Make `name` the engine of torch's quantized operators while the block runs (a setting of the whole process)."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that torch.ao gives about itself; all others pass."""
+    with warnings.catch_warnings():
+        for message, category in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        yield
+
+
+def fuse(model: nn.Module, **options: Any) -> fx.GraphModule:
+    """`fuse_fx`: fused for evaluation. `options` are its own."""
+    with _quiet():
+        from torch.ao.quantization.quantize_fx import fuse_fx
+
+        return fuse_fx(copy.deepcopy(model), **options)
+
+
+def prepare(
+    model: nn.Module, example_inputs: tuple[object, ...], mapping: Any = "x86", **options: Any
+) -> fx.GraphModule:
+    """`prepare_fx` with a `QConfigMapping`, or the default one of the named backend. `options` are its own."""
+    with _quiet():
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import prepare_fx
+
+        chosen = get_default_qconfig_mapping(mapping) if isinstance(mapping, str) else mapping
+        return prepare_fx(copy.deepcopy(model), chosen, example_inputs, **options)
+
+
+def calibrate(prepared: fx.GraphModule, batches: Iterable[tuple[object, ...]]) -> fx.GraphModule:
+    """A copy of `prepared` whose observers have seen `batches`, each a tuple of positional inputs."""
+    observed = copy.deepcopy(prepared)
+    with _quiet(), torch.no_grad():
+        for batch in batches:
+            observed(*batch)
+    return observed
+
+
+def convert(prepared: fx.GraphModule, backend: str = "x86", **options: Any) -> fx.GraphModule:
+    """`convert_fx`: the quantized model, its weights packed for the engine `backend`. `options` are its own."""
+    with _quiet(), engine(backend):
+        from torch.ao.quantization.quantize_fx import convert_fx
+
+        return convert_fx(copy.deepcopy(prepared), **options)
+
+
+def reference(prepared: fx.GraphModule, **options: Any) -> fx.GraphModule:
+    """`convert_to_reference_fx`: float operators between quantize and dequantize. `options` are its own."""
+    with _quiet():
+        from torch.ao.quantization.quantize_fx import convert_to_reference_fx
+
+        return convert_to_reference_fx(copy.deepcopy(prepared), **options)
+
+
+def quantize(
+    model: nn.Module, batches: Iterable[tuple[object, ...]], backend: str = "x86", **options: Any
+) -> fx.GraphModule:
+    """Prepared with the default mapping of `backend`, calibrated and converted. `options` are `prepare_fx`'s."""
+    collected = list(batches)
+    return convert(calibrate(prepare(model, collected[0], backend, **options), collected), backend)
+
+
+def observed_values(prepared: fx.GraphModule) -> frozenset[Observed]:
+    """All values of a prepared model that have an observer, under the names of the nodes that compute them."""
+    groups: dict[int, list[tuple[str, Any]]] = defaultdict(list)
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and _is_observer(module := prepared.get_submodule(node.target)):
+            groups[id(module)].append((node.args[0].name, module))
+    found = []
+    for members in groups.values():
+        shared = tuple(sorted({name for name, _ in members}))
+        found += [Observed(n, type(m).__name__, m.dtype, _qparams(m), shared) for n, m in members]
+    return frozenset(found)
+
+
+def observer_qparams(prepared: fx.GraphModule) -> dict[str, QParams]:
+    """The qparams of every observed value, by the name of its node; placeholders are left out."""
+    return {o.value: o.qparams for o in sorted(observed_values(prepared), key=_order) if o.qparams is not None}
+
+
+def weight_qparams(converted: fx.GraphModule) -> dict[str, QParams]:
+    """The qparams of the weights of a `reference` model's modules, by their dotted names."""
+    return {
+        name: _plain(module.weight_scale, module.weight_zero_point)
+        for name, module in converted.named_modules()
+        if isinstance(getattr(module, "weight_scale", None), Tensor)
+    }
+
+
+def _order(observed: Observed) -> tuple[str, str]:
+    return observed.value, observed.observer
+
+
+def _is_observer(module: nn.Module) -> bool:
+    with _quiet():
+        from torch.ao.quantization import FakeQuantizeBase, ObserverBase
+
+        return isinstance(module, (ObserverBase, FakeQuantizeBase))
+
+
+def _qparams(observer: Any) -> QParams | None:
+    if type(observer).__name__ in {"PlaceholderObserver", "NoopObserver", "ReuseInputObserver", "RecordingObserver"}:
+        return None
+    with _quiet():
+        return _plain(*observer.calculate_qparams()[:2])
+
+
+def _plain(scale: Tensor, zero_point: Tensor) -> QParams:
+    return tuple(scale.reshape(-1).tolist()), tuple(zero_point.reshape(-1).tolist())
