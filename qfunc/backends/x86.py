@@ -14,6 +14,8 @@ from qfunc.numerics.qparams import INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDU
 
 _F = "torch.nn.functional"
 _RELUS = frozenset({"torch.nn.ReLU", f"{_F}.relu"})
+# `y += x` is traced by the reference as operator.add.
+_BINARY = frozenset({"operator.add", "operator.iadd", "torch.add", "operator.mul", "operator.imul", "torch.mul"})
 
 
 def _modules(*names: str) -> frozenset[str]:
@@ -36,14 +38,12 @@ def _fusions() -> tuple[Pattern, ...]:
             chains.append(_chain(norm, relu))
     linear = Step(("linear",), _modules("Linear"))
     chains += [_chain(linear, Step(("batch_norm",), _modules("BatchNorm1d"))), _chain(Step(("linear",)), relu)]
-    written = frozenset({"operator.add", "torch.add", "operator.mul", "torch.mul"})
-    chains.append(_chain(Step(("add", "mul"), written), Step(("relu",), _RELUS | {"torch.relu"})))
+    chains.append(_chain(Step(("add", "mul"), _BINARY), Step(("relu",), _RELUS | {"torch.relu"})))
     return tuple(chains)
 
 
 _OWN = _modules("Hardswish", "Dropout") | {f"{_F}.hardswish", f"{_F}.dropout"}
 _NORMS = _modules("BatchNorm2d", "BatchNorm3d")
-_BINARY = frozenset({"operator.add", "torch.add", "operator.mul", "torch.mul"})
 _SIGMOIDS = (
     _modules("Hardsigmoid", "Sigmoid") | {f"{_F}.hardsigmoid", "torch.sigmoid", "torch.nn.functional.sigmoid"}
 ) | {".hardsigmoid", ".hardsigmoid_", ".sigmoid", ".sigmoid_"}

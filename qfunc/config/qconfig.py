@@ -121,7 +121,9 @@ def problems_of(mapping: QConfigMapping, graph: Graph) -> list[Problem]:
     """Names that the graph's model does not have, and patterns that cannot be read."""
     names = [*mapping.module_names, *(name for name, _, _ in mapping.module_name_object_type_orders)]
     known = tuple(sorted(graph.modules))
-    found: list[Problem] = [UnknownName(name, "module", known) for name in sorted(set(names)) if name not in graph.modules]
+    found: list[Problem] = [
+        UnknownName(name, "module", known) for name in sorted(set(names)) if name not in graph.modules
+    ]
     for text, _ in mapping.module_name_regexes:
         try:
             re.compile(text)

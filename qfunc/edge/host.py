@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Affine, operator
+from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import Verdict, check
 from qfunc.edge.kernels.contracts import onednn_contracts, plain_contracts
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall, QuantizedLinear, TorchEngine
 from qfunc.edge.kernels.quantized_contracts import as_quantized, quantized_contracts
+from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import PairLayout
 
 _ONEDNN_OPERATORS = (
@@ -79,13 +80,17 @@ def check_host() -> HostReport:
 
     Draws no global random numbers, and leaves torch's engine and warnings as they were.
     """
-    torch_engines = tuple(cast("TorchEngine", e) for e in sorted(torch.backends.quantized.supported_engines) if e != "none")
+    torch_engines = tuple(
+        cast("TorchEngine", e) for e in sorted(torch.backends.quantized.supported_engines) if e != "none"
+    )
     with torch.no_grad(), warnings.catch_warnings():
         # torch announces the end of the quantized dtypes at the first quantized tensor of a process.
         warnings.filterwarnings("ignore", message=".*quint8.*")
         onednn = _onednn_usable()
         layout = pair_layout(_onednn_conv, _onednn_linear) if onednn else "none"
-        layouts = tuple((e, pair_layout(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines)
+        layouts = tuple(
+            (e, pair_layout(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines
+        )
         contracts = (*(onednn_contracts(layout) if onednn else plain_contracts()), *quantized_contracts(layouts))
         verdicts = tuple(sorted((check(contract) for contract in contracts), key=lambda verdict: verdict.kernel))
     return HostReport(

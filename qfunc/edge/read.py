@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -35,9 +34,7 @@ _INPLACE_FUNCTIONS = frozenset({"operator.setitem", "operator.delitem"})
 class Reader:
     """Reads the nodes of one fx graph, in order; gathers the objects without a name and which nodes write in place."""
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], source: Source, scopes: Mapping[str, tuple[str, Any]]
-    ) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], source: Source, scopes: Mapping[str, tuple[str, Any]]) -> None:
         self.objects: dict[str, Opaque] = {}
         self.inplace: dict[str, str] = {}
         self.as_written: dict[str, Node] = {}
@@ -56,7 +53,9 @@ class Reader:
                 args += (("type", self.arg(node.type)),) if node.type is not None else ()
                 return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
             case "output":
-                return Node(node.name, "output", (("value", self.arg(node.args[0])),), origin=self._origin(node, "output"))
+                return Node(
+                    node.name, "output", (("value", self.arg(node.args[0])),), origin=self._origin(node, "output")
+                )
             case "get_attr":
                 return self._get_attr(node)
             case _:
@@ -122,7 +121,9 @@ class Reader:
         if known is not None and (module is None or _is_plain(module)):
             bound = bind(*known, args, kwargs, attribute)
         elif module is not None and known is not None:
-            self.notes.append(Note(node.name, "kept as it is: the module has hooks, parametrizations or an own forward"))
+            self.notes.append(
+                Note(node.name, "kept as it is: the module has hooks, parametrizations or an own forward")
+            )
         if known is None or bound is None:
             if _writes_input(node, target, module):
                 self.inplace[node.name] = next(iter(plain.uses()), "")
@@ -176,7 +177,14 @@ def _writes_input(node: fx.Node, target: str, module: nn.Module | None) -> bool:
     """Whether an unknown call changes its first argument in place, by torch's conventions of naming."""
     name = target.rpartition(".")[2]
     trailing = name.endswith("_") and not name.endswith("__")
-    augmented = target.startswith("operator.i") and target[9:] not in ("index", "invert", "is_", "is_not", "indexOf", "inv")
+    augmented = target.startswith("operator.i") and target[9:] not in (
+        "index",
+        "invert",
+        "is_",
+        "is_not",
+        "indexOf",
+        "inv",
+    )
     switched = node.kwargs.get("inplace") is True or "out" in node.kwargs
     if node.op == "call_module":
         return getattr(module, "inplace", False) is True
@@ -186,6 +194,3 @@ def _writes_input(node: fx.Node, target: str, module: nn.Module | None) -> bool:
 def _user_line(stack_trace: str | None) -> str:
     lines = (stack_trace or "").strip().splitlines()
     return lines[-1].strip() if lines else ""
-
-
-

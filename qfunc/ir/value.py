@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import TypeAlias
 
+from qfunc.numerics.grid import Affine
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -105,6 +107,7 @@ Arg: TypeAlias = (
     | DictArg
     | SliceArg
     | RecordArg
+    | Affine
     | tuple["Arg", ...]
 )
 """An argument of a node."""

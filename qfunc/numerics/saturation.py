@@ -74,9 +74,7 @@ def _neighbours(parts: Tensor) -> Tensor:
     return (padded[:, :, 0::2] + padded[:, :, 1::2]).flatten(2)
 
 
-def saturating_channels(
-    codes: Tensor, layout: PairLayout, quant_max_activation: int = 255
-) -> Tensor:
+def saturating_channels(codes: Tensor, layout: PairLayout, quant_max_activation: int = 255) -> Tensor:
     """For each output channel of `int8` codes, whether some activations make a pair of products saturate.
 
     >>> saturating_channels(torch.tensor([[127, 2], [127, 1], [127, -127]], dtype=torch.int8), "channels").tolist()

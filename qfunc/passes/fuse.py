@@ -133,4 +133,3 @@ def _fold(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
     for part in ("weight", "bias"):
         values[part] = FoldBatchNorm(part, weight, bias, mean, var, gamma, beta, eps)  # type: ignore[arg-type]
     return tuple(values.items())
-

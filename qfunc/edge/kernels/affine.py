@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qfunc.edge.kernels.base import CODE_RANGE, TORCH_DTYPE, Affine, Kernel, inverse_scale, round_to_codes
+from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, inverse_scale, round_to_codes
+from qfunc.numerics.grid import CODE_RANGE, Affine
 
 # From here up a look-up of two codes at a time repays its table of 65536 pairs.
 _PAIRS_FROM = 1 << 14

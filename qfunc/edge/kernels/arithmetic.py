@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qfunc.edge.kernels.affine import requantize
-from qfunc.edge.kernels.base import Affine, Kernel, round_to_codes
+from qfunc.edge.kernels.base import Kernel, round_to_codes
+from qfunc.numerics.grid import Affine
 
 ArithmeticPostOp: TypeAlias = Literal["none", "relu"]
 

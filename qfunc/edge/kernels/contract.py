@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Affine
+from qfunc.numerics.grid import Affine
 
 _STEP = 1.0
 _ROUNDING = 0.5

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from qfunc.edge.kernels.affine import Clamp, Dequantize, Quantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
-from qfunc.edge.kernels.base import Affine, operator
+from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, output_for, real_values
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.linear import LinearCall, LinearPostOp, OnednnLinear
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
+from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import PairLayout, limit_pair_sums
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -125,9 +126,7 @@ def conv_samples(dims: int, layout: PairLayout, *, add: bool) -> Iterator[Sample
                 yield sample
                 continue
             output = output_for(conv_reference(sample))
-            call = replace(
-                call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8"
-            )
+            call = replace(call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8")
             yield replace(sample, setup=replace(setup, call=call), output=output)
 
 
@@ -186,9 +185,7 @@ def linear_samples(layout: PairLayout, post_ops: tuple[LinearPostOp, ...]) -> It
                 yield sample
                 continue
             output = output_for(linear_reference(sample))
-            call = replace(
-                call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8"
-            )
+            call = replace(call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8")
             yield replace(sample, setup=replace(setup, call=call), output=output)
 
 
@@ -326,7 +323,10 @@ def onednn_contracts(layout: PairLayout) -> tuple[Contract, ...]:
         *sums,
         Contract("onednn.linear", linear_kernel, linear_reference, partial(linear_samples, layout, ("none", "relu"))),
         Contract(
-            "onednn.linear_gelu", linear_kernel, linear_reference, partial(linear_samples, layout, ("gelu", "gelu_tanh"))
+            "onednn.linear_gelu",
+            linear_kernel,
+            linear_reference,
+            partial(linear_samples, layout, ("gelu", "gelu_tanh")),
         ),
         *plain_contracts(),
         _binary("onednn.qadd.tensor", partial(_OnednnBinary, "qadd"), torch.add, same_shape=True),

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import TORCH_DTYPE, Affine, Kernel, OutputDType, operator
+from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator
+from qfunc.numerics.grid import Affine
 
 PostOp: TypeAlias = Literal["none", "relu"]
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
@@ -125,7 +126,6 @@ class OnednnConv(Kernel):
                 f"quantized convolution with weight {tuple(self.weight.shape)}, groups {self.call.groups} and "
                 f"padding {self._padding} cannot take an input of shape {tuple(x.shape)}"
             )
-
 
     def _lists(self) -> tuple[list[int], list[int], list[int]]:
         return list(self.call.stride), list(self._padding), list(self.call.dilation)
@@ -262,5 +262,3 @@ def pad_codes(x: Tensor, pad: list[int], call: ConvCall) -> Tensor:
     padded = F.pad(x, pad, mode=call.padding_mode)
     memory_format = _CHANNELS_LAST.get(x.dim() - 2)
     return padded if memory_format is None else padded.contiguous(memory_format=memory_format)
-
-

@@ -8,8 +8,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from qfunc.edge.kernels.base import TORCH_DTYPE, Affine, CodeDType, Kernel, OutputDType, operator
+from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator
 from qfunc.edge.kernels.conv import output_affine
+from qfunc.numerics.grid import Affine, CodeDType
 
 LinearPostOp: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh"]
 

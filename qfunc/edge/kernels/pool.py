@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Affine, Kernel, operator, round_to_codes
+from qfunc.edge.kernels.base import Kernel, operator, round_to_codes
+from qfunc.numerics.grid import Affine
 
 _max_pool2d = operator("quantized", "max_pool2d")
 _AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from qfunc.edge.kernels.base import Affine
+from qfunc.numerics.grid import Affine
 
 TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
 

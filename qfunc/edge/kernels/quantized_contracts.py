@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Affine
 from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, output_for, real_values
 from qfunc.edge.kernels.contracts import CONV_SHAPES, weights
 from qfunc.edge.kernels.quantized import (
@@ -21,6 +20,7 @@ from qfunc.edge.kernels.quantized import (
     QuantizedMul,
     TorchEngine,
 )
+from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import PairLayout
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -109,7 +109,7 @@ def _pairs() -> Iterator[tuple[Tensor, Tensor]]:
     yield x[:, :, :1, :1], y
 
 
-def _binary(name: str, make: type[QuantizedAdd] | type[QuantizedMul]) -> Contract:
+def _binary(name: str, make: type[QuantizedAdd | QuantizedMul]) -> Contract:
     function = torch.add if make is QuantizedAdd else torch.mul
     left, right = Affine(0.05, 128), Affine(0.037, 3)
 
@@ -137,7 +137,9 @@ def _cat() -> Contract:
         x, y = (torch.randint(0, 256, (2, 8, 3, 4), dtype=torch.uint8, generator=generator) for _ in range(2))
         yield Sample("contiguous", (x, y), None, output)
         last = torch.channels_last
-        yield Sample("channels-last", (x.contiguous(memory_format=last), y.contiguous(memory_format=last)), None, output)
+        yield Sample(
+            "channels-last", (x.contiguous(memory_format=last), y.contiguous(memory_format=last)), None, output
+        )
 
     def reference(sample: Sample) -> Tensor:
         return torch.cat([real_values(sample.tensors[0], left), real_values(sample.tensors[1], right)], 1)
