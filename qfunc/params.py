@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qfunc.ir.value import Expression
 from qfunc.numerics.observers import Observer
@@ -59,7 +59,7 @@ class QuantizeWeight(Expression):
     """
 
     value: Expression
-    observer: Observer
+    observer: Observer[Any]
     pairs: PairLayout = "none"
     activation_max: int = 255
 

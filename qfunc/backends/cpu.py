@@ -2,8 +2,8 @@
 
 It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where that is wrong or gives accuracy away:
 
-- activations use all 8 bits (the reference keeps 7 for kernels that may overflow; here `lower` limits the weights on the
-  hosts whose kernels do);
+- activations use all 8 bits (the reference keeps 7, because some kernels may overflow; here `lower` limits the weights
+  on the hosts whose kernels do);
 - every way of writing an operator counts (`torch.relu`, `x.flatten()`, `torch.concat`, ...);
 - a sum after a convolution is a post-op of it, so that the convolution's own result is never rounded;
 - ReLU6, hardtanh and clamp are fused, so that the observed range is the clamped one;

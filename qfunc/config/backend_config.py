@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from qfunc.config.qconfig import QConfigMapping
 from qfunc.ir import Node
@@ -42,7 +43,7 @@ class OperatorConfig:
     observation: Observation
     dtypes: DTypeConfig = DTypeConfig()
     forms: frozenset[str] = frozenset()
-    fixed: Observer | None = None
+    fixed: Observer[Any] | None = None
     float_output: bool = False
 
 

@@ -20,8 +20,8 @@ from qfunc.ops import name_of, type_name
 class QConfig:
     """The observers of a node: of its input and output activations, and of its weight."""
 
-    activation: Observer
-    weight: Observer
+    activation: Observer[Any]
+    weight: Observer[Any]
 
 
 Choice: TypeAlias = QConfig | None
@@ -110,7 +110,7 @@ def _choose(
     for pattern, qconfig in patterns:
         if pattern.match(path):
             return qconfig
-    # The type of the module that contains a function or method is stronger than the function itself, as in the reference.
+    # As in the reference, the type of the module that contains a function is stronger than the function itself.
     for name in (node.origin.type, key[1]):
         if name in mapping.object_types:
             return mapping.object_types[name]

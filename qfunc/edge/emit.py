@@ -107,10 +107,12 @@ class Emitter:
         return value
 
     def _leaf(self, node: Node) -> fx.Node:
-        """A module of qfunc's own: an observer, a quantizer, a kernel."""
+        """A module of qfunc's own: an observer, a quantizer, a kernel. Observers of one path are one module."""
         inputs = node.get("inputs")
         assert isinstance(inputs, tuple)
-        path = self._attach(node.origin.module or node.id, LEAVES[node.kind](node, self._evaluator))
+        path = node.origin.module or node.id
+        if not (node.kind == "observe" and hasattr(self.root, path)):
+            path = self._attach(path, LEAVES[node.kind](node, self._evaluator, self._graph.objects))
         return self._fx.create_node("call_module", path, tuple(self._arg(item) for item in inputs), {}, node.id)
 
     def _clone(self, path: str, known: bool) -> str:
@@ -119,7 +121,7 @@ class Emitter:
         for tensor in (*module.parameters(), *module.buffers()):
             self._fresh(tensor)
         try:
-            clone = copying.deepcopy(module, self._memo)
+            clone: Any = copying.deepcopy(module, self._memo)
         except Exception as error:
             raise UncopyableModuleError(path, str(error)) from error
         if known and getattr(clone, "inplace", False):
@@ -175,7 +177,7 @@ class Emitter:
         return node
 
     def _attach(self, target: str, value: Any) -> str:
-        """Put a module, tensor or object at `target`, or at a free name when something else is there; gives the path."""
+        """Put a module, tensor or object at `target`, or at a free name where that is taken; gives the path."""
         *parents, name = target.split(".")
         place: Any = self.root
         for parent in parents:

@@ -69,11 +69,11 @@ class Evaluator:
                     groups=groups,
                 )
                 return folded[0] if part == "weight" else folded[1]
-            case DequantizeWeight(value):
-                weight = self.quantized(value)
-                q = weight.qparams
-                floats = dequantize(weight.values, q.scale, q.zero_point, ch_axis=q.spec.ch_axis)
-                return floats.to(self.tensor(value.value).dtype)
+            case DequantizeWeight(quantized):
+                codes = self.quantized(quantized)
+                q = codes.qparams
+                floats = dequantize(codes.values, q.scale, q.zero_point, ch_axis=q.spec.ch_axis)
+                return floats.to(self.tensor(quantized.value).dtype)
             case _:
                 raise TypeError(f"no rule to compute {expression!r}")
 

@@ -10,8 +10,10 @@ from torch import fx, nn
 
 from qfunc.edge.emit import Emitter, UncopyableModuleError
 from qfunc.edge.evaluate import check_sources
-from qfunc.errors import UserFunctionFailed, several
+from qfunc.errors import UserFunctionFailed, WrongStage, several
 from qfunc.ir import Graph
+from qfunc.passes.observe import with_observers
+from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.result import R
 
 _HOOKS = (
@@ -40,7 +42,9 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
         The module, or `StaleSource` for source tensors that changed since tracing, `NonFinite` for weights that are to
         be quantized and hold NaN or infinity, `WrongStage`, `UserFunctionFailed`.
     """
-    graph = stage if isinstance(stage, Graph) else stage.graph
+    graph = _graph_of(stage)
+    if graph is None:
+        return Failure(WrongStage(type(stage).__name__, "Graph, Prepared, Calibrated, Converted or Lowered"))
     problems = check_sources(graph)
     if problems:
         return Failure(several(problems))
@@ -53,6 +57,20 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     module.training = graph.training
     _keep_attributes(module, graph)
     return Success(module)
+
+
+def _graph_of(stage: object) -> Graph | None:
+    match stage:
+        case Graph():
+            return stage
+        case Prepared():
+            return with_observers(stage)
+        case Calibrated(prepared):
+            return with_observers(prepared)
+        case Converted(graph):
+            return graph
+        case _:
+            return None
 
 
 def _keep_attributes(module: fx.GraphModule, graph: Graph) -> None:

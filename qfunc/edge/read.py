@@ -24,11 +24,19 @@ from qfunc.ir import (
     Token,
     Written,
 )
+from qfunc.ir.node import NamedArgs
 from qfunc.ops import FORMS, Kind, bind, name_of, type_name
 from qfunc.params import Load
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 _INPLACE_FUNCTIONS = frozenset({"operator.setitem", "operator.delitem"})
+_AUGMENTED = frozenset(
+    f"operator.{name}"
+    for name in (
+        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+    )
+)
 
 
 class Reader:
@@ -49,8 +57,9 @@ class Reader:
         """The node in terms of the vocabulary; one that the vocabulary does not know keeps the kind of its own name."""
         match node.op:
             case "placeholder":
-                args = (("default", self.arg(node.args[0])),) if node.args else ()
-                args += (("type", self.arg(node.type)),) if node.type is not None else ()
+                default: NamedArgs = (("default", self.arg(node.args[0])),) if node.args else ()
+                typed: NamedArgs = (("type", self.arg(node.type)),) if node.type is not None else ()
+                args = default + typed
                 return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
             case "output":
                 return Node(

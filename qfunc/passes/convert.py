@@ -1,0 +1,142 @@
+"""`convert`: from a calibrated stage to the reference form, a float graph with explicit quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyrsistent import pmap
+from returns.result import Failure, Success
+
+from qfunc.errors import Unobserved, WrongStage, several
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, map_arg, refs
+from qfunc.ir.node import NamedArgs
+from qfunc.numerics.grid import Affine
+from qfunc.numerics.observers import Observer
+from qfunc.numerics.qparams import QParams
+from qfunc.params import DequantizeWeight, QuantizeWeight
+from qfunc.passes.record import recorded
+from qfunc.passes.stages import Calibrated, Converted, Edge, Prepared
+from qfunc.result import R
+
+
+def convert(calibrated: Calibrated) -> R[Converted]:
+    """The reference form: every quantized value goes through `quantize` and `dequantize`, every weight expression too.
+
+    A value with a site of its own is quantized once, right behind its producer, for all its users; a float value with
+    quantized uses once for each site, for those uses alone. Nothing of the input changes, so that it can be converted
+    any number of times.
+
+    Returns:
+        The converted graph, or `Unobserved` for every site that no data reached, or `WrongStage`.
+    """
+    if not isinstance(calibrated, Calibrated):
+        return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
+    prepared = calibrated.prepared
+    found = _qparams(calibrated)
+    missing = [Unobserved(site) for site, qparams in sorted(found.items()) if qparams is None]
+    if missing:
+        return Failure(several(missing))
+    qparams = {site: _affine(q) for site, q in found.items() if q is not None}
+    graph = _insert(prepared, qparams)
+    intended = {
+        node.id: node.origin.module
+        for node in prepared.graph
+        if node.id in prepared.outputs or node.id in prepared.weights
+    }
+    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.notes))
+
+
+def _qparams(calibrated: Calibrated) -> dict[str, QParams | None]:
+    states = calibrated.statistics.states
+    found: dict[str, QParams | None] = {}
+    for id, site in calibrated.prepared.sites.items():
+        state = states.get(site.key)
+        found[id] = None if state is None else site.observer.finish(state)
+    return found
+
+
+def _affine(qparams: QParams) -> Affine:
+    spec = qparams.spec
+    assert spec.dtype in ("uint8", "int8"), spec
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max)  # type: ignore[arg-type]
+
+
+def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
+    graph = prepared.graph
+    draft = Draft(graph)
+    for value, site in prepared.outputs.items():
+        draft.redirect(value, _quantized(draft, graph[value], qparams[site]))
+    pairs: dict[tuple[str, str], str] = {}
+    turned: dict[str, dict[Edge, str]] = {}
+    position = {id: index for index, id in enumerate(graph.order)}
+    for edge, site in sorted(
+        prepared.inputs.items(), key=lambda item: (position[item[0].user], item[0].slot, item[0].index)
+    ):
+        value = _used(graph[edge.user], edge)
+        if (value, site) not in pairs:
+            pairs[value, site] = _quantized(draft, graph[value], qparams[site])
+        turned.setdefault(edge.user, {})[edge] = pairs[value, site]
+    for user, edges in turned.items():
+        draft.put(_turn(draft[user], edges))
+    for id, observer in prepared.weights.items():
+        draft.put(_quantize_weight(draft[id], observer))
+    return recorded(graph, draft.commit(), "convert", f"backend={prepared.backend}")
+
+
+def _quantized(draft: Draft, node: Node, affine: Affine) -> str:
+    """Insert the pair behind a value; gives the id of the dequantized one."""
+    codes = draft.fresh(f"{node.id}_q")
+    draft.insert_after(
+        node.id,
+        Node(codes, "quantize", (("inputs", (Ref(node.id),)), ("output", affine)), fact=None, origin=Origin(codes)),
+    )
+    floats = draft.fresh(f"{node.id}_dq")
+    args: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
+    draft.insert_after(node.id, Node(floats, "dequantize", args, fact=node.fact, origin=Origin(floats)))
+    return floats
+
+
+def _used(node: Node, edge: Edge) -> str:
+    """The value that an edge carries."""
+    return list(refs(_slot(node, edge.slot)))[edge.index]
+
+
+def _slot(node: Node, slot: str) -> Arg:
+    if slot.startswith("post."):
+        _, position, name = slot.split(".")
+        return node.post[int(position)].get(name)
+    return node.get(slot)
+
+
+def _turn(node: Node, edges: dict[Edge, str]) -> Node:
+    """The node with some of its uses redirected."""
+    args = tuple((name, _turn_arg(value, node.id, name, edges)) for name, value in node.args)
+    post = tuple(
+        PostOp(
+            p.kind,
+            tuple((name, _turn_arg(value, node.id, f"post.{i}.{name}", edges)) for name, value in p.args),
+            p.origin,
+        )
+        for i, p in enumerate(node.post)
+    )
+    return Node(node.id, node.kind, args, post, node.origin, node.fact, node.aliased)
+
+
+def _turn_arg(arg: Arg, user: str, slot: str, edges: dict[Edge, str]) -> Arg:
+    count = -1
+
+    def leaf(value: Arg) -> Arg:
+        nonlocal count
+        if not isinstance(value, Ref):
+            return value
+        count += 1
+        return Ref(edges.get(Edge(user, slot, count), value.id))
+
+    return map_arg(arg, leaf)
+
+
+def _quantize_weight(node: Node, observer: Observer[Any]) -> Node:
+    weight = node.get("weight")
+    assert isinstance(weight, Expression)
+    return node.with_args(weight=DequantizeWeight(QuantizeWeight(weight, observer)))

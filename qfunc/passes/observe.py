@@ -1,0 +1,34 @@
+"""The graph of a prepared stage with its observers written in, and the graph with them erased again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token
+from qfunc.passes.stages import Prepared
+
+
+def with_observers(prepared: Prepared) -> Graph:
+    """The graph in which an `observe` node follows every observed value; it hands its input on unchanged.
+
+    Observers of one site carry the same module path, so that they are one module.
+    """
+    graph = prepared.graph
+    draft = Draft(graph)
+    objects = graph.objects
+    for index, (_, site) in enumerate(sorted(prepared.sites.items())):
+        token = Token(f"observer:{site.id}")
+        objects = objects.set(token.id, Opaque(site))
+        path = f"activation_post_process_{index}"
+        for tap in site.taps:
+            id = draft.fresh(f"{tap}_observed")
+            args = (("inputs", (Ref(tap),)), ("site", token))
+            draft.insert_after(tap, Node(id, "observe", args, origin=Origin(path)))
+    return replace(draft.commit(), objects=objects)
+
+
+def erase_observers(graph: Graph) -> Graph:
+    """The graph without `observe` nodes: the inverse of `with_observers`, but for its side table."""
+    draft = Draft(graph)
+    draft.erase(node.id for node in graph if node.kind == "observe")
+    return draft.commit()

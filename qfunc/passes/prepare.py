@@ -1,0 +1,250 @@
+"""`prepare`: decide which values are quantized and what observes them. The graph itself is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pyrsistent import pmap
+from returns.result import Failure, Success
+
+from qfunc.backends.cpu import CPU
+from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
+from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, qconfigs, resolve_qconfigs
+from qfunc.errors import Problem, UnsupportedDType, WrongStage, several
+from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs
+from qfunc.numerics.observers import FixedQParams, Observer, validate_observer
+from qfunc.ops import BY_NAME
+from qfunc.passes.stages import Edge, Prepared, Site
+from qfunc.result import R
+
+
+def prepare(
+    graph: Graph, qconfig_mapping: QConfigMapping | None = None, *, backend: BackendConfig = CPU
+) -> R[Prepared]:
+    """The graph with observation sites for static quantization, by the rules of `backend` and the configuration.
+
+    The operands of a quantized operator are observed, and its result, unless it shares its input's qparams (then one
+    site serves both; sites that share a value through `cat` become one, transitively). A value whose memory is changed
+    in place, or that is not floating point, is never observed.
+
+    Args:
+        graph: a traced, usually fused graph.
+        qconfig_mapping: what to quantize, and how; by default the backend's own.
+        backend: what can be quantized.
+
+    Returns:
+        The prepared graph, or all of: `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig`
+        for impossible observers, `UnsupportedDType` for dtypes that the backend does not list for an operator.
+    """
+    if not isinstance(graph, Graph):
+        return Failure(WrongStage(type(graph).__name__, "Graph"))
+    mapping = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
+    problems = list(problems_of(mapping, graph))
+    for qconfig in dict.fromkeys(qconfigs(mapping)):
+        problems += [*validate_observer(qconfig.activation), *validate_observer(qconfig.weight)]
+    if problems:
+        return Failure(several(problems))
+    plan = _Plan(graph, mapping, backend)
+    if plan.problems:
+        return Failure(several(plan.problems))
+    return Success(plan.prepared())
+
+
+class _Plan:
+    """The decisions about one graph, made in two walks: what is quantized, then with which site."""
+
+    def __init__(self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig) -> None:
+        self.graph = graph
+        self.backend = backend
+        self.problems: list[Problem] = []
+        self.notes: list[Note] = []
+        self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
+        self._numbers = _non_tensors(graph)
+        for node, qconfig in ((node, qconfig) for node, qconfig in _configured(graph, mapping)):
+            row = backend.operator(node)
+            if row is not None and self._can_quantize(node, row, qconfig):
+                self._chosen[node.id] = (row, qconfig)
+        self._read_quantized = self._keep_useful() if backend.lazy else None
+        self._sites = _Sites()
+        self._outputs: dict[str, int] = {}
+        self._inputs: dict[Edge, int] = {}
+        for node in graph:
+            if node.id in self._chosen:
+                self._place(node, *self._chosen[node.id])
+
+    def prepared(self) -> Prepared:
+        """The decisions as a value."""
+        names, sites = self._sites.named(self.graph.order)
+        return Prepared(
+            self.graph,
+            pmap(sites),
+            pmap({value: names[self._sites.root(site)] for value, site in self._outputs.items()}),
+            pmap({edge: names[self._sites.root(site)] for edge, site in self._inputs.items()}),
+            pmap({id: q.weight for id, (_, q) in self._chosen.items() if _has_weight(self.graph[id])}),
+            self.backend.name,
+            tuple(self.notes),
+        )
+
+    def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
+        operands = list(self._operands(node))
+        reason = ""
+        if node.aliased or any(self.graph[value].aliased for _, value in operands):
+            reason = "its memory is changed in place"
+        elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
+            return False
+        elif row.observation is Observation.BY_TENSORS and not self._numeric_rest(node):
+            reason = "an operand is neither a tensor nor a number"
+        elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
+            reason = "its weight is computed by the graph"
+        if reason:
+            self.notes.append(Note(node.id, f"stays float: {reason}"))
+            return False
+        dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
+        if _has_weight(node):
+            dtypes.append(("weight", qconfig.weight.spec.dtype, row.dtypes.weight))
+        for what, dtype, allowed in dtypes:
+            if dtype not in allowed:
+                text = f"{self.backend.name} runs {node.kind} with {what} {' or '.join(allowed)}, not {dtype}"
+                self.problems.append(UnsupportedDType(node.origin.module or node.id, text))
+        return True
+
+    def _operands(self, node: Node) -> Iterator[tuple[Edge, str]]:
+        """The activation operands that are tensors, with their edges."""
+        for slot in BY_NAME[node.kind].tensors:
+            for index, value in enumerate(refs(node.get(slot))):
+                if value not in self._numbers:
+                    yield Edge(node.id, slot, index), value
+        for position, post in enumerate(node.post):
+            for name, arg in post.args:
+                for index, value in enumerate(refs(arg)):
+                    yield Edge(node.id, f"post.{position}.{name}", index), value
+
+    def _numeric_rest(self, node: Node) -> bool:
+        """Whether the operands that are not tensors are plain numbers."""
+        rest = [node.get(slot) for slot in ("input", "other") if not isinstance(node.get(slot), Ref)]
+        refs_ok = all(v not in self._numbers for slot in ("input", "other") for v in refs(node.get(slot)))
+        return refs_ok and all(isinstance(value, (int, float)) for value in rest)
+
+    def _shares(self, node: Node, row: OperatorConfig) -> bool:
+        if row.observation is Observation.BY_TENSORS:
+            return sum(1 for _ in self._operands(node)) == 1
+        return row.observation is Observation.SHARED
+
+    def _keep_useful(self) -> set[str]:
+        """Drop rearrangements whose result nobody reads quantized; gives the values that are read quantized."""
+        wanted: set[str] = set()
+        for id in reversed(self.graph.order):
+            if id not in self._chosen:
+                continue
+            node = self.graph[id]
+            if self._shares(node, self._chosen[id][0]) and id not in wanted:
+                del self._chosen[id]
+                continue
+            wanted.update(value for _, value in self._operands(node))
+        return wanted
+
+    def _place(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> None:
+        operands = list(self._operands(node))
+        for edge, value in operands:
+            if value not in self._outputs:
+                self._inputs[edge] = self._sites.on_input(value, qconfig.activation)
+        sites = [self._outputs[value] if value in self._outputs else self._inputs[edge] for edge, value in operands]
+        if self._shares(node, row):
+            shared = self._sites.join(sites)
+            if self.backend.observe_shared_outputs:
+                self._sites.tap(shared, node.id)
+            self._outputs[node.id] = shared
+        elif self._read_quantized is None or not row.float_output or node.id in self._read_quantized:
+            observer = qconfig.activation if row.fixed is None else row.fixed
+            self._outputs[node.id] = self._sites.new(node.id, observer)
+
+
+class _Sites:
+    """Sites under construction: a disjoint-set forest, so that sharing is transitive."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._observers: list[Observer[Any]] = []
+        self._taps: list[dict[str, None]] = []
+        self._of_input: dict[tuple[str, Observer[Any]], int] = {}
+
+    def new(self, value: str, observer: Observer[Any]) -> int:
+        """A site that taps one value."""
+        self._parent.append(len(self._parent))
+        self._observers.append(observer)
+        self._taps.append({value: None})
+        return len(self._parent) - 1
+
+    def on_input(self, value: str, observer: Observer[Any]) -> int:
+        """The site of a float value's quantized uses: one for each observer."""
+        key = (value, observer)
+        if key not in self._of_input:
+            self._of_input[key] = self.new(value, observer)
+        return self._of_input[key]
+
+    def root(self, site: int) -> int:
+        """The site that a joined one has become."""
+        while self._parent[site] != site:
+            self._parent[site] = self._parent[self._parent[site]]
+            site = self._parent[site]
+        return site
+
+    def tap(self, site: int, value: str) -> None:
+        """Have a site see one more value."""
+        self._taps[self.root(site)][value] = None
+
+    def join(self, sites: Iterable[int]) -> int:
+        """Make sites one. Its observer is that of the first that measures, so that a fixed range clips no other."""
+        roots = list(dict.fromkeys(self.root(site) for site in sites))
+        first = next((r for r in roots if not isinstance(self._observers[r], FixedQParams)), roots[0])
+        for other in roots:
+            if other != first:
+                self._parent[other] = first
+                self._taps[first].update(self._taps[other])
+        return first
+
+    def named(self, order: Iterable[str]) -> tuple[dict[int, str], dict[str, Site]]:
+        """The names of the roots, and the sites by name. A site is called after the first value it taps."""
+        position = {id: index for index, id in enumerate(order)}
+        names: dict[int, str] = {}
+        sites: dict[str, Site] = {}
+        for index in (i for i, parent in enumerate(self._parent) if parent == i):
+            taps = tuple(sorted(self._taps[index], key=position.__getitem__))
+            names[index] = fresh_id(taps[0], sites)
+            sites[names[index]] = Site(names[index], self._observers[index], taps)
+        return names, sites
+
+
+def _configured(graph: Graph, mapping: QConfigMapping) -> Iterator[tuple[Node, QConfig]]:
+    for id, qconfig in resolve_qconfigs(mapping, graph).items():
+        node = graph[id]
+        if qconfig is not None and node.kind in BY_NAME:
+            yield node, qconfig
+
+
+def _has_weight(node: Node) -> bool:
+    """Whether the node has a weight that is quantized: that of a batch norm is not."""
+    return node.kind != "batch_norm" and node.has("weight") and isinstance(node.get("weight"), Expression)
+
+
+def _not_float(node: Node) -> bool:
+    """Whether an example showed the value to be something else than a floating-point tensor."""
+    fact = node.fact
+    return isinstance(fact, TensorFact) and not fact.dtype.startswith(("float", "bfloat"))
+
+
+_NUMBERS = frozenset({".size", ".dim", ".numel", ".ndimension", "builtins.len"})
+_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+
+
+def _non_tensors(graph: Graph) -> set[str]:
+    """Values that are numbers, sizes or other non-tensors: sizes of tensors, and what is computed from such alone."""
+    found: set[str] = set()
+    for node in graph:
+        used = list(node.uses())
+        attribute = node.kind == "builtins.getattr" and node.get("1") in _ATTRIBUTES
+        derived = bool(used) and node.kind not in ("output", "cat") and all(value in found for value in used)
+        if node.kind in _NUMBERS or attribute or (derived and not isinstance(node.fact, TensorFact)):
+            found.add(node.id)
+    return found

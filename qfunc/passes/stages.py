@@ -1,0 +1,100 @@
+"""The stages that a graph passes through, as values. Each holds the graph it is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from pyrsistent import PMap, pmap
+
+from qfunc.ir import Graph, Note
+from qfunc.numerics.observers import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One use of a value: the `index`-th reference in the argument `slot` of the node `user`.
+
+    Arguments of post-ops have slots `post.0.other`, ....
+    """
+
+    user: str
+    slot: str
+    index: int = 0
+
+
+Key: TypeAlias = tuple[tuple[str, ...], Any]
+"""What a statistic is filed under: the values observed, and the kind of statistic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place of observation: `observer` sees the values `taps`, in graph order; all that use it share qparams."""
+
+    id: str
+    observer: Observer[Any]
+    taps: tuple[str, ...]
+
+    @property
+    def key(self) -> Key:
+        """What its statistic is filed under; equal for observers that measure the same."""
+        return self.taps, self.observer.statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A graph and its observation sites, as data.
+
+    `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
+    are float otherwise; `weights` maps nodes to the observers of their weights.
+    """
+
+    graph: Graph
+    sites: PMap[str, Site]
+    outputs: PMap[str, str]
+    inputs: PMap[Edge, str]
+    weights: PMap[str, Observer[Any]]
+    backend: str
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was measured on the values of one graph, by key; independent of the configuration that asked for it."""
+
+    graph: str
+    """The digest of the fused graph."""
+    states: PMap[Key, Any] = field(default_factory=pmap)
+    batches: int = 0
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A prepared graph and the statistics of the data that was run through it."""
+
+    prepared: Prepared
+    statistics: Statistics
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that was observed."""
+        return self.prepared.graph
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The reference form: a float graph with quantize and dequantize nodes and quantized weight expressions."""
+
+    graph: Graph
+    backend: str
+    intended: PMap[str, str] = field(default_factory=pmap)
+    """The nodes that are meant to run on integers, and the path of the module each comes from."""
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+
+    __hash__ = None  # type: ignore[assignment]
