@@ -32,7 +32,7 @@ _STEP = 1e-5
 _ELEMENTS = 1 << 17
 """How many values are binned at a time: few enough to stay in the cache between the operations."""
 
-_CANDIDATES = 32
+_CANDIDATES = 8
 """How many candidate ranges are judged at a time."""
 
 

@@ -59,7 +59,7 @@ class RangeState:  # noqa: PLW1641 - compared, never a key
     @property
     def observed(self) -> bool:
         """Whether any value was seen."""
-        return self.minimum.dim() > 0 or not self.minimum.item() > self.maximum.item()
+        return self.minimum.dim() > 0 or (self.minimum.item(), self.maximum.item()) != (math.inf, -math.inf)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RangeState):
@@ -130,13 +130,16 @@ class MovingAverageStatistic:
         new = _range(tensor, self.ch_axis)
         if not state.observed:
             return new
-        return RangeState(self._moved(state.minimum, new.minimum), self._moved(state.maximum, new.maximum))
-
-    def _moved(self, old: Tensor, new: Tensor) -> Tensor:
         c = self.averaging_constant
-        moved = old + c * (new - old)
-        # the difference of two numbers near the ends of float32 overflows, their average does not
-        return moved if torch.isfinite(moved).all() else old * (1 - c) + new * c
+        minimum = state.minimum + c * (new.minimum - state.minimum)
+        maximum = state.maximum + c * (new.maximum - state.maximum)
+        width = maximum - minimum
+        if not ((width >= 0) & (width < math.inf)).all():
+            # Differences of large numbers overflow or cancel, down to a minimum above the maximum. The convex form
+            # does neither, but rounds otherwise than torch.ao.
+            minimum = state.minimum * (1 - c) + new.minimum * c
+            maximum = state.maximum * (1 - c) + new.maximum * c
+        return RangeState(minimum, maximum)
 
 
 @dataclass(frozen=True, slots=True)
