@@ -106,7 +106,9 @@ def check_host() -> HostReport:
 
 
 def _onednn_usable() -> bool:
-    return torch.backends.mkldnn.is_available() and all(operator("onednn", *name) for name in _ONEDNN_OPERATORS)
+    return bool(torch.backends.mkldnn.is_available()) and all(  # type: ignore[no-untyped-call]
+        operator("onednn", *name) for name in _ONEDNN_OPERATORS
+    )
 
 
 def _isa() -> tuple[str, ...]:

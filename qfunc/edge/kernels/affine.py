@@ -36,6 +36,7 @@ class Quantize(Kernel):
         return round_to_codes(x.mul(self._inverse), self.output)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return str(self.output)
 
 
@@ -55,6 +56,7 @@ class Dequantize(Kernel):
         return x.to(torch.float32).sub_(self.input.zero_point).mul_(self.input.scale)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return str(self.input)
 
 
@@ -73,6 +75,8 @@ class Table(Kernel):
     `table` is indexed by the bit pattern of the code (for `int8`: -1 is at 255) and has any dtype; it is computed from
     literals, so it is no state. Large inputs are looked up two codes at a time.
     """
+
+    table: Tensor
 
     def __init__(self, table: Tensor, label: str = "table") -> None:
         super().__init__()
@@ -106,6 +110,7 @@ class Table(Kernel):
         return found.as_strided(dense.shape, dense.stride())
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return self.label
 
 
@@ -162,6 +167,7 @@ class Clamp(Kernel):
         return x.clamp(self.low, self.high)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"low={self.low}, high={self.high}"
 
 

@@ -33,6 +33,7 @@ class _Arithmetic(Kernel):
         )
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         post_op = "" if self.post_op == "none" else f", {self.post_op}"
         return f"{self.left}, {self.right} -> {self.output}{post_op}"
 
@@ -55,12 +56,13 @@ class Add(_Arithmetic):
         """The codes of the sum."""
         a = x.to(torch.float32)
         b = y.to(torch.float32)
+        # The shift goes to the smaller operand; a sum of equal shapes is taken in place.
         if a.numel() < b.numel():
             total = a.mul_(self._left).add_(self._shift).add(b, alpha=self._right)
-        elif a.shape == torch.broadcast_shapes(a.shape, b.shape):
-            total = a.mul_(self._left).add_(b.mul_(self._right).add_(self._shift))
         else:
-            total = a.mul_(self._left).add(b.mul_(self._right).add_(self._shift))
+            a.mul_(self._left)
+            b.mul_(self._right).add_(self._shift)
+            total = a.add_(b) if a.shape == b.shape else a.add(b)
         return round_to_codes(total, self._rounding)
 
 
@@ -108,6 +110,7 @@ class Cat(Kernel):
         return torch.cat([table(x) for table, x in zip(self._tables, tensors, strict=True)], self.dim)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"{len(self.inputs)} tensors -> {self.output}, dim={self.dim}"
 
 

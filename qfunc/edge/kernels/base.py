@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ TORCH_DTYPE: dict[str, torch.dtype] = {"uint8": torch.uint8, "int8": torch.int8,
 # 1.5 * 2**23: adding it to a float32 below 2**22 leaves round-half-even(x) in the low mantissa bits.
 _MAGIC = 12582912.0
 _MAGIC_BITS = 0x4B400000
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 PACKS_KEPT = 8
 """How many packed forms (one per spatial shape) a kernel keeps."""
@@ -56,6 +58,9 @@ class Kernel(nn.Module):
     buffer in place call `drop_packs`.
     """
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
     _packs: dict[Hashable, Any]
 
     def __init__(self) -> None:
@@ -89,11 +94,11 @@ class Kernel(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._fresh_packs()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self.drop_packs()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kernel:
@@ -110,13 +115,29 @@ class Kernel(nn.Module):
 
         The oneDNN primitives read out of bounds or stop the process on some of what is refused here.
         """
-        channels = weight.shape[0]
-        assert weight.dtype == torch.int8 and weight.numel() > 0, f"weight {weight.dtype} {tuple(weight.shape)}"
-        assert weight_scale.dtype == torch.float32 and weight_scale.shape == (channels,), "one float32 scale a channel"
-        assert bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)), "one float32 bias a channel"
+        check_weight(weight, weight_scale)
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == weight_scale.shape), (
+            "one float32 bias a channel"
+        )
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
+
+
+def check_weight(weight: Tensor, weight_scale: Tensor) -> None:
+    """Assert that a weight is non-empty `int8` with one float32 scale per output channel."""
+    assert weight.dtype == torch.int8, f"weight is {weight.dtype}"
+    assert weight.numel() > 0, f"weight is empty: {tuple(weight.shape)}"
+    assert weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}"
+    assert weight_scale.shape == weight.shape[:1], f"weight_scale {tuple(weight_scale.shape)}"
+
+
+def outside_compile(function: _Function) -> _Function:
+    """Run `function` as eager code inside `torch.compile`: a graph break, with the same numbers.
+
+    Packed weights are opaque oneDNN tensors, which a compiler cannot trace.
+    """
+    return cast("_Function", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def operator(namespace: str, name: str, overload: str = "default") -> Any:

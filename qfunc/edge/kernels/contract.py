@@ -1,8 +1,8 @@
 """What each kernel must compute, on inputs that bring out what kernels get wrong.
 
 A reference is the float64 meaning of the kernel, in units of output codes and not yet rounded:
-`clamp(f(dequantize(x)) / scale + zero_point)`. A kernel keeps its contract when every code is within one step of it, and
-all but one in a hundred are correctly rounded (either way, on a tie).
+`clamp(f(dequantize(x)) / scale + zero_point)`. A kernel keeps its contract when every code is within one step of it,
+and all but one in a hundred are correctly rounded (either way, on a tie).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def disagreement(got: Tensor, real: Tensor, output: Affine | None) -> str:
     if not got.numel():
         return ""
     if output is None:
-        error = (got.double() - real).abs().max().item() / max(real.abs().max().item(), 1e-30)
-        return "" if error <= _RELATIVE else f"off by {error:.2g} of the largest value"
+        relative = (got.double() - real).abs().max().item() / max(real.abs().max().item(), 1e-30)
+        return "" if relative <= _RELATIVE else f"off by {relative:.2g} of the largest value"
     low, high = output.bounds
     exact = (real / output.scale + output.zero_point).clamp(low, high)
     error = (got.double() - exact).abs()

@@ -114,7 +114,7 @@ def conv_samples(dims: int, layout: PairLayout, *, add: bool) -> Iterator[Sample
             call = ConvCall(
                 _INPUT.scale, _ZERO_POINTS[turn % 3], 1.0, 0, "float32",
                 (shape.stride,) * dims, (shape.padding,) * dims, (shape.dilation,) * dims, shape.groups,
-                post_op=("none", "relu")[turn % 2],  # type: ignore[arg-type]
+                post_op=("none", "relu")[turn % 2],
             )  # fmt: skip
             setup = ConvSetup(weight, scale, bias if turn % 4 else None, call)
             sample = Sample(f"{shape}, {label}", (codes,), setup, None)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator
+from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator, outside_compile
 from qfunc.numerics.grid import Affine
 
 PostOp: TypeAlias = Literal["none", "relu"]
@@ -63,7 +63,7 @@ class OnednnConv(Kernel):
     """A 1d, 2d or 3d convolution, any groups, on `uint8` codes; the result is channels-last.
 
     `weight` is `int8 [out_channels, in_channels / groups, *kernel]`, symmetric per output channel with `weight_scale`
-    (`float32 [out_channels]`); `bias` is `float32 [out_channels]` or None. Input is a plain `uint8` tensor in any memory
+    (`float32 [out_channels]`); `bias` is `float32 [out_channels]` or None. Input is plain `uint8` in any memory
     format, batched or not; output is plain codes or float32. Within one step of the float convolution of the
     dequantized codes, as long as no pair of products saturates int16 (`qfunc.numerics.saturation`).
     """
@@ -90,7 +90,7 @@ class OnednnConv(Kernel):
                 return _pointwise(x, *entry)  # type: ignore[no-any-return]
         return self._run(x)
 
-    @torch.compiler.disable
+    @outside_compile
     def _uncompiled(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
@@ -147,6 +147,7 @@ class OnednnConv(Kernel):
         return torch.empty(shape, dtype=TORCH_DTYPE[self.call.output_dtype])
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         call, shape = self.call, tuple(self.weight.shape)
         post_op = "" if call.post_op == "none" else f", {call.post_op}"
         mode = "" if call.padding_mode == "zeros" else f" ({call.padding_mode})"
@@ -193,7 +194,7 @@ class OnednnConvAdd(OnednnConv):
             return self._sum(x.unsqueeze(2), other.unsqueeze(2)).squeeze(2)
         return self._sum(x, other)
 
-    @torch.compiler.disable
+    @outside_compile
     def _uncompiled_add(self, x: Tensor, other: Tensor) -> Tensor:
         return self.forward(x, other)
 
@@ -227,11 +228,12 @@ class OnednnConvAdd(OnednnConv):
         head = (scale, zero_point, packed, self.weight_scale, zeros)
         output = (call.output_scale, call.output_zero_point, torch.uint8, self.other.scale, self.other.zero_point)
         relu = "relu" if call.post_op == "relu" else None
-        tail = (self.bias, *geometry, *output, "sum", 1.0, relu, [], None)
+        tail: tuple[Any, ...] = (self.bias, *geometry, *output, "sum", 1.0, relu, [], None)
         size = self._output_size(flat)
         return head, tail, (weight.shape[0], *((1, *size) if self._dims == 1 else size))
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"{super().extra_repr()}, other={self.other}, overwrite={self.overwrite}"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator
+from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator, outside_compile
 from qfunc.edge.kernels.conv import output_affine
 from qfunc.numerics.grid import Affine, CodeDType
 
@@ -72,7 +72,7 @@ class OnednnLinear(Kernel):
             return torch.empty((*x.shape[:-1], self.weight.shape[0]), dtype=TORCH_DTYPE[self.call.output_dtype])
         return _pointwise(x, *entry)  # type: ignore[no-any-return]
 
-    @torch.compiler.disable
+    @outside_compile
     def _uncompiled(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
@@ -86,6 +86,7 @@ class OnednnLinear(Kernel):
         return (*given, *output, post_op, [], algorithm)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         call = self.call
         post_op = "" if call.post_op == "none" else f", {call.post_op}"
         return (

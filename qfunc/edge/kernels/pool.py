@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Kernel, operator, round_to_codes
+from qfunc.edge.kernels.base import Kernel, operator, outside_compile, round_to_codes
 from qfunc.numerics.grid import Affine
 
 _max_pool2d = operator("quantized", "max_pool2d")
@@ -59,7 +59,7 @@ class MaxPool(Kernel):
             return self._pool(x.view(torch.uint8).bitwise_xor(128)).bitwise_xor_(128).view(torch.int8)
         return self._pool(x)
 
-    @torch.compiler.disable
+    @outside_compile
     def _uncompiled(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
@@ -76,14 +76,15 @@ class MaxPool(Kernel):
 
     def _pool3d(self, x: Tensor) -> Tensor:
         """A box's maximum is the maximum over depth of the maxima over height and width."""
-        batch, channels, depth = x.shape[:3]
+        batch, _channels, depth = x.shape[:3]
         planes = x.movedim(2, 1).flatten(0, 1)
         planes = _pool_along(planes, self._window, (1, 2))
         height, width = planes.shape[2:]
-        columns = planes.unflatten(0, (batch, depth)).movedim(2, 1).flatten(3)
-        return _pool_along(columns, self._window, (0, None)).unflatten(3, (height, width))
+        columns = planes.reshape(batch, depth, *planes.shape[1:]).movedim(2, 1).flatten(3)
+        return _pool_along(columns, self._window, (0, None)).unflatten(3, (height, width))  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, ceil_mode={self.ceil_mode}"
@@ -128,6 +129,7 @@ class Average(Kernel):
         return round_to_codes(mean.mul_(self._ratio), self.output)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"{self.given} -> {self.output}"
 
 
@@ -161,9 +163,11 @@ class AvgPool(Average):
         self._function = _AVG_POOL[dims]
 
     def average(self, x: Tensor) -> Tensor:
+        """The float32 average."""
         return self._function(x, *self._options)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"{self._options}, {super().extra_repr()}"
 
 
@@ -177,11 +181,13 @@ class AdaptiveAvgPool(Average):
         self._all = set(output_size) == {1}
 
     def average(self, x: Tensor) -> Tensor:
+        """The float32 average."""
         if self._all:
             return x.mean(tuple(range(-len(self.output_size), 0)), keepdim=True)
         return self._function(x, self.output_size)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"{self.output_size}, {super().extra_repr()}"
 
 
@@ -194,7 +200,9 @@ class Mean(Average):
         self.keepdim = keepdim
 
     def average(self, x: Tensor) -> Tensor:
+        """The float32 average."""
         return x.mean(self.dim or None, keepdim=self.keepdim)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"dim={self.dim}, keepdim={self.keepdim}, {super().extra_repr()}"

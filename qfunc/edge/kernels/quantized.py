@@ -12,11 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from qfunc.edge.kernels.base import check_weight
 from qfunc.numerics.grid import Affine
 
 TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
@@ -59,9 +60,11 @@ class QuantizeTensor(nn.Module):
         self.zero_point: int = output.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         return torch.quantize_per_tensor(x.to(torch.float32), self.scale, self.zero_point, torch.quint8)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"scale={self.scale:.6g}, zero_point={self.zero_point}"
 
 
@@ -69,18 +72,24 @@ class DequantizeTensor(nn.Module):
     """A quantized tensor to float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         return x.dequantize()
 
 
 class _Packed(nn.Module):
     """Weights as `int8` and float32 buffers, and torch's packed object, made from them and never part of the state."""
 
+    if TYPE_CHECKING:  # torch.jit.script would read these annotations as attributes, and not understand them
+        weight: Tensor
+        weight_scale: Tensor
+        bias: Tensor | None
+
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, engine: TorchEngine) -> None:
         super().__init__()
-        channels = weight.shape[0]
-        assert weight.dtype == torch.int8 and weight.numel() > 0, f"weight {weight.dtype} {tuple(weight.shape)}"
-        assert weight_scale.dtype == torch.float32 and weight_scale.shape == (channels,), "one float32 scale a channel"
-        assert bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)), "one float32 bias a channel"
+        check_weight(weight, weight_scale)
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == weight_scale.shape), (
+            "one float32 bias a channel"
+        )
         self.training = False
         self.engine: str = engine
         self.register_buffer("weight", weight)
@@ -111,12 +120,12 @@ class _Packed(nn.Module):
 
     @torch.jit.unused
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.repack()
 
     @torch.jit.unused
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self.repack()
 
     @torch.jit.unused
@@ -158,6 +167,7 @@ class _QuantizedConv(_Packed):
         return prepack(self._quantized_weight(), self.bias, *geometry)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return (
             f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
             f"groups={self.groups}, relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}, "
@@ -169,27 +179,36 @@ class QuantizedConv1d(_QuantizedConv):
     """`quantized.conv1d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         if self.relu:
-            return torch.ops.quantized.conv1d_relu(x, self.packed, self.scale, self.zero_point)
-        return torch.ops.quantized.conv1d(x, self.packed, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.conv1d_relu(x, self.packed, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.conv1d(x, self.packed, self.scale, self.zero_point)
+        return out
 
 
 class QuantizedConv2d(_QuantizedConv):
     """`quantized.conv2d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         if self.relu:
-            return torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
-        return torch.ops.quantized.conv2d(x, self.packed, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.conv2d(x, self.packed, self.scale, self.zero_point)
+        return out
 
 
 class QuantizedConv3d(_QuantizedConv):
     """`quantized.conv3d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         if self.relu:
-            return torch.ops.quantized.conv3d_relu(x, self.packed, self.scale, self.zero_point)
-        return torch.ops.quantized.conv3d(x, self.packed, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.conv3d_relu(x, self.packed, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.conv3d(x, self.packed, self.scale, self.zero_point)
+        return out
 
 
 QUANTIZED_CONV = {1: QuantizedConv1d, 2: QuantizedConv2d, 3: QuantizedConv3d}
@@ -220,11 +239,15 @@ class QuantizedLinear(_Packed):
         return torch.ops.quantized.linear_prepack(self._quantized_weight(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
         if self.relu:
-            return torch.ops.quantized.linear_relu(x, self.packed, self.scale, self.zero_point)
-        return torch.ops.quantized.linear(x, self.packed, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.linear_relu(x, self.packed, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.linear(x, self.packed, self.scale, self.zero_point)
+        return out
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return (
             f"{self.weight.shape[1]}, {self.weight.shape[0]}, relu={self.relu}, scale={self.scale:.6g}, "
             f"zero_point={self.zero_point}, engine={self.engine}"
@@ -241,14 +264,18 @@ class QuantizedAdd(nn.Module):
         self.relu: bool = relu
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quantized result."""
         # The operator sizes its result by the first operand, and warns where the second is larger.
         if x.numel() < y.numel():
             x, y = y, x
         if self.relu:
-            return torch.ops.quantized.add_relu(x, y, self.scale, self.zero_point)
-        return torch.ops.quantized.add(x, y, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.add_relu(x, y, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.add(x, y, self.scale, self.zero_point)
+        return out
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}"
 
 
@@ -262,13 +289,17 @@ class QuantizedMul(nn.Module):
         self.relu: bool = relu
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The quantized result."""
         if x.numel() < y.numel():
             x, y = y, x
         if self.relu:
-            return torch.ops.quantized.mul_relu(x, y, self.scale, self.zero_point)
-        return torch.ops.quantized.mul(x, y, self.scale, self.zero_point)
+            fused: Tensor = torch.ops.quantized.mul_relu(x, y, self.scale, self.zero_point)
+            return fused
+        out: Tensor = torch.ops.quantized.mul(x, y, self.scale, self.zero_point)
+        return out
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}"
 
 
@@ -282,7 +313,10 @@ class QuantizedCat(nn.Module):
         self.dim: int = dim
 
     def forward(self, tensors: list[Tensor]) -> Tensor:
-        return torch.ops.quantized.cat(tensors, self.dim, self.scale, self.zero_point)
+        """The quantized result."""
+        out: Tensor = torch.ops.quantized.cat(tensors, self.dim, self.scale, self.zero_point)
+        return out
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"dim={self.dim}, scale={self.scale:.6g}, zero_point={self.zero_point}"
