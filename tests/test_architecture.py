@@ -29,7 +29,7 @@ each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(
 
 def layer(module: str) -> str:
     """The layer of a dotted module name: "qfunc.ir.graph" is in "ir"."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def module_name(path: Path) -> str:

@@ -121,8 +121,12 @@ def test_an_unknown_family_is_refused() -> None:
 
 
 def test_programs_shrink() -> None:
-    found = find(programs(), lambda program: any(" + " in line for line in program.body), random=random.Random(0))
-    assert len(found.body) <= 2
+    strategy = programs(max_nodes=5, families=("conv", "activation", "arithmetic"))
+    few = settings(max_examples=300, derandomize=True)
+    found = find(strategy, lambda program: any(" + " in line for line in program.body), settings=few)
+    assert len(found.body) == 1
+    assert len(found.inputs) == 1
+    assert not found.setup
 
 
 def _features(program: Program) -> set[str]:
@@ -160,14 +164,41 @@ def test_a_hundred_programs_have_every_feature() -> None:
     assert not missing
 
 
-def test_aliasing_reads_what_was_overwritten() -> None:
-    def reads_alias(program: Program) -> bool:
-        case = build(program)
-        detached = copy.deepcopy(program)
-        return any("_(" in line for line in detached.body) and len(case.example_inputs) > 0
+def test_aliasing_programs_read_what_was_overwritten() -> None:
+    families = ("conv", "shape", "identity", "inplace")
+    overwritten = {
+        aliasing: sum(
+            _reads_overwritten(write_program(random.Random(seed).choice, families=families, aliasing=aliasing))
+            for seed in range(100)
+        )
+        for aliasing in (False, True)
+    }
+    assert overwritten[False] == 0
+    assert overwritten[True] > 10
 
-    written = [write_program(random.Random(seed).choice, aliasing=True) for seed in range(60)]
-    assert any(map(reads_alias, written))
+
+def _reads_overwritten(program: Program) -> bool:
+    """Whether the outputs change when every in-place operator of the traced model writes to a copy."""
+    case = build(program)
+    graph = torch.fx.symbolic_trace(case.module)
+    output = run(graph, case.example_inputs)
+    copied = _OutOfPlace(graph).run(*copy.deepcopy(case.example_inputs))
+    return (
+        max_abs_error(output, copied) > 1e-4
+    )  # sums over copies, which have other strides, may differ in the last bit
+
+
+class _OutOfPlace(torch.fx.Interpreter):
+    """Gives in-place operators a copy of their operand; a result that nothing reads goes by the operand's name."""
+
+    def run_node(self, n: torch.fx.Node):
+        operand = n.args[0] if n.args and isinstance(n.args[0], torch.fx.Node) else None
+        held = self.env.get(operand)
+        if isinstance(held, torch.Tensor):
+            self.env[operand] = held.clone()
+        with torch.no_grad():
+            result = super().run_node(n)
+        return result.clone() if isinstance(result, torch.Tensor) else result
 
 
 def test_hypothesis_is_imported_late() -> None:
@@ -230,12 +261,10 @@ def test_oracle_has_the_engines(backend: str) -> None:
 
 @with_oracle
 def test_oracle_hides_only_its_own_warnings() -> None:
-    model, inputs = ZOO[0].build()
-
     class Loud(torch.nn.Module):
         def forward(self, x):
             warnings.warn("mine", UserWarning, stacklevel=2)
-            return model(x)
+            return x.relu()
 
     with pytest.warns(UserWarning, match="mine"):
         oracle.fuse(Loud().eval())
@@ -245,8 +274,8 @@ def test_oracle_hides_only_its_own_warnings() -> None:
 
 
 def test_shared_images_fit_the_shared_model(cifar) -> None:
-    logits = run(cifar.model, (cifar.images[:50],))
-    assert (logits.argmax(1) == cifar.labels[:50]).float().mean() > 0.8
+    logits = run(cifar.model, (cifar.images[:100],))
+    assert (logits.argmax(1) == cifar.labels[:100]).float().mean() > 0.75
     assert cifar.calibration.shape == (1000, 3, 32, 32)
 
 

@@ -81,11 +81,13 @@ def _leaves(value: object, path: tuple[object, ...]) -> Iterator[tuple[tuple[obj
     """The tensors and plain values of a nested output, each with its place."""
     match value:
         case dict():
+            yield (*path, dict, len(value)), None
             for key, part in value.items():
                 yield from _leaves(part, (*path, dict, key))
         case tuple() | list():
-            yield (*path, type(value), len(value)), None
+            kind = tuple if isinstance(value, tuple) else list  # fx has subclasses of its own
+            yield (*path, kind, len(value)), None
             for index, part in enumerate(value):
-                yield from _leaves(part, (*path, type(value), index))
+                yield from _leaves(part, (*path, kind, index))
         case _:
             yield path, value

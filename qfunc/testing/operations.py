@@ -69,7 +69,7 @@ def _convolution(draft: Draft, x: str, pick: Pick) -> str:
     outputs = pick([o for o in (channels, 4, 2 * channels, 6) if o % groups == 0])
     kernel = pick([k for k in (1, 3, 2, 5) if k <= min(sides)])
     dilation = pick([d for d in (1, 2) if d * (kernel - 1) < min(sides)])
-    padding = pick(["0", "'same'", str(kernel // 2), "1"])
+    padding = pick(["0", *(["'same'"] if kernel % 2 else []), str(kernel // 2), "1"])
     stride = 1 if padding == "'same'" else pick([1, 2])
     mode = pick(["zeros", *_padding_modes(padding, dilation * (kernel - 1), min(sides))])
     bias = pick([True, False])
@@ -206,21 +206,29 @@ def _joins(one: Shape, other: Shape) -> bool:
     return len(one) == len(other) and one[0] == other[0] and one[2:] == other[2:]
 
 
-def _called_again(draft: Draft, x: str, pick: Pick) -> str:
-    """A module at a second site; a second module with the first one's weights; a function with a module's weights."""
-    module, constructor, _ = pick([call for call in draft.calls if call[2] == draft.shape(x)])
-    if not constructor.startswith(("nn.Conv", "nn.Linear")) or pick(["again", "tied"]) == "again":
-        return f"{module}({x})"
+_WITH_WEIGHT = ("nn.Conv", "nn.Linear")
+
+
+def _calls(draft: Draft, x: str, constructors: tuple[str, ...] = ("nn.",)) -> list[tuple[str, str]]:
+    """The modules that have been called on a value of the shape of `x`, each with its constructor."""
+    return [(m, c) for m, c, shape in reversed(draft.calls) if shape == draft.shape(x) and c.startswith(constructors)]
+
+
+def _again(draft: Draft, x: str, pick: Pick) -> str:
+    """A module at one more site."""
+    module, _ = pick(_calls(draft, x))
+    return f"{module}({x})"
+
+
+def _tied(draft: Draft, x: str, pick: Pick) -> str:
+    """A second module, or a function, with the weight of the first."""
+    module, constructor = pick(_calls(draft, x, _WITH_WEIGHT))
     if constructor.startswith("nn.Linear") and pick(["module", "function"]) == "function":
         return f"F.linear({x}, {module}.weight)"
     call = draft.call(constructor, x)
     path = call.removeprefix("self.").split("(")[0]
     draft.attribute("", f"{module}.weight", f"{path}.weight")
     return call
-
-
-def _seen(draft: Draft, x: str) -> bool:
-    return any(shape == draft.shape(x) for _, _, shape in draft.calls)
 
 
 def _block(draft: Draft, x: str, pick: Pick) -> str:
@@ -314,7 +322,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("scalar", "arithmetic", _ANY, _scalar),
     Operation("cat", "cat", _ANY, _cat),
     Operation("size", "size", _ANY, _size),
-    Operation("again", "sharing", _seen, _called_again),
+    Operation("again", "sharing", lambda draft, x: bool(_calls(draft, x)), _again),
+    Operation("tied", "sharing", lambda draft, x: bool(_calls(draft, x, _WITH_WEIGHT)), _tied),
     _unary("float", "float", *_FLOAT_FORMS),
     _unary("float", "float", *_SPATIAL_FORMS, fits=_rank(3, 4, 5, least=2)),
 )
@@ -336,6 +345,15 @@ IN_PLACE: tuple[str, ...] = (
     "{x}.add_(1)",
 )
 """Operators that write to `x` and give it back; `{y}` is another value of the same shape."""
+
+ALIASES: tuple[str, ...] = (
+    "{x}.flatten(1)",
+    "{x}[:, :1]",
+    "{x}.transpose(1, -1)",
+    "{x}.reshape({x}.size(0), -1)",
+    "F.dropout({x}, 0.3, self.training)",
+)
+"""Operators that give the memory of `x` under another name."""
 
 FAMILIES: tuple[str, ...] = (*dict.fromkeys(row.family for row in OPERATIONS), "inplace")
 """The names that `families` of the strategies accepts."""

@@ -150,12 +150,15 @@ def observer_qparams(prepared: fx.GraphModule) -> dict[str, QParams]:
 
 
 def weight_qparams(converted: fx.GraphModule) -> dict[str, QParams]:
-    """The qparams of the weights of a `reference` model's modules, by their dotted names."""
-    return {
-        name: _plain(module.weight_scale, module.weight_zero_point)
-        for name, module in converted.named_modules()
-        if isinstance(getattr(module, "weight_scale", None), Tensor)
-    }
+    """The qparams of the weights of a `reference` model's modules, by the dotted names these had in the float model."""
+    modules = dict(converted.named_modules())
+    found = {}
+    for name, module in modules.items():
+        if isinstance(getattr(module, "weight_scale", None), Tensor):
+            parent = name.rpartition(".")[0]
+            fused = type(modules[parent]).__module__.startswith("torch.ao.nn.intrinsic")
+            found[parent if fused else name] = _plain(module.weight_scale, module.weight_zero_point)
+    return found
 
 
 def _order(observed: Observed) -> tuple[str, str]:

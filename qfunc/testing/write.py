@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qfunc.testing.draft import Draft, Pick
-from qfunc.testing.operations import FAMILIES, IN_PLACE, OPERATIONS
+from qfunc.testing.operations import ALIASES, FAMILIES, IN_PLACE, OPERATIONS
 from qfunc.testing.program import Input, Program, Shape
 
 _SHAPES: tuple[Shape, ...] = (
@@ -64,7 +64,7 @@ def _step(draft: Draft, pick: Pick, families: Sequence[str], aliasing: bool) -> 
     fitting = [row for row in OPERATIONS if row.family in families and row.fits(draft, x)]
     kinds = list(dict.fromkeys(row.family for row in fitting))
     if "inplace" in families and draft.writable(x):
-        kinds.append("inplace")
+        kinds += ["inplace"] * (2 if aliasing else 1)
     if not kinds:
         return
     family = pick(kinds)
@@ -79,6 +79,8 @@ def _write_in_place(draft: Draft, x: str, pick: Pick, aliasing: bool) -> None:
 
     fx records `x += y` as an addition into new memory, so that form is for memory that nothing else reads.
     """
+    if aliasing and not draft.aliases(x):
+        draft.value(pick(ALIASES).format(x=x))
     aliases = draft.aliases(x)
     others = [y for y in draft.partners(x) if y != x and y not in aliases]
     form = pick([form for form in IN_PLACE if others or "{y}" not in form])
