@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import combinations
 from typing import TypeAlias, cast
@@ -14,8 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
+from qfunc.config.host_report import HostReport
 from qfunc.edge.kernels.base import operator
-from qfunc.edge.kernels.contract import Verdict, check
+from qfunc.edge.kernels.contract import check
 from qfunc.edge.kernels.contracts import onednn_contracts, plain_contracts
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
@@ -33,47 +33,6 @@ _ONEDNN_OPERATORS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class HostReport:
-    """A machine as qfunc's kernels see it. Equal reports lower a graph equally."""
-
-    torch_version: str
-    cpu_capability: str
-    """torch's choice of vector code: `AVX2`, `AVX512`, `DEFAULT`, ..."""
-    isa: tuple[str, ...]
-    """Integer extensions of the CPU that matter here, such as `avx512_vnni`."""
-    engines: tuple[str, ...]
-    """Engines of qfunc that run: `onednn`, and `quantized` where torch has any of its own."""
-    quantized_engines: tuple[str, ...]
-    """torch's engines for quantized tensors, sorted."""
-    onednn_layout: PairLayout
-    """Which pairs of weights the `onednn` kernels add in int16 with saturation; `none` on a CPU with VNNI."""
-    quantized_layouts: tuple[tuple[str, PairLayout], ...]
-    """The same for each of torch's engines."""
-    verdicts: tuple[Verdict, ...]
-    """One for each kernel, in the order of their names."""
-
-    @property
-    def saturates(self) -> bool:
-        """Whether the `onednn` kernels can saturate, so that weights must be limited."""
-        return self.onednn_layout != "none"
-
-    def verdict(self, kernel: str) -> Verdict:
-        """The verdict on a kernel; one that was never checked is not ok.
-
-        >>> HostReport("2", "AVX2", (), (), (), "none", (), ()).verdict("onednn.conv2d")
-        Verdict(kernel='onednn.conv2d', ok=False, reason='not checked on this host')
-        """
-        for verdict in self.verdicts:
-            if verdict.kernel == kernel:
-                return verdict
-        return Verdict(kernel, ok=False, reason="not checked on this host")
-
-    def layout(self, engine: str) -> PairLayout:
-        """The pair layout of `onednn`, or of one of torch's engines; unknown engines count as the worst."""
-        return self.onednn_layout if engine == "onednn" else dict(self.quantized_layouts).get(engine, "any")
-
-
 @cache
 def check_host() -> HostReport:
     """Probe this CPU and check every kernel's contract on it; a second or less, once per process.
@@ -83,7 +42,7 @@ def check_host() -> HostReport:
     torch_engines = tuple(
         cast("TorchEngine", e) for e in sorted(torch.backends.quantized.supported_engines) if e != "none"
     )
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _one_thread():
         # torch announces the end of the quantized dtypes at the first quantized tensor of a process.
         warnings.filterwarnings("ignore", message=".*quint8.*")
         onednn = _onednn_usable()
@@ -103,6 +62,17 @@ def check_host() -> HostReport:
         quantized_layouts=layouts,
         verdicts=verdicts,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The probes are tiny: starting threads for them costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _onednn_usable() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qfunc.config.host_report import Verdict
 from qfunc.numerics.grid import Affine
 
 _STEP = 1.0
@@ -45,15 +46,6 @@ class Contract:
     kernel: Callable[[Sample], Tensor]
     reference: Callable[[Sample], Tensor]
     samples: Callable[[], Iterator[Sample]]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a kernel keeps its contract on this host, and if not, why."""
-
-    kernel: str
-    ok: bool
-    reason: str = ""
 
 
 def check(contract: Contract) -> Verdict:

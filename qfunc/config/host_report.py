@@ -1,0 +1,57 @@
+"""What is known of a machine's kernels, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qfunc.numerics.saturation import PairLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a kernel keeps its contract on this host, and if not, why."""
+
+    kernel: str
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """A machine as qfunc's kernels see it. Equal reports lower a graph equally."""
+
+    torch_version: str
+    cpu_capability: str
+    """torch's choice of vector code: `AVX2`, `AVX512`, `DEFAULT`, ..."""
+    isa: tuple[str, ...]
+    """Integer extensions of the CPU that matter here, such as `avx512_vnni`."""
+    engines: tuple[str, ...]
+    """Engines of qfunc that run: `onednn`, and `quantized` where torch has any of its own."""
+    quantized_engines: tuple[str, ...]
+    """torch's engines for quantized tensors, sorted."""
+    onednn_layout: PairLayout
+    """Which pairs of weights the `onednn` kernels add in int16 with saturation; `none` on a CPU with VNNI."""
+    quantized_layouts: tuple[tuple[str, PairLayout], ...]
+    """The same for each of torch's engines."""
+    verdicts: tuple[Verdict, ...]
+    """One for each kernel, in the order of their names."""
+
+    @property
+    def saturates(self) -> bool:
+        """Whether the `onednn` kernels can saturate, so that weights must be limited."""
+        return self.onednn_layout != "none"
+
+    def verdict(self, kernel: str) -> Verdict:
+        """The verdict on a kernel; one that was never checked is not ok.
+
+        >>> HostReport("2", "AVX2", (), (), (), "none", (), ()).verdict("onednn.conv2d")
+        Verdict(kernel='onednn.conv2d', ok=False, reason='not checked on this host')
+        """
+        for verdict in self.verdicts:
+            if verdict.kernel == kernel:
+                return verdict
+        return Verdict(kernel, ok=False, reason="not checked on this host")
+
+    def layout(self, engine: str) -> PairLayout:
+        """The pair layout of `onednn`, or of one of torch's engines; unknown engines count as the worst."""
+        return self.onednn_layout if engine == "onednn" else dict(self.quantized_layouts).get(engine, "any")
