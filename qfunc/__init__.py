@@ -1,1 +1,49 @@
-"""Quantize PyTorch models for CPUs with pure functions over immutable graphs."""
+"""Quantize PyTorch models for CPUs with pure functions over immutable graphs.
+
+    trace -> fuse -> prepare -> calibrate -> convert -> lower -> materialize
+
+Every function returns a `returns.result.Result`: `Success(stage)` or `Failure(error)`; `unwrap` turns it into the stage
+or an exception. `quantize` is the whole way in one call.
+"""
+
+from qfunc.backends import CPU, X86
+from qfunc.config.custom_config import CustomConfig
+from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.edge.calibrate import calibrate
+from qfunc.edge.host import check_host
+from qfunc.edge.materialize import materialize
+from qfunc.edge.trace import trace
+from qfunc.errors import QuantError, render
+from qfunc.passes.convert import convert
+from qfunc.passes.fuse import fuse
+from qfunc.passes.lower import Lowered
+from qfunc.passes.prepare import prepare
+from qfunc.passes.stages import Calibrated, Converted, Prepared
+from qfunc.quantize import lower, quantize
+from qfunc.result import QuantException, R, unwrap
+
+__all__ = [
+    "CPU",
+    "X86",
+    "Calibrated",
+    "Converted",
+    "CustomConfig",
+    "Lowered",
+    "Prepared",
+    "QConfig",
+    "QConfigMapping",
+    "QuantError",
+    "QuantException",
+    "R",
+    "calibrate",
+    "check_host",
+    "convert",
+    "fuse",
+    "lower",
+    "materialize",
+    "prepare",
+    "quantize",
+    "render",
+    "trace",
+    "unwrap",
+]

@@ -37,6 +37,11 @@ class HostReport:
     """One for each kernel, in the order of their names."""
 
     @property
+    def title(self) -> str:
+        """The machine in a few words."""
+        return f"{self.cpu_capability} (VNNI)" if any("vnni" in name for name in self.isa) else self.cpu_capability
+
+    @property
     def saturates(self) -> bool:
         """Whether the `onednn` kernels can saturate, so that weights must be limited."""
         return self.onednn_layout != "none"

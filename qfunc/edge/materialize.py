@@ -12,6 +12,7 @@ from qfunc.edge.emit import Emitter, UncopyableModuleError
 from qfunc.edge.evaluate import check_sources
 from qfunc.errors import UserFunctionFailed, WrongStage, several
 from qfunc.ir import Graph
+from qfunc.passes.lower import Lowered
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.result import R
@@ -67,7 +68,7 @@ def _graph_of(stage: object) -> Graph | None:
             return with_observers(stage)
         case Calibrated(prepared):
             return with_observers(prepared)
-        case Converted(graph):
+        case Converted(graph) | Lowered(graph):
             return graph
         case _:
             return None

@@ -1,0 +1,188 @@
+"""The `onednn` engine: oneDNN's int8 kernels and aten's, on plain `uint8` tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
+from qfunc.ir import Expression, PostOp, Ref
+from qfunc.numerics.grid import Affine
+from qfunc.params import DequantizeWeight, QuantizeWeight
+
+
+def weight_of(call: Call, pairs: Any) -> QuantizeWeight | str:
+    """The quantized weight of a call, limited to what this host's kernels add without overflow."""
+    weight = call.node.get("weight")
+    if not isinstance(weight, DequantizeWeight):
+        return "its weight is not quantized"
+    quantized, spec = weight.value, weight.value.observer.spec
+    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
+        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    return QuantizeWeight(quantized.value, quantized.observer, pairs, call.input.affine.bounds[1])
+
+
+def absorbs(post: PostOp, output: Affine | None) -> bool:
+    """Whether rounding to the output's codes clamps at least as much as a ReLU or clamp would.
+
+    The real numbers that the codes stand for all lie between the bounds, so that saturation does the clamping.
+    """
+    if output is None:
+        return False
+    low, high = (0.0, None) if post.kind == "relu" else (post.get("min"), post.get("max"))
+    bounds = [(code - output.zero_point) * output.scale for code in output.bounds]
+    slack = output.scale * 1e-3
+    holds_low = low is None or (isinstance(low, (int, float)) and bounds[0] >= low - slack)
+    holds_high = high is None or (isinstance(high, (int, float)) and bounds[1] <= high + slack)
+    return holds_low and holds_high
+
+
+def post_op(posts: tuple[PostOp, ...], output: Affine | None) -> str | None:
+    """The kernel's post-op for what is fused behind it: `"none"` or `"relu"`; None where it has none for that."""
+    left = [post.kind for post in posts if not absorbs(post, output)]
+    return {(): "none", ("relu",): "relu"}.get(tuple(left))
+
+
+def no_post_op(posts: tuple[PostOp, ...]) -> str:
+    """Why a call is declined for its post-ops."""
+    return f"the kernel has no post-op for {' + '.join(post.kind for post in posts)}"
+
+
+def _conv(call: Call) -> Plan:
+    node = call.node
+    weight = weight_of(call, call.host.onednn_layout)
+    if isinstance(weight, str):
+        return weight
+    if call.input.affine.dtype != "uint8":
+        return "the kernel takes uint8 activations"
+    sums = node.post[:1] if node.post and node.post[0].kind == "add" else ()
+    after = node.post[len(sums) :]
+    bias = node.get("bias")
+    if not (bias is None or isinstance(bias, Expression)):
+        return "its bias is computed by the graph"
+    post = post_op(after, call.output)
+    if post is None:
+        return no_post_op(node.post)
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    args: dict[str, Any] = {name: node.get(name) for name in names}
+    if any(isinstance(value, Ref) for value in args.values()):
+        return "an option is computed by the graph"
+    args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
+    if not sums:
+        return kernel_node(call, f"onednn.{node.kind}", (call.input.codes,), **args)
+    if call.output is None or node.kind == "conv3d":
+        return "the kernel adds in uint8, in one and two dimensions"
+    other = call.operands["post.0.other"][0]
+    args |= {"other": other.affine, "overwrite": other.codes in call.dead_after}
+    return kernel_node(call, f"onednn.{node.kind}_add", (call.input.codes, other.codes), **args)
+
+
+def _linear(call: Call) -> Plan:
+    node = call.node
+    weight = weight_of(call, call.host.onednn_layout)
+    if isinstance(weight, str):
+        return weight
+    post = post_op(node.post, call.output)
+    if post is None:
+        return no_post_op(node.post)
+    bias = node.get("bias")
+    if not (bias is None or isinstance(bias, Expression)):
+        return "its bias is computed by the graph"
+    args = {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
+    return kernel_node(call, "onednn.linear", (call.input.codes,), **args)
+
+
+def _arithmetic(call: Call) -> Plan:
+    node = call.node
+    operands = [operand for slot in ("input", "other") for operand in call.operands.get(slot, ())]
+    if call.output is None:
+        return "the result is read in float"
+    if node.kind == "add" and node.get("alpha") != 1:
+        return "the sum is scaled by alpha"
+    post = post_op(node.post, call.output)
+    if post is None:
+        return no_post_op(node.post)
+    codes = tuple(operand.codes for operand in operands)
+    if len(operands) == 2:
+        left, right = (operand.affine for operand in operands)
+        return kernel_node(call, f"codes.{node.kind}", codes, left=left, right=right, output=call.output, post_op=post)
+    return kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
+
+
+def _unary(call: Call) -> dict[str, Any]:
+    """What a table needs to know of an elementwise operator: all arguments but the operand, and the post-ops."""
+    node = call.node
+    options = tuple((name, value) for name, value in node.args if not isinstance(value, Ref))
+    taken = next(name for name, value in node.args if isinstance(value, Ref))
+    posts = tuple((post.kind, post.args) for post in node.post)
+    affines = {"input": call.input.affine, "output": call.output}
+    return {"operand": taken, "options": options, "posts": posts, **affines}
+
+
+def _table(call: Call) -> Plan:
+    if call.output is None:
+        return "the result is read in float"
+    numeric = all(value is None or isinstance(value, (int, float)) for name, value in call.node.args if name != "input")
+    if not numeric:
+        return "an option is computed by the graph"
+    return kernel_node(call, "codes.table", (call.input.codes,), function=call.node.kind, **_unary(call))
+
+
+def _max_pool(call: Call) -> Plan:
+    if call.output != call.input.affine:
+        return "input and output have different qparams"
+    options = {name: value for name, value in call.node.args if name != "input"}
+    return kernel_node(call, f"codes.{call.node.kind}", (call.input.codes,), **options)
+
+
+def _average(call: Call) -> Plan:
+    if call.output is None:
+        return "the result is read in float"
+    options = {name: value for name, value in call.node.args if name != "input"}
+    if options.pop("dtype", None) is not None:
+        return "the mean is taken in another dtype"
+    affines = {"given": call.input.affine, "output": call.output}
+    return kernel_node(call, f"codes.{call.node.kind}", (call.input.codes,), **options, **affines)
+
+
+def _cat(call: Call) -> Plan:
+    operands = call.operands["tensors"]
+    if call.output is None:
+        return "the result is read in float"
+    grids = tuple(operand.affine for operand in operands)
+    codes = tuple(operand.codes for operand in operands)
+    return kernel_node(call, "codes.cat", (codes,), grids=grids, output=call.output, dim=call.node.get("dim"))
+
+
+def rearrange(call: Call) -> Plan:
+    """An operator that only moves elements computes on codes as it is."""
+    if call.output != call.input.affine:
+        return "input and output have different qparams"
+    return on_codes(call)
+
+
+REARRANGEMENTS = (
+    "flatten",
+    "reshape",
+    "permute",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "contiguous",
+    "identity",
+    "dropout",
+)
+
+ONEDNN: tuple[KernelRow, ...] = (
+    *(KernelRow(f"onednn.conv{rank}d", (f"conv{rank}d",), _conv) for rank in (1, 2, 3)),
+    KernelRow("onednn.linear", ("linear",), _linear),
+    *(KernelRow(name, (name,), _arithmetic) for name in ("add", "mul")),
+    KernelRow("table", ("relu", "clamp", "sigmoid", "hardsigmoid", "tanh", "hardswish"), _table),
+    *(KernelRow(f"max_pool{rank}d", (f"max_pool{rank}d",), _max_pool) for rank in (1, 2, 3)),
+    *(
+        KernelRow(name, (name,), _average)
+        for name in (*(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean")
+    ),
+    KernelRow("cat", ("cat",), _cat),
+    KernelRow("aten", REARRANGEMENTS, rearrange, checked=False),
+)
+"""Kernels of the default engine."""

@@ -1,0 +1,117 @@
+"""The `quantized` engine: torch's own kernels on quantized tensors, for its x86, fbgemm, qnnpack and onednn engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
+from qfunc.engines.onednn import no_post_op, post_op, weight_of
+from qfunc.ir import Expression, Node, Origin, Ref, Written
+from qfunc.ir.node import NamedArgs
+
+
+def torch_engine(call: Call) -> str:
+    """The engine of torch's that packs and runs the kernels on this host: x86 where there is one."""
+    return next(e for e in ("x86", "fbgemm", "onednn", "qnnpack") if e in call.host.quantized_engines)
+
+
+def _weighted(call: Call) -> Plan:
+    node, engine = call.node, torch_engine(call)
+    weight = weight_of(call, call.host.layout(engine))
+    if isinstance(weight, str):
+        return weight
+    if call.output is None:
+        return "the kernel writes quantized tensors only"
+    if any(post.kind == "add" for post in node.post):
+        return "the kernel has no sum post-op: prepare with backend=X86 for this engine"
+    post = post_op(node.post, call.output)
+    if post is None:
+        return no_post_op(node.post)
+    bias = node.get("bias")
+    if not (bias is None or isinstance(bias, Expression)):
+        return "its bias is computed by the graph"
+    verdict = call.host.verdict(f"quantized.{node.kind}[{engine}]")
+    if not verdict.ok:
+        return f"the kernel fails its contract on this host: {verdict.reason}"
+    args: dict[str, Any] = {
+        "weight": weight,
+        "bias": bias,
+        "output": call.output,
+        "relu": post == "relu",
+        "engine": engine,
+    }
+    if node.kind == "linear":
+        return kernel_node(call, "quantized.linear", (call.input.codes,), **args)
+    if node.get("padding_mode") != "zeros" or not isinstance(node.get("padding"), tuple):
+        return "the kernel pads with zeros only, by numbers"
+    options = {name: node.get(name) for name in ("stride", "padding", "dilation", "groups")}
+    if any(isinstance(value, Ref) for value in options.values()):
+        return "an option is computed by the graph"
+    return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args, **options)
+
+
+def _arithmetic(call: Call) -> Plan:
+    node = call.node
+    operands = [operand for slot in ("input", "other") for operand in call.operands.get(slot, ())]
+    if len(operands) != 2:
+        return "one operand is a number"
+    if call.output is None:
+        return "the kernel writes quantized tensors only"
+    if node.kind == "add" and node.get("alpha") != 1:
+        return "the sum is scaled by alpha"
+    post = post_op(node.post, call.output)
+    if post is None:
+        return no_post_op(node.post)
+    codes = tuple(operand.codes for operand in operands)
+    return kernel_node(call, f"quantized.{node.kind}", codes, output=call.output, relu=post == "relu")
+
+
+def _cat(call: Call) -> Plan:
+    if call.output is None:
+        return "the kernel writes quantized tensors only"
+    codes = tuple(operand.codes for operand in call.operands["tensors"])
+    return kernel_node(call, "quantized.cat", (codes,), output=call.output, dim=call.node.get("dim"))
+
+
+def _same_qparams(call: Call) -> Plan:
+    """Aten's operator takes quantized tensors and hands their qparams on."""
+    if call.output != call.input.affine:
+        return "input and output have different qparams"
+    if call.node.has("dtype") and call.node.get("dtype") is not None:
+        return "the mean is taken in another dtype"
+    return on_codes(call)
+
+
+def _fixed(scale: float, zero_point: int) -> Any:
+    def plan(call: Call) -> Plan:
+        """Aten's operator takes quantized tensors and gives its function's own range."""
+        output = call.output
+        if output is None or (output.scale, output.zero_point) != (scale, zero_point):
+            return f"the kernel gives scale {scale:g} and zero point {zero_point} only"
+        return on_codes(call)
+
+    return plan
+
+
+def _hardswish(call: Call) -> Plan:
+    if call.output is None:
+        return "the kernel writes quantized tensors only"
+    name, scale, zero_point = "torch.ops.quantized.hardswish", call.output.scale, call.output.zero_point
+    args: NamedArgs = (("0", Ref(call.input.codes)), ("1", scale), ("2", zero_point))
+    origin = Origin(call.node.origin.module, call.node.origin.type, Written("call_function", name, ("0", "1", "2")))
+    return Node(call.node.id, name, args, origin=origin, fact=call.node.fact)
+
+
+_POOLS = tuple(f"{kind}{rank}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3))
+_COPIES = ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "identity", "dropout")
+
+QUANTIZED: tuple[KernelRow, ...] = (
+    KernelRow("quantized.weighted", ("conv1d", "conv2d", "conv3d", "linear"), _weighted, checked=False),
+    *(KernelRow(f"quantized.{name}", (name,), _arithmetic) for name in ("add", "mul")),
+    KernelRow("quantized.cat", ("cat",), _cat),
+    KernelRow("quantized.hardswish", ("hardswish",), _hardswish, checked=False),
+    KernelRow("quantized.sigmoid", ("sigmoid", "hardsigmoid"), _fixed(1 / 256, 0), checked=False),
+    KernelRow("quantized.tanh", ("tanh",), _fixed(2 / 256, 128), checked=False),
+    KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS, *_COPIES), _same_qparams, checked=False),
+)
+"""Kernels of torch's quantized tensors."""

@@ -1,0 +1,182 @@
+"""`lower`: from the reference form to the kernels of an engine, with a certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from returns.result import Failure, Success
+
+from qfunc.config.host_report import HostReport
+from qfunc.config.kernel import Call, KernelRow, Operand
+from qfunc.engines import ENGINES
+from qfunc.engines.onednn import REARRANGEMENTS
+from qfunc.errors import EngineMissing, NotLowered, UnknownName, WrongStage, several
+from qfunc.ir import Draft, Graph, Node, refs, users
+from qfunc.numerics.grid import Affine
+from qfunc.ops import BY_NAME
+from qfunc.passes.certificate import Certificate, Entry
+from qfunc.passes.record import recorded
+from qfunc.passes.stages import Converted
+from qfunc.result import R
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A graph of kernels, and the certificate that says what runs where."""
+
+    graph: Graph
+    certificate: Certificate
+    engine: str
+    host: HostReport = field(repr=False)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def lower(
+    converted: Converted,
+    host: HostReport,
+    *,
+    engine: str = "onednn",
+    kernels: tuple[KernelRow, ...] = (),
+    strict: bool = False,
+) -> R[Lowered]:
+    """The graph in which every operator between `dequantize` and `quantize` that has a kernel is that kernel.
+
+    An operator keeps its float form, between its conversions, when the engine has no kernel for it or the kernel fails
+    its contract on the host; the certificate says why. A weight is limited where the host's kernels would overflow.
+
+    Args:
+        converted: the reference form.
+        host: what is known of the machine the result will run on, from `check_host`.
+        engine: `"onednn"`, `"quantized"` or `"reference"`.
+        kernels: rows to try before the engine's own.
+        strict: whether an operator that was meant to run on integers and stays float is an error.
+
+    Returns:
+        The lowered graph, or `EngineMissing`, `UnknownName` for the engine, `NotLowered` for each node under `strict`,
+        `WrongStage`.
+    """
+    if not isinstance(converted, Converted):
+        return Failure(WrongStage(type(converted).__name__, "Converted"))
+    if engine not in ENGINES:
+        return Failure(UnknownName(engine, "engine", tuple(ENGINES)))
+    if engine != "reference" and engine not in host.engines:
+        return Failure(EngineMissing(engine, (*host.engines, "reference")))
+    lowering = _Lowering(converted, host, engine, (*kernels, *ENGINES[engine]))
+    graph = lowering.run()
+    certificate = Certificate(engine, host.title, tuple(lowering.entries), _conversions(graph))
+    if strict and certificate.fallbacks:
+        return Failure(several(NotLowered(entry.node, entry.reason) for entry in certificate.fallbacks))
+    return Success(Lowered(recorded(converted.graph, graph, "lower", f"engine={engine}"), certificate, engine, host))
+
+
+class _Lowering:
+    """One walk over a reference graph."""
+
+    def __init__(self, converted: Converted, host: HostReport, engine: str, rows: tuple[KernelRow, ...]) -> None:
+        self.entries: list[Entry] = []
+        self._graph = converted.graph
+        self._intended = converted.intended
+        self._host = host
+        self._engine = engine
+        self._draft = Draft(converted.graph)
+        self._users = users(converted.graph)
+        self._rows: dict[str, list[KernelRow]] = {}
+        for row in rows:
+            for kind in row.kinds:
+                self._rows.setdefault(kind, []).append(row)
+
+    def run(self) -> Graph:
+        """The lowered graph."""
+        for node in self._graph:
+            if node.kind in ("quantize", "dequantize"):
+                if self._engine == "quantized":
+                    self._draft.put(replace(node, kind=f"quantized.{node.kind}"))
+            elif node.kind not in ("placeholder", "get_attr", "output"):
+                self.entries.append(self._operator(node))
+        return _without_dead(self._draft.commit())
+
+    def _operator(self, node: Node) -> Entry:
+        """Give a node its kernel, or the reason why it has none."""
+        name = " + ".join((node.kind, *(post.kind for post in node.post)))
+        entry = Entry(node.id, node.origin.module, name, "", "float32", intended=node.id in self._intended)
+        if not entry.intended:
+            return replace(entry, reason="not to be quantized")
+        call = self._call(node)
+        if isinstance(call, str):
+            return replace(entry, reason=call)
+        reasons: list[str] = []
+        for row in self._rows.get(node.kind, ()):
+            verdict = self._host.verdict(row.name)
+            planned = row.plan(call) if verdict.ok or not row.checked else f"fails its contract: {verdict.reason}"
+            if isinstance(planned, Node):
+                self._replace(node, planned, call.output)
+                kernel = row.name if planned.kind in BY_NAME else planned.kind
+                return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32")
+            reasons.append(f"{row.name}: {planned}")
+        return replace(entry, reason="; ".join(reasons) or f"the engine has no kernel for {node.kind}")
+
+    def _call(self, node: Node) -> Call | str:
+        operands: dict[str, tuple[Operand, ...]] = {}
+        dead: set[str] = set()
+        slots = [(slot, node.get(slot)) for slot in BY_NAME[node.kind].tensors]
+        slots += [(f"post.{i}.{name}", arg) for i, post in enumerate(node.post) for name, arg in post.args]
+        for slot, arg in slots:
+            found: list[Operand] = []
+            for id in refs(arg):
+                source = self._graph[id]
+                if source.kind != "dequantize":
+                    return f"its operand {id!r} is float"
+                codes = next(source.uses())
+                found.append(Operand(codes, _affine(source, "input")))
+                if self._users[id] == (node.id,) and self._users[codes] == (id,) and self._owns(codes):
+                    dead.add(codes)
+            if found:
+                operands[slot] = tuple(found)
+        if not operands:
+            return "it has no quantized operand"
+        return Call(node, operands, self._output(node), self._host, frozenset(dead))
+
+    def _output(self, node: Node) -> Affine | None:
+        """The qparams of the result where nothing but its quantization reads it."""
+        readers = [self._graph[id] for id in self._users[node.id]]
+        return _affine(readers[0], "output") if [r.kind for r in readers] == ["quantize"] else None
+
+    def _owns(self, codes: str) -> bool:
+        """Whether codes have memory of their own: the result of moving elements may be a view."""
+        return self._graph[next(self._graph[codes].uses())].kind not in REARRANGEMENTS
+
+    def _replace(self, node: Node, kernel: Node, output: Affine | None) -> None:
+        self._draft.put(kernel)
+        if output is not None:
+            (codes,) = self._users[node.id]
+            self._draft.redirect(codes, node.id)
+            self._draft.erase([codes])
+
+
+def _affine(node: Node, name: str) -> Affine:
+    value = node.get(name)
+    assert isinstance(value, Affine)
+    return value
+
+
+_CONVERSIONS = frozenset({"quantize", "dequantize", "quantized.quantize", "quantized.dequantize"})
+
+
+def _conversions(graph: Graph) -> int:
+    return sum(node.kind in _CONVERSIONS for node in graph)
+
+
+def _without_dead(graph: Graph) -> Graph:
+    """The graph without conversions that nobody reads."""
+    live: set[str] = set()
+    dead: list[str] = []
+    for id in reversed(graph.order):
+        node = graph[id]
+        if node.kind in _CONVERSIONS and id not in live:
+            dead.append(id)
+        else:
+            live.update(node.uses())
+    draft = Draft(graph)
+    draft.erase(dead)
+    return draft.commit()
