@@ -61,7 +61,7 @@ def test_packed_kernels_script_and_save(kind, engine):
     scripted = torch.jit.script(net)
     assert torch.equal(scripted(x), net(x))
     if (kind, engine) == ("conv3d", "qnnpack"):
-        pytest.skip("torch cannot serialize QNNPACK's conv3d")
+        return  # torch cannot serialize QNNPACK's conv3d
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
