@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfunc.edge.host import check_host
-from qfunc.edge.kernels.base import PACKS_KEPT, Affine
+from qfunc.edge.kernels.base import PACKS_KEPT
 from qfunc.edge.kernels.contract import disagreement, real_values
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
+from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import limit_pair_sums
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -34,7 +35,8 @@ def make_conv(dims=2, channels=8, outs=8, groups=1, kernel=3, *, bias=True, seed
     values = torch.randn(outs, generator=generator) if bias else None
     default = {
         "input_scale": 0.03, "input_zero_point": 7, "output_scale": 0.11, "output_zero_point": 120,
-        "output_dtype": "uint8", "stride": (1,) * dims, "padding": (1,) * dims, "dilation": (1,) * dims, "groups": groups,
+        "output_dtype": "uint8",
+        "stride": (1,) * dims, "padding": (1,) * dims, "dilation": (1,) * dims, "groups": groups,
     }  # fmt: skip
     return OnednnConv(weight, scale, values, ConvCall(**{**default, **call}))
 
@@ -62,6 +64,7 @@ def output_of(call):
     return Affine(call.output_scale, call.output_zero_point, call.output_dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
@@ -172,7 +175,8 @@ def test_threads_share_a_module():
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-def make_sum(module, other=Affine(0.2, 99), **options):
+def make_sum(module, **options):
+    other = Affine(0.2, 99)
     return OnednnConvAdd(module.weight, module.weight_scale, module.bias, module.call, other, **options)
 
 

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfunc.edge.host import check_host, pair_layout
-from qfunc.edge.kernels.base import Affine
 from qfunc.edge.kernels.contract import Contract, Sample, check
+from qfunc.edge.kernels.conv import ConvCall, OnednnConv
+from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall
+from qfunc.edge.kernels.quantized_contracts import as_quantized
+from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import largest_pair_sums, limit_pair_sums, pair_bound, saturating_channels
 
 LAYOUTS = ("none", "channels", "flat", "any")
@@ -39,10 +42,11 @@ def test_a_report_is_the_same_in_another_process_and_leaves_global_state():
 import torch, warnings
 warnings.simplefilter("error")
 from qfunc.edge.host import check_host
-before = (torch.random.get_rng_state(), torch.backends.quantized.engine, torch.is_grad_enabled(), list(warnings.filters))
+def state():
+    return torch.backends.quantized.engine, torch.get_num_threads(), torch.is_grad_enabled(), list(warnings.filters)
+rng, before = torch.random.get_rng_state(), state()
 report = check_host()
-after = (torch.random.get_rng_state(), torch.backends.quantized.engine, torch.is_grad_enabled(), list(warnings.filters))
-assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+assert torch.equal(rng, torch.random.get_rng_state()) and state() == before
 print(repr(report))
 """
     outputs = {
@@ -125,3 +129,40 @@ def test_limited_weights_are_safe_and_limiting_is_idempotent(layout, shape, quan
     # No more is taken than a pair needs: two codes and a half step short of the bound at worst.
     if not safe.all():
         assert largest_pair_sums(codes, layout)[~safe].min() >= pair_bound(quant_max) - 3
+
+
+REAL_LAYERS = [
+    # in_channels, out_channels, kernel, groups, stride, size, batch
+    (3, 64, 7, 1, 2, 224, 1), (64, 64, 3, 1, 1, 56, 1), (64, 256, 1, 1, 1, 56, 2), (256, 256, 3, 1, 2, 28, 1),
+    (512, 2048, 1, 1, 1, 7, 4), (32, 32, 3, 32, 1, 112, 1), (144, 144, 3, 144, 2, 56, 1), (960, 960, 5, 960, 1, 7, 1),
+    (256, 256, 3, 32, 1, 14, 1), (16, 1000, 1, 1, 1, 1, 8), (48, 48, 3, 6, 1, 28, 1), (33, 65, 3, 1, 1, 17, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["plain", *sorted(set(torch.backends.quantized.supported_engines) - {"none"})])
+@pytest.mark.parametrize("layer", REAL_LAYERS, ids=str)
+def test_limited_weights_never_saturate_layers_of_real_size(engine, layer):
+    channels, outs, kernel, groups, stride, size, batch = layer
+    report = check_host()
+    layout = report.onednn_layout if engine == "plain" else dict(report.quantized_layouts)[engine]
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (outs, 1, 1, 1), generator=generator) * 2 - 1
+    real = torch.randn(outs, channels // groups, kernel, kernel, generator=generator).abs() * sign
+    scale = limit_pair_sums(real, real.abs().flatten(1).amax(1) / 127, layout)
+    weight = (real / scale[:, None, None, None]).round().clamp(-128, 127).to(torch.int8)
+    geometry = ((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+    shape, ones = (batch, channels, size, size), torch.ones(outs)
+    for x in (
+        torch.full(shape, 255, dtype=torch.uint8),
+        torch.randint(0, 2, shape, generator=generator).mul(255).byte(),
+    ):
+        exact = torch.nn.functional.conv2d(x.float(), weight.float(), None, *geometry)
+        if engine == "plain":
+            module = OnednnConv(weight, ones, None, ConvCall(1.0, 0, 1.0, 0, "float32", *geometry))
+            assert torch.equal(module(x), exact)
+        else:
+            step = exact.abs().max().item() / 120
+            call = QConvCall(step, 128, *geometry)
+            module = QUANTIZED_CONV[2](weight, ones, None, call, engine)
+            codes = module(as_quantized(x, Affine(1.0, 0))).int_repr()
+            assert (codes.double() - (exact.double() / step + 128)).abs().max() <= 1.5

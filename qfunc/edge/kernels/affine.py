@@ -17,8 +17,8 @@ _PAIRS_FROM = 1 << 14
 class Quantize(Kernel):
     """Real values to codes: `clamp(round_half_even(x * (1 / scale)) + zero_point)`, memory format kept.
 
-    Bit for bit the meaning of `torch.quantize_per_tensor` on finite input, without the quantized dtypes. Half and
-    bfloat16 are widened first; infinities saturate.
+    Bit for bit `qfunc.numerics.affine.quantize`, and so `torch.fake_quantize_per_tensor_affine`, but faster. Half and
+    bfloat16 are widened first; infinities saturate, NaN gives an unspecified code.
 
     >>> Quantize(Affine(0.5, 10))(torch.tensor([-1.0, 0.26, 1e9])).tolist()
     [8, 11, 255]

@@ -56,13 +56,14 @@ class Add(_Arithmetic):
         """The codes of the sum."""
         a = x.to(torch.float32)
         b = y.to(torch.float32)
+        a.mul_(self._left)
         # The shift goes to the smaller operand; a sum of equal shapes is taken in place.
         if a.numel() < b.numel():
-            total = a.mul_(self._left).add_(self._shift).add(b, alpha=self._right)
+            total = a.add_(self._shift).add(b, alpha=self._right)
+        elif a.shape == b.shape:
+            total = a.add_(b, alpha=self._right).add_(self._shift)
         else:
-            a.mul_(self._left)
-            b.mul_(self._right).add_(self._shift)
-            total = a.add_(b) if a.shape == b.shape else a.add(b)
+            total = a.add(b.mul_(self._right).add_(self._shift))
         return round_to_codes(total, self._rounding)
 
 

@@ -184,7 +184,10 @@ class AdaptiveAvgPool(Average):
         """The float32 average."""
         if self._all:
             return x.mean(tuple(range(-len(self.output_size), 0)), keepdim=True)
-        return self._function(x, self.output_size)
+        shape = x.shape[-len(self.output_size) :]
+        return self._function(
+            x, [given if size is None else size for size, given in zip(self.output_size, shape, strict=True)]
+        )
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
