@@ -58,7 +58,8 @@ class Reader:
         match node.op:
             case "placeholder":
                 default: NamedArgs = (("default", self.arg(node.args[0])),) if node.args else ()
-                typed: NamedArgs = (("type", self.arg(node.type)),) if node.type is not None else ()
+                annotation = self._annotation(node.type)
+                typed: NamedArgs = (("type", self.arg(annotation)),) if annotation is not None else ()
                 args = default + typed
                 return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
             case "output":
@@ -69,6 +70,16 @@ class Reader:
                 return self._get_attr(node)
             case _:
                 return self._call(node)
+
+    def _annotation(self, written: Any) -> Any:
+        """The type of an input; what is written as text is looked up where `forward` is, or dropped."""
+        if not isinstance(written, str):
+            return written
+        forward = type(self._modules[""]).forward
+        try:
+            return eval(written, getattr(forward, "__globals__", {}))  # noqa: S307 - the annotation of the user's own code
+        except (NameError, AttributeError, TypeError, SyntaxError):
+            return None
 
     def arg(self, value: Any) -> Arg:
         """An fx argument as an immutable value."""

@@ -129,7 +129,7 @@ class _Lowering:
                     return f"its operand {id!r} is float"
                 codes = next(source.uses())
                 found.append(Operand(codes, _affine(source, "input")))
-                if self._users[id] == (node.id,) and self._users[codes] == (id,) and self._owns(codes):
+                if self._read_once(node, id, codes) and self._owns(codes):
                     dead.add(codes)
             if found:
                 operands[slot] = tuple(found)
@@ -141,6 +141,11 @@ class _Lowering:
         """The qparams of the result where nothing but its quantization reads it."""
         readers = [self._graph[id] for id in self._users[node.id]]
         return _affine(readers[0], "output") if [r.kind for r in readers] == ["quantize"] else None
+
+    def _read_once(self, node: Node, floats: str, codes: str) -> bool:
+        """Whether one operand of one node is all that reads these codes."""
+        alone = self._users[floats] == (node.id,) and self._users[codes] == (floats,)
+        return alone and sum(used == floats for used in node.uses()) == 1
 
     def _owns(self, codes: str) -> bool:
         """Whether codes have memory of their own: the result of moving elements may be a view."""
