@@ -168,18 +168,11 @@ def test_values_between_kernels_are_channels_last() -> None:
     seen: list[str] = []
 
     class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            value = super().run_node(n)
-            if (
-                isinstance(value, Tensor)
-                and value.dtype is torch.uint8
-                and value.dim() == 4
-                and n.op == "call_module"
-                and n.args[0].op != "placeholder"
-            ):
-                dense = value.is_contiguous(memory_format=torch.channels_last)
-                if not dense:
-                    seen.append(n.name)
+        def call_module(self, target: str, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> object:
+            value = super().call_module(target, args, kwargs)
+            between = isinstance(value, Tensor) and args[0].dtype is value.dtype is torch.uint8 and value.dim() == 4
+            if between and not value.is_contiguous(memory_format=torch.channels_last):
+                seen.append(target)
             return value
 
     Watch(module).run(*example)
