@@ -151,9 +151,9 @@ class _QuantizedConv(_Packed):
         super().__init__(weight, weight_scale, bias, engine)
         dims = weight.dim() - 2
         assert len(call.stride) == len(call.padding) == len(call.dilation) == dims, f"{dims} spatial dimensions"
-        self.stride: list[int] = [*call.stride]
-        self.padding: list[int] = [*call.padding]
-        self.dilation: list[int] = [*call.dilation]
+        self.stride = list(call.stride)
+        self.padding = list(call.padding)
+        self.dilation = list(call.dilation)
         self.groups: int = call.groups
         self.relu: bool = call.relu
         self.scale: float = call.output_scale
