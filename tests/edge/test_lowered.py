@@ -152,7 +152,7 @@ def test_compiles(module: fx.GraphModule, x: Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")  # of fx.GraphModule's own __init__
 def test_the_quantized_engine_scripts(lowered: qfunc.Lowered, module: fx.GraphModule, x: Tensor) -> None:
     if lowered.engine != "quantized":
         pytest.skip("only the quantized engine promises TorchScript")
