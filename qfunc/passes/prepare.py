@@ -12,7 +12,7 @@ from qfunc.backends.cpu import CPU
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, qconfigs, resolve_qconfigs
 from qfunc.errors import Problem, UnsupportedDType, WrongStage, several
-from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs
+from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs, users
 from qfunc.numerics.observers import FixedQParams, Observer, validate_observer
 from qfunc.ops import BY_NAME
 from qfunc.passes.stages import Edge, Prepared, Site
@@ -132,17 +132,30 @@ class _Plan:
         return row.observation is Observation.SHARED
 
     def _keep_useful(self) -> set[str]:
-        """Drop rearrangements whose result nobody reads quantized; gives the values that are read quantized."""
-        wanted: set[str] = set()
-        for id in reversed(self.graph.order):
-            if id not in self._chosen:
-                continue
-            node = self.graph[id]
-            if self._shares(node, self._chosen[id][0]) and id not in wanted:
+        """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
+
+        A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
+        so rounds, must have an operand that is produced quantized.
+        """
+        readers = users(self.graph)
+        queue = list(self._chosen)
+        while queue:
+            id = queue.pop()
+            if id in self._chosen and not self._gains(id, readers[id]):
                 del self._chosen[id]
-                continue
-            wanted.update(value for _, value in self._operands(node))
-        return wanted
+                queue += [*readers[id], *self.graph[id].uses()]
+        return {value for id in self._chosen for _, value in self._operands(self.graph[id])}
+
+    def _gains(self, id: str, readers: Iterable[str]) -> bool:
+        node = self.graph[id]
+        if _has_weight(node):
+            return True
+        read = any(user in self._chosen and id in self._values(user) for user in readers)
+        shares = self._shares(node, self._chosen[id][0])
+        return read and (shares or any(value in self._chosen for value in self._values(id)))
+
+    def _values(self, id: str) -> list[str]:
+        return [value for _, value in self._operands(self.graph[id])]
 
     def _place(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> None:
         operands = list(self._operands(node))
