@@ -14,6 +14,15 @@ from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
+from qfunc.numerics.observers import (
+    FixedQParams,
+    Histogram,
+    MinMax,
+    MovingAverageMinMax,
+    MovingAveragePerChannelMinMax,
+    PerChannelMinMax,
+)
+from qfunc.numerics.qparams import QuantSpec
 from qfunc.passes.convert import convert
 from qfunc.passes.fuse import fuse
 from qfunc.passes.lower import Lowered
@@ -28,12 +37,19 @@ __all__ = [
     "Calibrated",
     "Converted",
     "CustomConfig",
+    "FixedQParams",
+    "Histogram",
     "Lowered",
+    "MinMax",
+    "MovingAverageMinMax",
+    "MovingAveragePerChannelMinMax",
+    "PerChannelMinMax",
     "Prepared",
     "QConfig",
     "QConfigMapping",
     "QuantError",
     "QuantException",
+    "QuantSpec",
     "R",
     "calibrate",
     "check_host",

@@ -43,5 +43,10 @@ class Affine:
             highest if self.quant_max is None else self.quant_max,
         )
 
+    def __repr__(self) -> str:
+        low, high = self.bounds
+        bounds = "" if (low, high) == CODE_RANGE[self.dtype] else f", {low}..{high}"
+        return f"{self.dtype}(scale={self.scale!r}, zero_point={self.zero_point}{bounds})"
+
     def __str__(self) -> str:
         return f"{self.dtype}(scale={self.scale:.6g}, zero_point={self.zero_point})"
