@@ -1,6 +1,7 @@
 """Parameter expressions: how a tensor is made from source tensors, written down by passes, computed at the edge.
 
-They are data. Comparing two graphs compares expressions, never tensors, and a pass costs nothing for large weights.
+They are data: `repr` is complete, as digests need it, and `str` is for reading. Comparing two graphs compares
+expressions, never tensors, and a pass costs nothing for large weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ class Load(Expression):
     source: str = "model"
 
     def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.shape))
+        source = "" if self.source == "model" else f", source={self.source!r}"
+        return f"load({self.name}: {self.dtype}[{shape}]{source})"
+
+    def __str__(self) -> str:
         return f"load({self.name})"
 
 
@@ -45,9 +51,8 @@ class FoldBatchNorm(Expression):
     transpose: bool = False
     groups: int = 1
 
-    def __repr__(self) -> str:
-        base = self.weight if self.part == "weight" else self.bias
-        return f"fold_batch_norm_{self.part}({base!r}, {self.mean!r}, eps={self.eps!r})"
+    def __str__(self) -> str:
+        return f"fold_batch_norm({self.weight if self.part == 'weight' else self.bias}, mean={self.mean})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,8 @@ class QuantizeWeight(Expression):
     pairs: PairLayout = "none"
     activation_max: int = 255
 
-    def __repr__(self) -> str:
-        limit = f", pairs={self.pairs!r}, activation_max={self.activation_max}" if self.pairs != "none" else ""
-        return f"quantize_weight({self.value!r}, {self.observer!r}{limit})"
+    def __str__(self) -> str:
+        return f"quantize_weight({self.value}, {self.observer.spec.dtype})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,8 @@ class DequantizeWeight(Expression):
 
     value: QuantizeWeight
 
-    def __repr__(self) -> str:
-        return f"dequantize_weight({self.value!r})"
+    def __str__(self) -> str:
+        return f"dequantize_weight({self.value})"
 
 
 def loads(expression: Expression | None) -> Iterator[Load]:

@@ -6,6 +6,7 @@ import hashlib
 
 from qfunc.ir.graph import Graph
 from qfunc.ir.node import Node
+from qfunc.ir.value import Arg, Expression
 
 
 def to_text(graph: Graph, *, full: bool = False) -> str:
@@ -19,8 +20,12 @@ def digest(graph: Graph) -> str:
     return hashlib.sha256(to_text(graph, full=True).encode()).hexdigest()
 
 
+def _text(value: Arg, full: bool) -> str:
+    return str(value) if isinstance(value, Expression) and not full else repr(value)
+
+
 def _line(node: Node, full: bool) -> str:
-    args = ", ".join(f"{key}={value!r}" for key, value in node.args)
+    args = ", ".join(f"{key}={_text(value, full)}" for key, value in node.args)
     post = "".join(f" + {p!r}" for p in node.post)
     text = f"  %{node.id} = {node.kind}({args}){post}"
     if node.fact is not None:
