@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.leaves import LEAVES
+from qfunc.edge.statements import AUGMENTED, StatementTracer
 from qfunc.edge.tensors import share
 from qfunc.ir import (
     Arg,
@@ -51,10 +52,11 @@ class Emitter:
         self._graph = graph
         self._copy = copy
         self._evaluator = Evaluator(graph.sources)
-        self._fx = fx.Graph()
+        self._fx = fx.Graph(tracer_cls=StatementTracer if any(map(_is_statement, graph)) else None)
         self._values: dict[str, fx.Node] = {}
         self._memo: dict[int, Any] = {}
         self._layers: dict[tuple[str, NamedArgs], str] = {}
+        self._clones: dict[tuple[str, bool], str] = {}
         self._tensors: dict[Expression, Tensor] = {}
         self._late: list[tuple[fx.Node, str, Any]] = []
         self._unchanged = {_target(node) for node in graph if _calls_module(node) and _is_unchanged(node)}
@@ -118,15 +120,18 @@ class Emitter:
     def _clone(self, path: str, known: bool) -> str:
         """The path of a copy of the source's module; one of a known kind does not write in place any more."""
         module = self._source_module(path)
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._fresh(tensor)
-        try:
-            clone: Any = copying.deepcopy(module, self._memo)
-        except Exception as error:
-            raise UncopyableModuleError(path, str(error)) from error
-        if known and getattr(clone, "inplace", False):
-            clone.inplace = False
-        return self._attach(path, clone)
+        switched = known and getattr(module, "inplace", False) is True
+        if (path, switched) not in self._clones:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._fresh(tensor)
+            try:
+                clone: Any = copying.deepcopy(module, {} if switched else self._memo)
+            except Exception as error:
+                raise UncopyableModuleError(path, str(error)) from error
+            if switched:
+                clone.inplace = False
+            self._clones[path, switched] = self._attach(path, clone)
+        return self._clones[path, switched]
 
     def _layer(self, node: Node, path: str) -> str:
         """The path of a copy of the source's layer with the tensors that the node's expressions give."""
@@ -240,6 +245,13 @@ class Emitter:
 def _target(node: Node) -> str:
     assert node.origin.written is not None
     return node.origin.written.target
+
+
+def _is_statement(node: Node) -> bool:
+    """Whether the call, written as a statement, is one that plain tracing would lose or refuse."""
+    written = node.origin.written
+    names = (*AUGMENTED, "setitem", "delitem")
+    return written is not None and written.target in {f"operator.{name}" for name in names}
 
 
 def _calls_module(node: Node) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,7 @@ from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader
+from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, several
 from qfunc.ir import Graph, Node
@@ -71,8 +71,8 @@ def _graph(
     fx_graph: fx.Graph, tracer: _Tracer, model: nn.Module, modules: Mapping[str, nn.Module], source: Any
 ) -> Graph:
     reader = Reader(modules, source, tracer.node_name_to_scope)
-    nodes: list[Node] = [reader.read(node) for node in fx_graph.nodes]
-    nodes = settle_aliases(nodes, reader.inplace, reader.as_written)
+    read: list[Node] = [reader.read(node) for node in fx_graph.nodes]
+    nodes = settle_aliases(read, reader.writes, reader.as_written).nodes
     return Graph(
         pmap({node.id: node for node in nodes}),
         tuple(node.id for node in nodes),
@@ -95,26 +95,8 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     return several(errors) if errors else None
 
 
-class _Proxy(fx.Proxy):
-    """A traced value that also records the statements that write in place, which fx loses or refuses."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _records(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _records(getattr(operator, _name)))
-
-
-class _Tracer(fx.Tracer):
+class _Tracer(StatementTracer):
     """Symbolic tracing with the reference's leaf rule."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
 
     def __init__(self, custom: CustomConfig) -> None:
         super().__init__()
