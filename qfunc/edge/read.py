@@ -40,7 +40,13 @@ _AUGMENTED = frozenset(f"operator.{name}" for name in (*AUGMENTED, "imatmul", "i
 class Reader:
     """Reads the nodes of one fx graph, in order; gathers the objects without a name and what nodes write to."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], source: Source, scopes: Mapping[str, tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        source: Source,
+        scopes: Mapping[str, tuple[str, Any]],
+        attributes: Mapping[str, Any],
+    ) -> None:
         self.objects: dict[str, Opaque] = {}
         self.writes: dict[str, Write] = {}
         self.as_written: dict[str, Node] = {}
@@ -49,6 +55,7 @@ class Reader:
         self._modules = modules
         self._source = source
         self._scopes = scopes
+        self._attributes = attributes
         self._parameters: dict[str, Load] = {}
 
     def read(self, node: fx.Node) -> Node:
@@ -107,10 +114,7 @@ class Reader:
         if target in self._source.tensors:
             value = self._parameters[node.name] = self._load(target)
         else:
-            found: Any = self._modules[""]
-            for part in target.split("."):
-                found = getattr(found, part)
-            value = self._named(found)
+            value = self._named(self._attributes[target])
         return Node(node.name, "get_attr", (("value", value),), origin=self._origin(node, target))
 
     def _load(self, name: str) -> Load:

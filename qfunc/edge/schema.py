@@ -16,16 +16,67 @@ _VIEWS = frozenset(
 )
 _VIEWING_LAYERS = frozenset(
     f"torch.nn.{name}"
-    for name in ("Flatten", "Unflatten", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")
-    + ("FeatureAlphaDropout", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Upsample")
-    + ("ZeroPad1d", "ZeroPad2d", "ZeroPad3d")
+    for name in (
+        "Flatten",
+        "Unflatten",
+        "Identity",
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "Dropout3d",
+        "AlphaDropout",
+        "FeatureAlphaDropout",
+        "PixelShuffle",
+        "PixelUnshuffle",
+        "ChannelShuffle",
+        "Upsample",
+        "ZeroPad1d",
+        "ZeroPad2d",
+        "ZeroPad3d",
+    )
 )
 # Composite operators may give an input back without saying so in their schema; of these it is known that they do not.
 _FRESH_COMPOSITES = frozenset(
-    ("matmul", "softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm", "pad")
-    + ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "stack")
-    + ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "adaptive_avg_pool2d", "embedding", "bilinear", "prelu")
-    + ("sub", "div", "where", "mean", "std", "var", "norm", "size", "selu", "relu6", "celu", "max", "min")
+    (
+        "matmul",
+        "softmax",
+        "log_softmax",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "rms_norm",
+        "batch_norm",
+        "pad",
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "stack",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "adaptive_avg_pool2d",
+        "embedding",
+        "bilinear",
+        "prelu",
+        "sub",
+        "div",
+        "where",
+        "mean",
+        "std",
+        "var",
+        "norm",
+        "size",
+        "selu",
+        "relu6",
+        "celu",
+        "max",
+        "min",
+    )
 )
 _NUMBERS = frozenset(
     ("size", "dim", "numel", "nelement", "ndimension", "stride", "item", "tolist", "storage_offset", "element_size")

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import fx
 
-AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift")
+AUGMENTED = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
+    *("ipow", "iand", "ior", "ixor", "ilshift", "irshift"),
+)
 """The augmented assignments, `x += y` and its like, by their name in `operator`."""
 
 
