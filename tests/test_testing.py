@@ -15,6 +15,7 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
+from qfunc.edge.statements import StatementTracer
 from qfunc.testing import FAMILIES, Input, Program, build, max_abs_error, models, oracle, programs, same_bits, sqnr
 from qfunc.testing.write import write_program
 from tests.zoo import ZOO, ZooCase
@@ -83,7 +84,12 @@ def test_models_run_trace_and_repeat(case) -> None:
 @given(models(aliasing=True, families=("conv", "activation", "shape", "inplace", "arithmetic")))
 def test_aliasing_models_run_and_trace(case) -> None:
     output = run(case.module, case.example_inputs)
-    assert same_bits(output, run(torch.fx.symbolic_trace(case.module), case.example_inputs))
+    assert same_bits(output, run(_traced(case.module), case.example_inputs))
+
+
+def _traced(module):
+    """An fx graph that also holds the statements which write in place."""
+    return torch.fx.GraphModule(module, StatementTracer().trace(module))
 
 
 @given(models())
@@ -180,7 +186,7 @@ def test_aliasing_programs_read_what_was_overwritten() -> None:
 def _reads_overwritten(program: Program) -> bool:
     """Whether the outputs change when every in-place operator of the traced model writes to a copy."""
     case = build(program)
-    graph = torch.fx.symbolic_trace(case.module)
+    graph = _traced(case.module)
     output = run(graph, case.example_inputs)
     copied = _OutOfPlace(graph).run(*copy.deepcopy(case.example_inputs))
     return (

@@ -1,76 +1,142 @@
 """Which values share memory, and what that means for operators that write in place.
 
-An in-place operator whose memory nobody else reads afterwards is the same as its out-of-place twin. Where only the
-very value it wrote to is read later, those readers are given its result instead. Anything else (a view that is read
-later, an input or a parameter of the model that is written to) is kept exactly as written, and every value of that
-memory is marked `aliased`.
+An in-place operator is the same as its out-of-place twin where nobody reads that memory afterwards but under the name
+written to; those readers are given the result instead. Anything else (a view or a base that is read later, an input or
+a parameter of the model that is written to) is kept exactly as written: every value of that memory, and every operator
+that reads it before the last write, is marked `aliased`, so that no pass moves or replaces it.
+
+Out-of-place twins promote dtypes where writing in place converts; where an example shows that it matters, the operator
+is kept as written (see `trace`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
-import torch
-
+from qfunc.edge.schema import is_tensor, may_alias
 from qfunc.ir import Node
 from qfunc.ir.node import substitute
 from qfunc.ops import BY_NAME
 
-_VIEWS = frozenset(
-    ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "dropout", "identity")
-)
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What a node writes to: the values it may change, whether it gives the one it changed back.
+
+    A `statement`, `x += y`, writes in place only where x is a tensor; a number is left as it was.
+    """
+
+    targets: tuple[str, ...]
+    returns_target: bool = True
+    statement: bool = False
 
 
-def settle_aliases(nodes: Iterable[Node], inplace: Mapping[str, str], as_written: Mapping[str, Node]) -> list[Node]:
-    """The nodes with in-place operators made out-of-place where that is exact, and marked `aliased` where it is not.
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The nodes, and for each write that became out-of-place the value that was written to."""
+
+    nodes: tuple[Node, ...]
+    converted: Mapping[str, str]
+
+
+def settle_aliases(
+    nodes: Iterable[Node],
+    writes: Mapping[str, Write],
+    as_written: Mapping[str, Node],
+    frozen: Collection[str] = (),
+) -> Settled:
+    """Make in-place operators out-of-place where that is exact, and mark `aliased` what must stay as it is.
 
     Args:
         nodes: the nodes in order, in the vocabulary's terms (which are out-of-place).
-        inplace: for each node that writes in place, the value it writes to ("" where that is no node's).
+        writes: the nodes that write in place.
         as_written: each call exactly as written.
+        frozen: writes to keep in any case.
     """
-    listed = list(nodes)
-    if not inplace:
-        return listed
-    memory = _Memory(listed)
-    renamed: dict[str, str] = {}
-    result: list[Node] = []
-    for position, original in enumerate(listed):
-        node = original.map(substitute(renamed)) if renamed else original
-        target = renamed.get(inplace.get(node.id, ""), inplace.get(node.id))
-        if target is None:
-            memory.add(node.id, _may_alias(node), external=node.kind in ("placeholder", "get_attr"))
-        else:
-            later = memory.read_after(target, position)
-            functional = node.kind in BY_NAME
-            if functional and later <= {target} and not memory.is_external(target):
-                memory.add(node.id, (), external=False)
-                if later:
-                    renamed = {k: node.id if v == target else v for k, v in renamed.items()} | {target: node.id}
-                    memory.move_uses(target, node.id)
+    listed = tuple(nodes)
+    if not writes:
+        return Settled(listed, {})
+    return _Settling(listed, writes, as_written, frozen).run()
+
+
+class _Settling:
+    """One run over the nodes. Values go by their current name: that of the write that changed them last."""
+
+    def __init__(
+        self,
+        nodes: tuple[Node, ...],
+        writes: Mapping[str, Write],
+        as_written: Mapping[str, Node],
+        frozen: Collection[str],
+    ) -> None:
+        self._nodes, self._writes, self._as_written, self._frozen = nodes, writes, as_written, frozen
+        self._memory = _Memory()
+        self._now: dict[str, str] = {}
+        self._last = {used: position for position, node in enumerate(nodes) for used in node.uses()}
+        self._tensors: dict[str, bool | None] = {}
+        self._converted: dict[str, str] = {}
+        self._kept: set[str] = set()
+
+    def run(self) -> Settled:
+        pairs: list[tuple[Node, Node]] = []
+        for position, original in enumerate(self._nodes):
+            turn = substitute(self._now)
+            node, plain = original.map(turn), self._as_written.get(original.id, original).map(turn)
+            self._tensors[node.id] = is_tensor(plain, self._tensors)
+            write = self._writes.get(node.id)
+            if write is None or (write.statement and self._tensors[node.id] is False):
+                aliases, external = may_alias(node, plain)
+                self._memory.add(node.id, aliases, external=external)
             else:
-                memory.add(node.id, (target,) if target else tuple(node.uses()), external=not target)
-                if later or memory.is_external(node.id):
-                    memory.taint(node.id)
-        result.append(node)
-    turn = substitute(renamed)
-    return [_keep(as_written.get(n.id, n).map(turn)) if memory.is_tainted(n.id) else n for n in result]
+                self._write(node, write, position)
+            pairs.append((node, plain))
+        return Settled(tuple(self._marked(i, *pair) for i, pair in enumerate(pairs)), self._converted)
 
+    def _write(self, node: Node, write: Write, position: int) -> None:
+        memory = self._memory
+        targets = tuple(dict.fromkeys(self._now.get(target, target) for target in write.targets))
+        one = targets[0] if len(targets) == 1 else ""
+        returned = bool(one) and write.returns_target and (not write.statement or self._tensors[one] is True)
+        later = {m for target in targets for m in memory.members(target) if self._last.get(m, -1) > position}
+        external = not targets or any(memory.is_external(target) for target in targets)
+        harmless = not external and (not later or (returned and later == {one}))
+        known = node.kind in BY_NAME and bool(one) and node.id not in self._frozen
+        if harmless and known:
+            self._converted[node.id] = one
+            memory.add(node.id, (), external=False)
+        else:
+            self._kept.add(node.id)
+            memory.add(node.id, targets, external=external)
+            if not harmless:
+                memory.taint(node.id, position)
+        if returned:
+            self._rename(one, node.id)
 
-def _keep(node: Node) -> Node:
-    return replace(node, aliased=True)
+    def _rename(self, old: str, new: str) -> None:
+        """Whoever reads `old` from here on reads `new`."""
+        self._now = {name: new if now == old else now for name, now in self._now.items()} | {old: new}
+        self._last[new] = max(self._last.get(new, -1), self._last.pop(old, -1))
+
+    def _marked(self, position: int, node: Node, plain: Node) -> Node:
+        memory = self._memory
+        early = any(memory.last_write(used) > position for used in plain.uses())
+        if node.id in memory and (early or memory.last_write(node.id) >= 0):
+            return node if plain is node and node.kind in ("placeholder", "output") else replace(plain, aliased=True)
+        return plain if node.id in self._kept else node
 
 
 class _Memory:
     """Groups of values that may share memory: a disjoint-set forest over the nodes seen so far."""
 
-    def __init__(self, nodes: list[Node]) -> None:
+    def __init__(self) -> None:
         self._parent: dict[str, str] = {}
         self._members: dict[str, list[str]] = {}
         self._external: set[str] = set()
-        self._tainted: set[str] = set()
-        self._last: dict[str, int] = {used: i for i, node in enumerate(nodes) for used in node.uses()}
+        self._written: dict[str, int] = {}
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._parent
 
     def add(self, id: str, aliases: Iterable[str], *, external: bool) -> None:
         self._parent[id] = id
@@ -80,6 +146,20 @@ class _Memory:
         for other in aliases:
             self._join(id, other)
 
+    def members(self, id: str) -> list[str]:
+        return self._members[self._root(id)]
+
+    def is_external(self, id: str) -> bool:
+        return self._root(id) in self._external
+
+    def taint(self, id: str, position: int) -> None:
+        """Note a write at a position, after which other values of the group are read."""
+        self._written[self._root(id)] = position
+
+    def last_write(self, id: str) -> int:
+        """Where the group of `id` is written to last, of the writes noted; -1 where there is none."""
+        return self._written.get(self._root(id), -1)
+
     def _join(self, a: str, b: str) -> None:
         a, b = self._root(a), self._root(b)
         if a == b:
@@ -88,52 +168,13 @@ class _Memory:
             a, b = b, a
         self._parent[b] = a
         self._members[a] += self._members.pop(b)
-        for marks in (self._external, self._tainted):
-            if b in marks:
-                marks.add(a)
+        if b in self._external:
+            self._external.add(a)
+        if b in self._written:
+            self._written[a] = max(self._written.get(a, -1), self._written.pop(b))
 
     def _root(self, id: str) -> str:
         while self._parent[id] != id:
             self._parent[id] = self._parent[self._parent[id]]
             id = self._parent[id]
         return id
-
-    def read_after(self, id: str, position: int) -> set[str]:
-        """The values of the group of `id` that are read after a position."""
-        return {m for m in self._members[self._root(id)] if self._last.get(m, -1) > position} if id else set()
-
-    def move_uses(self, old: str, new: str) -> None:
-        self._last[new] = max(self._last.get(new, -1), self._last.pop(old))
-
-    def is_external(self, id: str) -> bool:
-        return not id or self._root(id) in self._external
-
-    def taint(self, id: str) -> None:
-        self._tainted.add(self._root(id))
-
-    def is_tainted(self, id: str) -> bool:
-        return self._root(id) in self._tainted
-
-
-def _may_alias(node: Node) -> tuple[str, ...]:
-    """The inputs whose memory the node's value may share."""
-    if node.kind in BY_NAME:
-        first = tuple(node.uses())[:1]
-        return first if node.kind in _VIEWS else ()
-    written = node.origin.written
-    if written is None or written.op in ("placeholder", "get_attr", "output"):
-        return ()
-    if written.op == "call_module":
-        fresh = node.kind.startswith("torch.nn.") and "flatten" not in node.kind.lower()
-    else:
-        fresh = _returns_fresh_memory(written.target.rpartition(".")[2])
-    return () if fresh else tuple(dict.fromkeys(node.uses()))
-
-
-def _returns_fresh_memory(name: str) -> bool:
-    """Whether every overload of an aten operator declares that its results share no memory with its arguments."""
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return False
-    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    return all(returned.alias_info is None for schema in schemas for returned in schema.returns)

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.leaves import LEAVES
-from qfunc.edge.tensors import share
+from qfunc.edge.statements import AUGMENTED, StatementTracer
+from qfunc.edge.tensors import is_saved, share
 from qfunc.ir import (
     Arg,
     DictArg,
@@ -51,20 +52,31 @@ class Emitter:
         self._graph = graph
         self._copy = copy
         self._evaluator = Evaluator(graph.sources)
-        self._fx = fx.Graph()
+        self._fx = fx.Graph(tracer_cls=StatementTracer if any(map(_is_statement, graph)) else None)
         self._values: dict[str, fx.Node] = {}
-        self._memo: dict[int, Any] = {}
+        self.memo: dict[int, Any] = {}
+        """Source objects by id, and what stands for them: for `deepcopy`."""
         self._layers: dict[tuple[str, NamedArgs], str] = {}
+        self._clones: dict[tuple[str, bool], str] = {}
         self._tensors: dict[Expression, Tensor] = {}
         self._late: list[tuple[fx.Node, str, Any]] = []
-        self._unchanged = {_target(node) for node in graph if _calls_module(node) and _is_unchanged(node)}
+        self.unsaved: list[str] = []
+        """The buffers that are no part of the `state_dict`, as in the source."""
+        self._unchanged = {
+            _target(node): _is_known(node) for node in graph if _calls_module(node) and _is_unchanged(node)
+        }
 
     def emit(self) -> fx.Graph:
         """The fx graph; `root` holds what it refers to."""
+        for path in sorted(self._unchanged, key=lambda path: path.count(".")):
+            self._clone(path, self._unchanged[path])  # a module comes before its parts, which it brings along
         for node in self._graph:
             self._values[node.id] = self._emit(node)
         for fx_node, target, value in self._late:
             fx_node.target = self._attach(target, value)
+            owner, name = self._graph.sources["model"], target
+            if isinstance(value, Tensor) and name in owner.tensors and not is_saved(owner, name):
+                self.unsaved.append(str(fx_node.target))
         return self._fx
 
     def _emit(self, node: Node) -> fx.Node:
@@ -85,7 +97,7 @@ class Emitter:
     def _operator(self, node: Node) -> fx.Node:
         """The operator itself, without what is fused behind it."""
         written = node.origin.written
-        known = node.kind in BY_NAME and not node.aliased
+        known = _is_known(node)
         if written is None:
             target, names = BY_NAME[node.kind].call
             args = tuple(self._arg(node.get(name)) for name in names)
@@ -118,15 +130,18 @@ class Emitter:
     def _clone(self, path: str, known: bool) -> str:
         """The path of a copy of the source's module; one of a known kind does not write in place any more."""
         module = self._source_module(path)
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._fresh(tensor)
-        try:
-            clone: Any = copying.deepcopy(module, self._memo)
-        except Exception as error:
-            raise UncopyableModuleError(path, str(error)) from error
-        if known and getattr(clone, "inplace", False):
-            clone.inplace = False
-        return self._attach(path, clone)
+        switched = known and getattr(module, "inplace", False) is True
+        if (path, switched) not in self._clones:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._fresh(tensor)
+            try:
+                clone: Any = copying.deepcopy(module, {} if switched else self.memo)
+            except Exception as error:
+                raise UncopyableModuleError(path, str(error)) from error
+            if switched:
+                clone.inplace = False
+            self._clones[path, switched] = self._attach(path, clone)
+        return self._clones[path, switched]
 
     def _layer(self, node: Node, path: str) -> str:
         """The path of a copy of the source's layer with the tensors that the node's expressions give."""
@@ -154,19 +169,22 @@ class Emitter:
             if isinstance(expression, Load):
                 made = self._fresh(self._evaluator.source(expression))
             else:
-                trained = any(isinstance(self._evaluator.source(load), nn.Parameter) for load in loads(expression))
+                sources = [self._evaluator.source(load) for load in loads(expression)]
+                trained = [tensor.requires_grad for tensor in sources if isinstance(tensor, nn.Parameter)]
                 value = self._evaluator.tensor(expression)
-                made = nn.Parameter(value) if trained and value.is_floating_point() else value
+                made = nn.Parameter(value, any(trained)) if trained and value.is_floating_point() else value
             self._tensors[expression] = made
         return self._tensors[expression]
 
     def _fresh(self, tensor: Tensor) -> Tensor:
         """The one new tensor that stands for a source tensor."""
-        if id(tensor) not in self._memo:
+        if id(tensor) not in self.memo:
             made = tensor.detach().clone() if self._copy else share(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
-            self._memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
-        found: Tensor = self._memo[id(tensor)]
+            made = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+            vars(made).update(vars(tensor))
+            self.memo[id(tensor)] = made
+        found: Tensor = self.memo[id(tensor)]
         return found
 
     def _attribute(self, name: str, target: str, value: Arg) -> fx.Node:
@@ -242,8 +260,20 @@ def _target(node: Node) -> str:
     return node.origin.written.target
 
 
+def _is_statement(node: Node) -> bool:
+    """Whether the call, written as a statement, is one that plain tracing would lose or refuse."""
+    written = node.origin.written
+    names = (*AUGMENTED, "setitem", "delitem")
+    return written is not None and written.target in {f"operator.{name}" for name in names}
+
+
 def _calls_module(node: Node) -> bool:
     return node.origin.written is not None and node.origin.written.op == "call_module"
+
+
+def _is_known(node: Node) -> bool:
+    """Whether the vocabulary says what the node computes, out of place, whatever way it was written."""
+    return node.kind in BY_NAME and not node.aliased
 
 
 def _is_unchanged(node: Node) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qfunc.edge.tensors import fingerprint, named_tensors
+from qfunc.edge.tensors import is_current
 from qfunc.errors import NonFinite, Problem, StaleSource
 from qfunc.ir import Expression, Graph, Source
 from qfunc.numerics.affine import dequantize, quantize
@@ -118,12 +118,12 @@ def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
 def check_sources(graph: Graph) -> list[Problem]:
     """The source tensors that changed since tracing, and the weights to be quantized that are not finite."""
     found: dict[Problem, None] = {}
-    current = {key: dict(named_tensors(source.model)) for key, source in graph.sources.items()}
     for id, expression in expressions(graph):
         quantized = isinstance(expression, (QuantizeWeight, DequantizeWeight))
         for load in loads(expression):
-            tensor, before = graph.sources[load.source].tensors[load.name]
-            if current[load.source].get(load.name, tensor) is not tensor or fingerprint(tensor) != before:
+            source = graph.sources[load.source]
+            tensor, _ = source.tensors[load.name]
+            if not is_current(source, load.name):
                 found[StaleSource(load.name)] = None
             elif quantized and not bool(torch.isfinite(tensor).all()):
                 reason = f"{load.name} holds NaN or infinity, which no scale can represent"

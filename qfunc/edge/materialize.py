@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+from functools import partial
 from typing import Any
 
 from returns.result import Failure, Success
@@ -26,6 +27,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_INTERNAL = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _KEEP = "_user_preserved_attributes"  # what fx's deepcopy carries over
 
 
@@ -55,8 +57,12 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     except UncopyableModuleError as error:
         return Failure(UserFunctionFailed(error.path, str(error)))
     module = fx.GraphModule(emitter.root, fx_graph, class_name=graph.title or "GraphModule")
-    module.training = graph.training
-    _keep_attributes(module, graph)
+    _set_flags(module, graph)
+    _keep_attributes(module, graph, emitter.memo)
+    if emitter.unsaved:
+        unsave = partial(_unsave, names=tuple(emitter.unsaved))
+        unsave(module)
+        module._register_deepcopy_hook(unsave)
     return Success(module)
 
 
@@ -74,23 +80,40 @@ def _graph_of(stage: object) -> Graph | None:
             return None
 
 
-def _keep_attributes(module: fx.GraphModule, graph: Graph) -> None:
+def _set_flags(module: fx.GraphModule, graph: Graph) -> None:
+    """Give the containers, which are new, and modules of qfunc's own the training flags of the source."""
+    flags = {path: m.training for source in graph.sources.values() for path, m in source.model.named_modules()}
+    for path, part in module.named_modules():
+        if part is module or type(part) is nn.Module or type(part).__module__.startswith("qfunc."):
+            part.training = flags.get(path, graph.training)
+
+
+def _unsave(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Take buffers out of the `state_dict`."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+
+
+def _keep_attributes(module: fx.GraphModule, graph: Graph, memo: dict[int, Any]) -> None:
     """Carry over the model's own data attributes and hooks, in a way that survives `deepcopy`."""
     kept: dict[str, Any] = {}
     for source in graph.sources.values():
         model: nn.Module = source.model
+        memo.setdefault(id(model), module)
         for name, value in vars(model).items():
-            plain = not name.startswith("_") and not hasattr(module, name)
-            if plain or (name in _HOOKS and value):
-                kept[name] = _copied(value)
+            if name in _HOOKS and value:
+                kept[name] = value.copy()
+            elif name not in _INTERNAL and not hasattr(module, name):
+                kept[name] = _copied(value, memo)
     module.meta[_KEEP] = kept
     for name, value in kept.items():
         setattr(module, name, value)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy, so that the source is not reached through the new module; what cannot be copied is shared."""
     try:
-        return copying.deepcopy(value)
-    except (TypeError, RuntimeError, NotImplementedError):
+        return copying.deepcopy(value, memo)
+    except Exception:  # noqa: BLE001 - the copying of a user's object is the user's code
         return value

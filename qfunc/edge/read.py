@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from qfunc.edge.alias import Write
+from qfunc.edge.schema import is_torch
+from qfunc.edge.statements import AUGMENTED
 from qfunc.ir import (
     Arg,
     DictArg,
@@ -23,34 +27,35 @@ from qfunc.ir import (
     Source,
     Token,
     Written,
+    refs,
 )
 from qfunc.ir.node import NamedArgs
 from qfunc.ops import FORMS, Kind, bind, name_of, type_name
 from qfunc.params import Load
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
-_INPLACE_FUNCTIONS = frozenset({"operator.setitem", "operator.delitem"})
-_AUGMENTED = frozenset(
-    f"operator.{name}"
-    for name in (
-        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
-    )
-)
+_AUGMENTED = frozenset(f"operator.{name}" for name in (*AUGMENTED, "imatmul", "iconcat"))
 
 
 class Reader:
-    """Reads the nodes of one fx graph, in order; gathers the objects without a name and which nodes write in place."""
+    """Reads the nodes of one fx graph, in order; gathers the objects without a name and what nodes write to."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], source: Source, scopes: Mapping[str, tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        source: Source,
+        scopes: Mapping[str, tuple[str, Any]],
+        attributes: Mapping[str, Any],
+    ) -> None:
         self.objects: dict[str, Opaque] = {}
-        self.inplace: dict[str, str] = {}
+        self.writes: dict[str, Write] = {}
         self.as_written: dict[str, Node] = {}
         self.notes: list[Note] = []
         self._tokens: dict[int, Token] = {}
         self._modules = modules
         self._source = source
         self._scopes = scopes
+        self._attributes = attributes
         self._parameters: dict[str, Load] = {}
 
     def read(self, node: fx.Node) -> Node:
@@ -120,10 +125,7 @@ class Reader:
         if target in self._source.tensors:
             value = self._parameters[node.name] = self._load(target)
         else:
-            found: Any = self._modules[""]
-            for part in target.split("."):
-                found = getattr(found, part)
-            value = self._named(found)
+            value = self._named(self._attributes[target])
         return Node(node.name, "get_attr", (("value", value),), origin=self._origin(node, target))
 
     def _load(self, name: str) -> Load:
@@ -144,13 +146,13 @@ class Reader:
             self.notes.append(
                 Note(node.name, "kept as it is: the module has hooks, parametrizations or an own forward")
             )
+        write = _write(node, target, module, plain)
+        if write is None and bound is not None and bound.inplace:
+            write = Write(tuple(refs(bound.args[0][1])))
+        if write is not None:
+            self.writes[node.name] = write
         if known is None or bound is None:
-            if _writes_input(node, target, module):
-                self.inplace[node.name] = next(iter(plain.uses()), "")
             return plain
-        if bound.inplace:
-            first = bound.args[0][1]
-            self.inplace[node.name] = first.id if isinstance(first, Ref) else ""
         bound_args = tuple((key, self._weight(known[0], key, value)) for key, value in bound.args)
         written = Written(bound.written.op, target, bound.written.args, bound.written.kwargs)
         return Node(node.name, known[0].name, bound_args, origin=self._origin(node, target, written))
@@ -193,22 +195,37 @@ def _is_plain(module: nn.Module) -> bool:
     return not (hooks or "forward" in vars(module) or parametrize.is_parametrized(module))
 
 
-def _writes_input(node: fx.Node, target: str, module: nn.Module | None) -> bool:
-    """Whether an unknown call changes its first argument in place, by torch's conventions of naming."""
+def _write(node: fx.Node, target: str, module: nn.Module | None, plain: Node) -> Write | None:
+    """What a call writes to, by torch's conventions of naming; `None` where it writes nothing."""
+    out = next((value for key, value in plain.args if key == "out" and value is not None), None)
+    if out is not None:
+        return Write(tuple(refs(out)), returns_target=isinstance(out, Ref))
+    by_name = dict(plain.args)
+    first = by_name.get("0", by_name.get("input"))
+    targets = tuple(refs(first))
     name = target.rpartition(".")[2]
-    trailing = name.endswith("_") and not name.endswith("__")
-    augmented = target.startswith("operator.i") and target[9:] not in (
-        "index",
-        "invert",
-        "is_",
-        "is_not",
-        "indexOf",
-        "inv",
-    )
-    switched = node.kwargs.get("inplace") is True or "out" in node.kwargs
-    if node.op == "call_module":
-        return getattr(module, "inplace", False) is True
-    return trailing or switched or target in _INPLACE_FUNCTIONS or (node.op == "call_function" and augmented)
+    if module is not None:
+        ours = plain.kind.startswith("torch.nn.")
+        return Write(targets, ours) if getattr(module, "inplace", False) is True else None
+    if target in _AUGMENTED:
+        return Write(targets, statement=True)
+    if target in ("operator.setitem", "operator.delitem") or (node.op == "call_method" and name == "__setitem__"):
+        return Write(targets, returns_target=False)
+    if (name.endswith("_") and not name.endswith("__")) or _is_switched(node):
+        written = plain.origin.written
+        return Write(targets, isinstance(first, Ref) and written is not None and is_torch(written))
+    return None
+
+
+def _is_switched(node: fx.Node) -> bool:
+    """Whether a function is called with `inplace=True`, by keyword or by position."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    try:
+        names = list(signature(node.target).parameters) if callable(node.target) else []
+    except ValueError:  # a builtin without a signature
+        return False
+    return any(key == "inplace" and value is True for key, value in zip(names, node.args, strict=False))
 
 
 def _user_line(stack_trace: str | None) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qfunc.ir import Source
 
@@ -21,10 +23,31 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield prefix + name, tensor
 
 
-def fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """(version, storage identity): changes when the tensor is written in place or given other memory."""
+def fingerprint(tensor: Tensor) -> tuple[int, object]:
+    """(version, identity of its memory): changes when the tensor is written in place or given other memory."""
     version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.untyped_storage()._cdata
+    # A weak reference keeps the identity, not the memory: no later storage is taken for this one.
+    weak: Any = StorageWeakRef
+    memory = weak(tensor.untyped_storage()) if tensor.layout is torch.strided else id(tensor)
+    return version, memory
+
+
+def is_current(source: Source, name: str) -> bool:
+    """Whether the model still has, under this name, the tensor that it had when traced, with the same values."""
+    tensor, before = source.tensors[name]
+    found: Any = source.model
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    inline = found is None and name.startswith("_tensor_constant")
+    return (found is tensor or inline) and fingerprint(tensor) == before
+
+
+def is_saved(source: Source, name: str) -> bool:
+    """Whether the tensor is in the model's `state_dict`: a parameter or a persistent buffer."""
+    path, _, leaf = name.rpartition(".")
+    module = source.model.get_submodule(path) if path else source.model
+    persistent = leaf in module._buffers and leaf not in module._non_persistent_buffers_set
+    return persistent or leaf in module._parameters
 
 
 def source_of(model: nn.Module, constants: Mapping[str, Tensor]) -> Source:

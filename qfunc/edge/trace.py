@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyrsistent import pmap
 from returns.result import Failure, Success
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from qfunc.config.custom_config import CustomConfig
 from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader
+from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
-from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, several
-from qfunc.ir import Graph, Node
+from qfunc.edge.unchanged import unchanged
+from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, Untraceable, several
+from qfunc.ir import Graph, Note, Source
 from qfunc.ops import type_name
 from qfunc.result import R
 
@@ -55,39 +58,112 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
     errors = _check(model, modules, custom)
     if errors is not None:
         return Failure(errors)
-    tracer = _Tracer(custom)
-    try:
-        with _unchanged(modules.values()):
-            fx_graph = tracer.trace(model, concrete_args=dict(custom.concrete_args) or None)
-            constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
-    except Exception as error:  # noqa: BLE001 - the model's forward is the user's code: anything may come out of it
-        return Failure(diagnose(error, model))
-    source = source_of(model, constants)
-    graph = _graph(fx_graph, tracer, model, modules, source)
-    return with_facts(graph, example_inputs) if example_inputs is not None else Success(graph)
+    recorded = _record(model, modules, custom)
+    if isinstance(recorded, Untraceable):
+        return Failure(recorded)
+    graph, converted = recorded.graph()
+    if example_inputs is None:
+        return Success(graph)
+    seen = with_facts(graph, example_inputs)
+    if isinstance(seen, Failure):
+        return seen
+    promoted = _promoted(seen.unwrap(), converted)
+    return with_facts(recorded.graph(promoted)[0], example_inputs) if promoted else seen
 
 
-def _graph(
-    fx_graph: fx.Graph, tracer: _Tracer, model: nn.Module, modules: Mapping[str, nn.Module], source: Any
-) -> Graph:
-    reader = Reader(modules, source, tracer.node_name_to_scope)
-    nodes: list[Node] = [reader.read(node) for node in fx_graph.nodes]
-    nodes = settle_aliases(nodes, reader.inplace, reader.as_written)
-    return Graph(
-        pmap({node.id: node for node in nodes}),
-        tuple(node.id for node in nodes),
-        title=type(model).__name__,
-        training=model.training,
-        sources=pmap({"model": source}),
-        objects=pmap(reader.objects),
-        modules=pmap({path: type_name(type(module)) for path, module in modules.items()}),
-        notes=tuple(reader.notes),
-    )
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What fx recorded of a model, once the model is as it was before."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    fx_graph: fx.Graph
+    scopes: Mapping[str, tuple[str, Any]]
+    source: Source
+    attributes: Mapping[str, Any]
+    notes: tuple[Note, ...]
+
+    def graph(self, frozen: Collection[str] = ()) -> tuple[Graph, Mapping[str, str]]:
+        """The graph, with the in-place operators in `frozen` kept; and those not kept, with what each writes to."""
+        reader = Reader(self.modules, self.source, self.scopes, self.attributes)
+        read = [reader.read(node) for node in self.fx_graph.nodes]
+        settled = settle_aliases(read, reader.writes, reader.as_written, frozen)
+        graph = Graph(
+            pmap({node.id: node for node in settled.nodes}),
+            tuple(node.id for node in settled.nodes),
+            title=type(self.model).__name__,
+            training=self.model.training,
+            sources=pmap({"model": self.source}),
+            objects=pmap(reader.objects),
+            modules=pmap({path: type_name(type(module)) for path, module in self.modules.items()}),
+            notes=(*self.notes, *reader.notes),
+        )
+        return graph, settled.converted
+
+
+def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> _Recorded | Untraceable:
+    """Trace with buffers as traced values, so that reading and writing them is recorded; failing that, as constants.
+
+    A forward that decides by a buffer's value can only be traced the second way.
+    """
+    for buffers in (True, False):
+        tracer = _Tracer(custom, model, buffers=buffers)
+        notes = () if buffers else (Note("model", "what its forward decides by values of its buffers was decided now"),)
+        kept = tuple(model.buffers()) if not buffers else ()
+        try:
+            with unchanged(modules.values(), kept) as written:
+                fx_graph = tracer.trace(model, concrete_args=dict(custom.concrete_args) or None)
+                attributes = {
+                    str(n.target): _attribute(model, str(n.target)) for n in fx_graph.nodes if n.op == "get_attr"
+                }
+        except Exception as error:  # noqa: BLE001 - the model's forward is the user's code: anything may come out of it
+            last: _Recorded | Untraceable = diagnose(error, model)
+        else:
+            made = next((n for n in fx_graph.nodes if n.op == "call_module" and str(n.target) not in modules), None)
+            if written:
+                last = Untraceable(type(model).__name__, "", *_WRITTEN)
+            elif made is not None:
+                last = Untraceable(str(made.target), "", *_MADE)
+            else:
+                source = source_of(model, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
+                return _Recorded(model, modules, fx_graph, tracer.node_name_to_scope, source, attributes, notes)
+        if not any(True for _ in model.buffers()):
+            break
+    assert isinstance(last, Untraceable)
+    return last
+
+
+_WRITTEN = (
+    "its forward writes in place to a tensor that is neither an input, a parameter nor a buffer, which is not recorded",
+    "register the tensor with register_buffer, or make a new one instead of writing to it",
+)
+_MADE = (
+    "its forward makes a module and calls it",
+    "make it in __init__ and keep it as an attribute",
+)
+
+
+def _attribute(model: nn.Module, target: str) -> Any:
+    found: Any = model
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
+    """The out-of-place twins that give another dtype or shape than writing in place does."""
+    pairs = ((id, graph[id].fact, graph[operand].fact) for id, operand in converted.items())
+    return frozenset(id for id, after, before in pairs if before is not None and after != before)
 
 
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> QuantError | None:
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
+    ]
+    errors += [
+        Untraceable(name, "", "a lazy module, whose parameters have no shape yet", "run the model once on an example")
+        for name, tensor in named_tensors(model)
+        if is_lazy(tensor)
     ]
     devices = sorted({str(tensor.device) for _, tensor in named_tensors(model)})
     if len(devices) > 1:
@@ -95,46 +171,21 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     return several(errors) if errors else None
 
 
-class _Proxy(fx.Proxy):
-    """A traced value that also records the statements that write in place, which fx loses or refuses."""
+class _Tracer(StatementTracer):
+    """Symbolic tracing with the reference's leaf rule.
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made.
+    """
 
-
-def _records(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _records(getattr(operator, _name)))
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracing with the reference's leaf rule."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def __init__(self, custom: CustomConfig) -> None:
+    def __init__(self, custom: CustomConfig, root: nn.Module, *, buffers: bool) -> None:
         super().__init__()
-        self._names = custom.non_traceable_names
+        self.proxy_buffer_attributes = buffers
+        called = root.graph.find_nodes(op="call_module") if isinstance(root, fx.GraphModule) else ()
+        self._names = {*custom.non_traceable_names, *(str(node.target) for node in called)}
         self._types = custom.non_traceable_types
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         library = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
+        compiled = isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("torch._dynamo")
         chosen = module_qualified_name in self._names or isinstance(m, self._types)
-        return chosen or (library and not isinstance(m, nn.Sequential))
-
-
-@contextmanager
-def _unchanged(modules: Any) -> Iterator[None]:
-    """Undo what running `forward` writes on the modules: attributes set by the user's code, constants set by fx."""
-    before = [(vars(module), dict(vars(module))) for module in dict.fromkeys(modules)]
-    try:
-        yield
-    finally:
-        for attributes, saved in before:
-            if attributes.keys() != saved.keys() or any(attributes[key] is not saved[key] for key in saved):
-                attributes.clear()
-                attributes.update(saved)
+        return chosen or compiled or (library and not isinstance(m, nn.Sequential))

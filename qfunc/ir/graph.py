@@ -29,7 +29,7 @@ class Source:
 
     __slots__ = ("model", "tensors", "title")
 
-    def __init__(self, model: Any, title: str, tensors: Mapping[str, tuple[Any, tuple[int, int]]]) -> None:
+    def __init__(self, model: Any, title: str, tensors: Mapping[str, tuple[Any, object]]) -> None:
         self.model = model
         self.title = title
         self.tensors = tensors

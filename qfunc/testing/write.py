@@ -77,7 +77,8 @@ def _step(draft: Draft, pick: Pick, families: Sequence[str], aliasing: bool) -> 
 def _write_in_place(draft: Draft, x: str, pick: Pick, aliasing: bool) -> None:
     """An in-place operator on `x`; later lines read its result, or `x` under its old name.
 
-    fx records `x += y` as an addition into new memory, so that form is for memory that nothing else reads.
+    With `aliasing` it may also be an assignment to a part of `x`, which plain fx refuses; plain fx also takes `x += y`
+    for an addition into new memory.
     """
     if aliasing and not draft.aliases(x):
         draft.value(pick(ALIASES).format(x=x))
@@ -85,14 +86,14 @@ def _write_in_place(draft: Draft, x: str, pick: Pick, aliasing: bool) -> None:
     others = [y for y in draft.partners(x) if y != x and y not in aliases]
     form = pick([form for form in IN_PLACE if others or "{y}" not in form])
     text = form.format(x=x, y=pick(others) if "{y}" in form else x)
-    styles = ["result", "statement"] + ["augmented"] * bool(others and not (aliasing and aliases))
+    styles = ["result", "statement"] + ["augmented"] * bool(others) + ["item"] * aliasing
     if text.startswith("nn."):
         text, styles = f"{pick([*_existing(draft, text), None]) or draft.attribute('m', text)}({x})", ["result"]
     style = pick(styles)
     if style == "result":
         draft.value(text, always=True)
     else:
-        draft.statement(text if style == "statement" else f"{x} += {pick(others)}")
+        draft.statement({"augmented": f"{x} += {pick([*others, x])}", "item": f"{x}[:, 0] = 0.25"}.get(style, text))
     if not aliasing:
         draft.forget(aliases if style != "result" else [x, *aliases])
     elif aliases:
