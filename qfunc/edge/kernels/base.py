@@ -135,9 +135,10 @@ def check_weight(weight: Tensor, weight_scale: Tensor) -> None:
 def outside_compile(function: _Function) -> _Function:
     """Run `function` as eager code inside `torch.compile`: a graph break, with the same numbers.
 
-    Packed weights are opaque oneDNN tensors, which a compiler cannot trace.
+    Packed weights are opaque oneDNN tensors, which a compiler cannot trace. `torch.compiler.disable` would do, but it
+    loads the compiler at once, which takes longer than everything else that qfunc imports.
     """
-    return cast("_Function", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    return cast("_Function", torch._disable_dynamo(function))
 
 
 def operator(namespace: str, name: str, overload: str = "default") -> Any:

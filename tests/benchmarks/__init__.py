@@ -1,0 +1,1 @@
+"""Programs that measure; see `python -m tests.benchmarks.NAME --help`. No test asserts a time."""
