@@ -1,4 +1,4 @@
-"""What qfunc is tested with, for users' own tests too: random models, metrics, and the torch.ao oracle.
+"""What qfunc is tested with, for users' own tests too: laws, random models, metrics, and the torch.ao oracle.
 
 The strategies need hypothesis; it is imported when one of them is first asked for.
 """
@@ -8,30 +8,49 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qfunc.testing.laws import LAWS, OBSERVER_LAWS, TOTAL, Law, Violation, check_law, check_laws
 from qfunc.testing.metrics import max_abs_error, same_bits, sqnr
+from qfunc.testing.numeric_laws import Measurement
 from qfunc.testing.operations import FAMILIES
 from qfunc.testing.program import Input, ModelCase, Program, build
+from qfunc.testing.walk import Case, Walk, walk
 from qfunc.testing.write import write_program
 
 if TYPE_CHECKING:
-    from qfunc.testing.strategies import models, programs
+    from qfunc.testing.strategies import cases, configurations, models, programs, qconfigs
 
 __all__ = [
     "FAMILIES",
+    "LAWS",
+    "OBSERVER_LAWS",
+    "TOTAL",
+    "Case",
     "Input",
+    "Law",
+    "Measurement",
     "ModelCase",
     "Program",
+    "Violation",
+    "Walk",
     "build",
+    "cases",
+    "check_law",
+    "check_laws",
+    "configurations",
     "max_abs_error",
     "models",
     "programs",
+    "qconfigs",
     "same_bits",
     "sqnr",
+    "walk",
     "write_program",
 ]
 
+_STRATEGIES = frozenset({"cases", "configurations", "models", "programs", "qconfigs"})
+
 
 def __getattr__(name: str) -> object:
-    if name in {"models", "programs"}:
+    if name in _STRATEGIES:
         return getattr(import_module("qfunc.testing.strategies"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
