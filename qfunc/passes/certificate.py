@@ -35,6 +35,8 @@ class Certificate:
     host: str
     entries: tuple[Entry, ...]
     conversions: int
+    limited: bool = False
+    """Whether weights are limited, because this host's kernels add two products in 16 bits (`numerics.saturation`)."""
 
     @property
     def total(self) -> int:
@@ -57,6 +59,8 @@ class Certificate:
             f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers, "
             f"{self.conversions} conversion{plural} between float and integers left"
         )
+        if self.limited:
+            head += "\nweights are limited so that two products fit 16 bits: this host has no VNNI"
         titles = ("node", "module", "operator", "kernel", "output", "why not")
         rows = [(e.node, e.module, e.operator, e.kernel or "-", e.output, e.reason) for e in self.entries]
         widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from returns.result import Failure, Success
@@ -15,7 +16,9 @@ from qfunc.ir import Draft, Graph, Node, TensorFact, refs, users
 from qfunc.ir.node import Fact
 from qfunc.numerics.grid import Affine
 from qfunc.ops import BY_NAME
+from qfunc.params import QuantizeWeight
 from qfunc.passes.certificate import Certificate, Entry
+from qfunc.passes.numbers import non_tensors
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Converted
 from qfunc.result import R
@@ -65,7 +68,8 @@ def lower(
         return Failure(EngineMissing(engine, (*host.engines, "reference")))
     lowering = _Lowering(converted, host, engine, (*kernels, *ENGINES[engine]))
     graph = lowering.run()
-    certificate = Certificate(engine, host.title, tuple(lowering.entries), _conversions(graph))
+    limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
+    certificate = Certificate(engine, host.title, tuple(lowering.entries), _conversions(graph), limited)
     if strict and certificate.fallbacks:
         return Failure(several(NotLowered(entry.node, entry.reason) for entry in certificate.fallbacks))
     return Success(Lowered(recorded(converted.graph, graph, "lower", f"engine={engine}"), certificate, engine, host))
@@ -89,11 +93,12 @@ class _Lowering:
 
     def run(self) -> Graph:
         """The lowered graph."""
+        numbers = non_tensors(self._graph)
         for node in self._graph:
             if node.kind in ("quantize", "dequantize"):
                 if self._engine == "quantized":
                     self._draft.put(replace(node, kind=f"quantized.{node.kind}"))
-            elif node.kind not in ("placeholder", "get_attr", "output"):
+            elif node.kind not in ("placeholder", "get_attr", "output") and node.id not in numbers:
                 self.entries.append(self._operator(node))
         return _without_dead(self._draft.commit())
 
@@ -168,6 +173,11 @@ def _affine(node: Node, name: str) -> Affine:
     value = node.get(name)
     assert isinstance(value, Affine)
     return value
+
+
+def quantized_weights(node: Node) -> Iterator[QuantizeWeight]:
+    """The integer weights of a kernel node."""
+    yield from (value for _, value in node.args if isinstance(value, QuantizeWeight))
 
 
 _CONVERSIONS = frozenset({"quantize", "dequantize", "quantized.quantize", "quantized.dequantize"})

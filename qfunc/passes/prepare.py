@@ -15,6 +15,7 @@ from qfunc.errors import Problem, UnsupportedDType, WrongStage, several
 from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs, users
 from qfunc.numerics.observers import FixedQParams, Observer, validate_observer
 from qfunc.ops import BY_NAME
+from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Edge, Prepared, Site
 from qfunc.result import R
 
@@ -60,7 +61,7 @@ class _Plan:
         self.problems: list[Problem] = []
         self.notes: list[Note] = []
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
-        self._numbers = _non_tensors(graph)
+        self._numbers = non_tensors(graph)
         for node, qconfig in ((node, qconfig) for node, qconfig in _configured(graph, mapping)):
             row = backend.operator(node)
             if row is not None and self._can_quantize(node, row, qconfig):
@@ -245,19 +246,3 @@ def _not_float(node: Node) -> bool:
     """Whether an example showed the value to be something else than a floating-point tensor."""
     fact = node.fact
     return isinstance(fact, TensorFact) and not fact.dtype.startswith(("float", "bfloat"))
-
-
-_NUMBERS = frozenset({".size", ".dim", ".numel", ".ndimension", "builtins.len"})
-_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
-
-
-def _non_tensors(graph: Graph) -> set[str]:
-    """Values that are numbers, sizes or other non-tensors: sizes of tensors, and what is computed from such alone."""
-    found: set[str] = set()
-    for node in graph:
-        used = list(node.uses())
-        attribute = node.kind == "builtins.getattr" and node.get("1") in _ATTRIBUTES
-        derived = bool(used) and node.kind not in ("output", "cat") and all(value in found for value in used)
-        if node.kind in _NUMBERS or attribute or (derived and not isinstance(node.fact, TensorFact)):
-            found.add(node.id)
-    return found
