@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qfunc.ir.node import NamedArgs, Written
-from qfunc.ir.value import Arg, ListArg
+from qfunc.ir.value import Arg, ListArg, Ref
 from qfunc.ops.kind import REQUIRED, Form, Kind, Param, signature
 from qfunc.ops.names import FORMS
 
@@ -67,6 +67,8 @@ def _given(form: Form, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> _Giv
         if param.how == "spread" and rest:
             one = len(rest) == 1 and isinstance(rest[0], (tuple, ListArg))
             value = _items(rest[0]) if one else tuple(rest)
+            if not all(isinstance(item, (int, Ref)) for item in value):
+                return None
             pairs.append((param, value, param.name if one else f"*{param.name}"))
             rest = []
         elif rest:
