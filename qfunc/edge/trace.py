@@ -134,6 +134,8 @@ _WRITTEN = (
     "its forward writes in place to a tensor that is neither an input, a parameter nor a buffer, which is not recorded",
     "register the tensor with register_buffer, or make a new one instead of writing to it",
 )
+
+
 def _attribute(model: nn.Module, target: str) -> Any:
     found: Any = model
     for part in target.split("."):

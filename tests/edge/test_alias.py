@@ -124,7 +124,9 @@ def kinds(graph: Graph) -> list[str]:
     return [node.kind for node in graph]
 
 
-@pytest.mark.parametrize("line", ["y.relu_()", "F.relu(y, inplace=True)", "torch.relu_(y)", "self.relu(y)", "F.relu_(y)"])
+@pytest.mark.parametrize(
+    "line", ["y.relu_()", "F.relu(y, inplace=True)", "torch.relu_(y)", "self.relu(y)", "F.relu_(y)"]
+)
 def test_what_nobody_else_reads_becomes_out_of_place(line: str) -> None:
     graph = unwrap(trace(model(f"y = x * 2\n{line}\nreturn y", **_attributes())))
     assert kinds(graph) == ["placeholder", "mul", "relu", "output"]

@@ -70,7 +70,15 @@ def nested(self, x):
 def sizes(self, x):
     n, c, h, w = x.shape
     a, b = x.size(0), x.dim()
-    return x.view(n, c * h * w), x.reshape(a, -1), torch.zeros((n, 2)) + b, x.new_ones(n, 1), math.prod((2, 3)), n, x.shape
+    return (
+        x.view(n, c * h * w),
+        x.reshape(a, -1),
+        torch.zeros((n, 2)) + b,
+        x.new_ones(n, 1),
+        math.prod((2, 3)),
+        n,
+        x.shape,
+    )
 
 
 def slices(self, x):
@@ -358,7 +366,9 @@ def test_the_graph_is_a_value() -> None:
 
 
 def test_functional_weights_are_expressions_as_those_of_modules() -> None:
-    model = module(lambda self, x: F.linear(x, self.w, bias=self.b), w=nn.Parameter(torch.ones(2, 2)), b=nn.Buffer(torch.ones(2)))
+    model = module(
+        lambda self, x: F.linear(x, self.w, bias=self.b), w=nn.Parameter(torch.ones(2, 2)), b=nn.Buffer(torch.ones(2))
+    )
     (node,) = [node for node in unwrap(trace(model)) if node.kind == "linear"]
     assert node.get("weight") == Load("w", "float32", (2, 2))
     assert node.get("bias") == Load("b", "float32", (2,))
