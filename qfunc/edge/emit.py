@@ -27,7 +27,7 @@ from qfunc.ir import (
     fresh_id,
 )
 from qfunc.ir.node import NamedArgs
-from qfunc.ops import BY_NAME, emit_target, resolve
+from qfunc.ops import BY_NAME, canonical_call, emit_target, resolve
 from qfunc.params import Load, loads
 
 
@@ -99,9 +99,7 @@ class Emitter:
         written = node.origin.written
         known = _is_known(node)
         if written is None:
-            target, names = BY_NAME[node.kind].call
-            args = tuple(self._arg(node.get(name)) for name in names)
-            return self._fx.create_node("call_function", resolve(target), args, {}, node.id)
+            return self._canonical(node.kind, node.args, node.id)
         args, kwargs = self._written(node, written)
         target = emit_target(written) if known else written.target
         if written.op == "call_function":
@@ -111,11 +109,21 @@ class Emitter:
             target = self._clone(target, known) if not known or _is_unchanged(node) else self._layer(node, target)
         return self._fx.create_node(written.op, target, args, kwargs, node.id)
 
+    def _canonical(self, kind: str, named: NamedArgs, id: str, first: fx.Node | None = None) -> fx.Node:
+        """A call of a kind with no written form; `first`, where given, takes the place of its first argument."""
+        target, names = canonical_call(BY_NAME[kind], named)
+        values = dict(named)
+        given = [
+            (name, first if first is not None and i == 0 else self._arg(values[name.rstrip("=")]))
+            for i, name in enumerate(names)
+        ]
+        args = tuple(value for name, value in given if not name.endswith("="))
+        kwargs = {name.rstrip("="): value for name, value in given if name.endswith("=")}
+        return self._fx.create_node("call_function", resolve(target), args, kwargs, id)
+
     def _post(self, node: Node, value: fx.Node) -> fx.Node:
         for post in node.post:
-            target, names = BY_NAME[post.kind].call
-            args = (value, *(self._arg(post.get(name)) for name in names[1:]))
-            value = self._fx.create_node("call_function", resolve(target), args, {}, f"{node.id}_{post.kind}")
+            value = self._canonical(post.kind, post.args, f"{node.id}_{post.kind}", value)
         return value
 
     def _leaf(self, node: Node) -> fx.Node:

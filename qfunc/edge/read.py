@@ -175,6 +175,8 @@ class Reader:
         def attribute(name: str) -> Arg:
             if f"{path}.{name}" in self._source.tensors:
                 return self._load(f"{path}.{name}")
+            if name == "training" and getattr(module, "running_mean", self) is None:
+                return True  # a batch norm without running statistics takes the batch's in evaluation as well
             return self.arg(getattr(module, name))
 
         return path, module, attribute

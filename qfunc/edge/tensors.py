@@ -35,11 +35,15 @@ def fingerprint(tensor: Tensor) -> tuple[int, object]:
 def is_current(source: Source, name: str) -> bool:
     """Whether the model still has, under this name, the tensor that it had when traced, with the same values."""
     tensor, before = source.tensors[name]
-    found: Any = source.model
+    return before is None or (_attribute(source.model, name) is tensor and fingerprint(tensor) == before)
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """What a dotted name of a model stands for; `None` where nothing does."""
+    found: Any = model
     for part in name.split("."):
         found = getattr(found, part, None)
-    inline = found is None and name.startswith("_tensor_constant")
-    return (found is tensor or inline) and fingerprint(tensor) == before
+    return found
 
 
 def is_saved(source: Source, name: str) -> bool:
@@ -50,10 +54,17 @@ def is_saved(source: Source, name: str) -> bool:
     return persistent or leaf in module._parameters
 
 
-def source_of(model: nn.Module, constants: Mapping[str, Tensor]) -> Source:
-    """The source that a graph of `model` reads from; `constants` are tensors that its forward wrote inline."""
-    tensors = {**dict(named_tensors(model)), **constants}
-    table = {name: (tensor, fingerprint(tensor)) for name, tensor in tensors.items()}
+def source_of(model: nn.Module, others: Mapping[str, Tensor]) -> Source:
+    """The source that a graph of `model` reads from.
+
+    `others` are tensors that its forward reads but for parameters and buffers: plain attributes, and those that it made
+    itself, which no name of the model stands for and nobody else can change.
+    """
+    tensors = {**dict(named_tensors(model)), **others}
+    table = {
+        name: (tensor, fingerprint(tensor) if _attribute(model, name) is tensor else None)
+        for name, tensor in tensors.items()
+    }
     return Source(model, type(model).__name__, MappingProxyType(table))
 
 

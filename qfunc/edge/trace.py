@@ -119,11 +119,8 @@ def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCo
         except Exception as error:  # noqa: BLE001 - the model's forward is the user's code: anything may come out of it
             last: _Recorded | Untraceable = diagnose(error, model)
         else:
-            made = next((n for n in fx_graph.nodes if n.op == "call_module" and str(n.target) not in modules), None)
             if written:
                 last = Untraceable(type(model).__name__, "", *_WRITTEN)
-            elif made is not None:
-                last = Untraceable(str(made.target), "", *_MADE)
             else:
                 source = source_of(model, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
                 return _Recorded(model, modules, fx_graph, tracer.node_name_to_scope, source, attributes, notes)
@@ -136,10 +133,6 @@ def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCo
 _WRITTEN = (
     "its forward writes in place to a tensor that is neither an input, a parameter nor a buffer, which is not recorded",
     "register the tensor with register_buffer, or make a new one instead of writing to it",
-)
-_MADE = (
-    "its forward makes a module and calls it",
-    "make it in __init__ and keep it as an attribute",
 )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qfunc.ir.node import NamedArgs, Written
-from qfunc.ir.value import Arg, ListArg
-from qfunc.ops.kind import REQUIRED, Form, Kind, Param, signature
+from qfunc.ir.value import Arg, ListArg, Ref
+from qfunc.ops.kind import REQUIRED, Call, Form, Kind, Param, signature
 from qfunc.ops.names import FORMS
+
+_NUMPY = {"dim": "axis", "keepdim": "keepdims"}
 
 Attribute = Callable[[str], Arg]
 
@@ -49,6 +51,15 @@ def bind(
     return Bound(full, written, inplace or form.inplace)
 
 
+def canonical_call(row: Kind, args: NamedArgs) -> Call:
+    """The call that computes a node of this kind, whatever way it was written."""
+    _, names = row.call
+    given = {name.rstrip("=") for name in names}
+    defaults = {param.name: param.default for param in row.params}
+    left_out = any(key not in given and value != defaults.get(key) for key, value in args)
+    return row.full_call if left_out and row.full_call[0] else row.call
+
+
 def emit_target(written: Written) -> str:
     """What to call when a node of a known kind is materialized: the written target or its out-of-place twin."""
     known = FORMS.get((written.op, written.target))
@@ -67,12 +78,14 @@ def _given(form: Form, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> _Giv
         if param.how == "spread" and rest:
             one = len(rest) == 1 and isinstance(rest[0], (tuple, ListArg))
             value = _items(rest[0]) if one else tuple(rest)
+            if not all(isinstance(item, (int, Ref)) for item in value):
+                return None
             pairs.append((param, value, param.name if one else f"*{param.name}"))
             rest = []
         elif rest:
             pairs.append((param, rest.pop(0), "" if dropped else param.name))
-        elif param.keyword in left:
-            pairs.append((param, left.pop(param.keyword), ""))
+        elif (keyword := _keyword(param, left)) is not None:
+            pairs.append((replace(param, keyword=keyword), left.pop(keyword), ""))
         elif param.default is not REQUIRED:
             pairs.append((param, param.default, "default"))
         elif param.name not in form.attributes:
@@ -81,6 +94,11 @@ def _given(form: Form, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> _Giv
     if rest or left:
         return None
     return _sort(pairs)
+
+
+def _keyword(param: Param, left: Mapping[str, Arg]) -> str | None:
+    """The keyword that a parameter was given with: its own, or NumPy's, which torch takes as well."""
+    return next((k for k in (param.keyword, _NUMPY.get(param.keyword)) if k is not None and k in left), None)
 
 
 def _sort(pairs: list[tuple[Param, Arg, str]]) -> _Given | None:

@@ -19,6 +19,10 @@ from qfunc.ir.value import Arg
 Op: TypeAlias = Literal["call_function", "call_method", "call_module"]
 
 
+Call: TypeAlias = tuple[str, tuple[str, ...]]
+"""A function and the arguments it is given, in order; `dtype=` is given by keyword."""
+
+
 class Required(Enum):
     """The absence of a default."""
 
@@ -60,8 +64,8 @@ class Kind:
     """An operator: its parameters, which of them take tensors, which are weights, and its forms.
 
     `tensors` are the activation operands (each a value, or a list of values); `weights` the parameter operands. `sizes`
-    are parameters given as one int or as `rank` of them, always kept as a tuple. `call` is the function that computes
-    the kind and the arguments it is given, in order, when a node has no written form.
+    are parameters given as one int or as `rank` of them, always kept as a tuple. `call` computes a node that has no
+    written form; `full_call` does where a parameter that `call` leaves out is not at its default.
     """
 
     name: str
@@ -71,7 +75,8 @@ class Kind:
     weights: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     rank: int = 0
-    call: tuple[str, tuple[str, ...]] = ("", ())
+    call: Call = ("", ())
+    full_call: Call = ("", ())
 
 
 def signature(text: str) -> tuple[Param, ...]:
@@ -119,13 +124,13 @@ def kind(
     params: str,
     *forms: Form,
     call: str = "",
+    full_call: str = "",
     tensors: str = "input",
     weights: str = "",
     sizes: str = "",
     rank: int = 0,
 ) -> Kind:
     """A row of the vocabulary; `call` is written `"torch.clamp(input, min, max)"`."""
-    target, _, names = call.rstrip(")").partition("(")
     return Kind(
         name,
         signature(params),
@@ -134,5 +139,11 @@ def kind(
         tuple(weights.split()),
         tuple(sizes.split()),
         rank,
-        (target, tuple(names.split(", ")) if names else ()),
+        _call(call),
+        _call(full_call),
     )
+
+
+def _call(text: str) -> Call:
+    target, _, names = text.rstrip(")").partition("(")
+    return target, tuple(names.split(", ")) if names else ()

@@ -44,6 +44,8 @@ def _conv(rank: int) -> Kind:
         sizes="stride padding dilation",
         rank=rank,
         call=f"{_F}.conv{rank}d(input, weight, bias, stride, padding, dilation, groups)",
+        full_call="qfunc.ops.reference.padded_conv"
+        "(input, weight, bias, stride, padding, dilation, groups, padding_mode)",
     )
 
 
@@ -71,6 +73,7 @@ def _avg_pool(rank: int) -> Kind:
         params,
         module(f"torch.nn.AvgPool{rank}d", names),
         function(f"{_F}.avg_pool{rank}d", params),
+        *([function("torch.avg_pool1d", params)] if rank == 1 else []),
         sizes="kernel_size stride=kernel_size padding",
         rank=rank,
         call=f"{_F}.avg_pool{rank}d(input, {', '.join(names.split())})",
@@ -84,13 +87,14 @@ def _adaptive_avg_pool(rank: int) -> Kind:
         "input, output_size",
         module(f"torch.nn.AdaptiveAvgPool{rank}d", "output_size"),
         function(f"{_F}.{name}", "input, output_size"),
+        *([function(f"torch.{name}", "input, output_size")] if rank == 1 else []),
         sizes="output_size",
         rank=rank,
         call=f"{_F}.{name}(input, output_size)",
     )
 
 
-def _binary(name: str) -> Kind:
+def _binary(name: str, *aliases: str) -> Kind:
     params = "input, other" + (", alpha=1" if name == "add" else "")
     return kind(
         name,
@@ -100,25 +104,38 @@ def _binary(name: str) -> Kind:
         function(f"torch.{name}", params),
         method(name, params),
         method(f"{name}_", params, emit=name, inplace=True),
+        *(
+            form
+            for alias in aliases
+            for form in (
+                function(f"torch.{alias}", params),
+                method(alias, params),
+                method(f"{alias}_", params, emit=alias, inplace=True),
+            )
+        ),
         tensors="input other",
-        call=f"operator.{name}(input, other)" if name != "add" else "torch.add(input, other)",
+        call=f"operator.{name}(input, other)",
+        full_call="torch.add(input, other, alpha=)" if name == "add" else "",
     )
 
 
 def _copy(name: str, params: str, *forms: Form) -> Kind:
-    """A rearrangement of elements, as `torch.f` and `x.f()`."""
+    """A rearrangement of elements, as `torch.f` and `x.f()`; a last parameter with a default is given where it differs."""
     written = params.replace("*", "")
+    required, _, optional = written.partition("=")[0].rpartition(", ")
+    full = f"torch.{name}({required}, {optional})"
     return kind(
         name,
         written,
         function(f"torch.{name}", written),
         method(name, params),
         *forms,
-        call=f"torch.{name}({', '.join(p.partition('=')[0] for p in written.split(', '))})",
+        call=f"torch.{name}({required})" if "=" in written else full,
+        full_call=full if "=" in written else "",
     )
 
 
-_BATCH_NORM = "running_mean running_var weight bias training eps"
+_BATCH_NORM = "running_mean running_var weight bias training momentum eps"
 
 KINDS: tuple[Kind, ...] = (
     *map(_conv, (1, 2, 3)),
@@ -132,14 +149,14 @@ KINDS: tuple[Kind, ...] = (
     ),
     kind(
         "batch_norm",
-        "input, running_mean, running_var, weight=None, bias=None, training=False, eps=1e-05",
+        "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05",
         *(module(f"torch.nn.BatchNorm{rank}d", _BATCH_NORM) for rank in (1, 2, 3)),
         function(
             f"{_F}.batch_norm",
-            "input, running_mean, running_var, weight=None, bias=None, training=False, !momentum=0.1, eps=1e-05",
+            "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05",
         ),
         weights="running_mean running_var weight bias",
-        call=f"{_F}.batch_norm(input, running_mean, running_var, weight, bias, training, 0.1, eps)",
+        call=f"{_F}.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)",
     ),
     _unary("relu", "ReLU", *_twins("relu"), function(f"{_F}.relu_", "input", emit="torch.relu", inplace=True)),
     _unary("hardswish", "Hardswish"),
@@ -150,6 +167,7 @@ KINDS: tuple[Kind, ...] = (
         module("torch.nn.Sigmoid"),
         function(f"{_F}.sigmoid", "input"),
         *_twins("sigmoid"),
+        function("torch.special.expit", "input"),
         call="torch.sigmoid(input)",
     ),
     kind(
@@ -183,6 +201,7 @@ KINDS: tuple[Kind, ...] = (
             for name in ("min", "max")
             for form in (
                 function(f"torch.clamp_{name}", f"input, {name}"),
+                function(f"torch.clamp_{name}_", f"input, {name}", emit=f"torch.clamp_{name}", inplace=True),
                 method(f"clamp_{name}", f"input, {name}"),
                 method(f"clamp_{name}_", f"input, {name}", emit=f"clamp_{name}", inplace=True),
             )
@@ -190,7 +209,7 @@ KINDS: tuple[Kind, ...] = (
         call="torch.clamp(input, min, max)",
     ),
     _binary("add"),
-    _binary("mul"),
+    _binary("mul", "multiply"),
     kind(
         "cat",
         "tensors, dim=0",
@@ -206,7 +225,7 @@ KINDS: tuple[Kind, ...] = (
         "input, dim=None, keepdim=False, dtype=None",
         function("torch.mean", "input, dim=None, keepdim=False, dtype=None"),
         method("mean", "input, dim=None, keepdim=False, dtype=None"),
-        call="torch.mean(input, dim, keepdim)",
+        call="torch.mean(input, dim, keepdim, dtype=)",
     ),
     kind(
         "flatten",
@@ -214,12 +233,23 @@ KINDS: tuple[Kind, ...] = (
         module("torch.nn.Flatten", "start_dim end_dim"),
         function("torch.flatten", "input, start_dim=0, end_dim=-1"),
         method("flatten", "input, start_dim=0, end_dim=-1"),
+        function("torch.ravel", "input"),
+        method("ravel", "input"),
         call="torch.flatten(input, start_dim, end_dim)",
     ),
     # A view of channels-last memory may be impossible where the same view of the float model's memory is not.
     _copy("reshape", "input, *shape", method("view", "input, *shape", emit="reshape")),
     _copy("permute", "input, *dims"),
-    _copy("transpose", "input, dim0, dim1"),
+    _copy(
+        "transpose",
+        "input, dim0, dim1",
+        *(
+            form
+            for name, first, second in (("swapaxes", "axis0", "axis1"), ("swapdims", "dim0", "dim1"))
+            for params in (f"input, dim0:{first}, dim1:{second}",)
+            for form in (function(f"torch.{name}", params), method(name, params))
+        ),
+    ),
     _copy("squeeze", "input, dim=None"),
     _copy("unsqueeze", "input, dim"),
     kind("contiguous", "input", method("contiguous", "input"), call="torch.clone(input)"),
@@ -234,6 +264,6 @@ KINDS: tuple[Kind, ...] = (
         function("torch.dropout", "input, p:p, training:train"),
         call=f"{_F}.dropout(input, p, training)",
     ),
-    kind("identity", "input", module("torch.nn.Identity"), call="torch.nn.functional.dropout(input, 0.0, False)"),
+    kind("identity", "input", module("torch.nn.Identity"), call="qfunc.ops.reference.identity(input)"),
 )
 """Every row of the vocabulary."""

@@ -1,0 +1,388 @@
+"""Every written form of every kind: it normalizes to the same arguments and computes the same values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pyrsistent import pmap
+from torch import Tensor, nn
+
+from qfunc.edge.materialize import materialize
+from qfunc.edge.trace import trace
+from qfunc.ir import Graph, Node, Origin, Ref
+from qfunc.ops import FORMS, KINDS, Form, Kind, Param, name_of, resolve
+from qfunc.ops.kind import REQUIRED
+from qfunc.params import Load
+from qfunc.result import unwrap
+from qfunc.testing import same_bits
+
+Sample = dict[str, Any]
+
+
+def t(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _conv(rank: int) -> list[Sample]:
+    base = {"input": t(2, 4, *(7,) * rank), "weight": t(6, 4, *(3,) * rank)}
+    grouped = {**base, "weight": t(6, 2, *(3,) * rank), "bias": t(6), "groups": 2}
+    full = {**grouped, "stride": 2, "padding": (1,) * rank, "dilation": [2] * rank}
+    return [base, full, {**grouped, "padding": "same", "dilation": 2}, {**full, "dilation": 1}]
+
+
+def _padded(rank: int) -> list[Sample]:
+    modes = ("reflect", "replicate", "circular")
+    return [{**s, "padding_mode": mode} for mode in modes for s in _conv(rank)[1:3]]
+
+
+def _norm(rank: int) -> list[Sample]:
+    sides = {1: (), 2: (4, 4), 3: (2, 2, 2)}[rank]
+    stats = {"input": t(5, 3, *sides), "running_mean": t(3), "running_var": t(3).abs() + 0.5}
+    full = {**stats, "weight": t(3), "bias": t(3), "momentum": 0.2, "eps": 0.01}
+    return [{**full, "training": False}, {**full, "training": True}, {**stats, "training": False}]
+
+
+def _pool(rank: int, **more: Any) -> list[Sample]:
+    x = {"input": t(2, 3, *(7,) * rank)}
+    return [
+        {**x, "kernel_size": 2},
+        {**x, "kernel_size": (3,) * rank, "stride": 2, "padding": 1, "ceil_mode": True, **more},
+    ]
+
+
+X = {"input": t(2, 3, 4, 5)}
+SAMPLES: dict[str, list[Sample]] = {
+    **{f"conv{rank}d": _conv(rank) + _padded(rank) for rank in (1, 2, 3)},
+    "linear": [{"input": t(2, 4), "weight": t(3, 4)}, {"input": t(2, 5, 4), "weight": t(3, 4), "bias": t(3)}],
+    "batch_norm": [sample for rank in (1, 2, 3) for sample in _norm(rank)],
+    "clamp": [
+        {**X, "min": 0.0, "max": 6.0},
+        {**X, "min": -0.5, "max": 0.5},
+        {**X, "min": -1.0, "max": 1.0},
+        {**X, "min": 0.25},
+        {**X, "max": 0.25},
+    ],
+    "add": [
+        {**X, "other": t(2, 3, 4, 5)},
+        {**X, "other": t(3, 1, 1)},
+        {**X, "other": 2.5},
+        {**X, "other": t(2, 3, 4, 5), "alpha": 2},
+    ],
+    "mul": [{**X, "other": t(2, 3, 4, 5)}, {**X, "other": t(3, 1, 1)}, {**X, "other": 2}],
+    "cat": [{"tensors": (t(2, 3), t(2, 4)), "dim": 1}, {"tensors": [t(2, 3), t(3, 3)]}],
+    **{f"max_pool{rank}d": _pool(rank, dilation=1) for rank in (1, 2, 3)},
+    "avg_pool1d": _pool(1, count_include_pad=False),
+    **{f"avg_pool{rank}d": _pool(rank, count_include_pad=False, divisor_override=5) for rank in (2, 3)},
+    **{
+        f"adaptive_avg_pool{rank}d": [
+            {"input": t(2, 3, *(7,) * rank), "output_size": size} for size in (1, 3, (2,) * rank, (*(None,) * (rank - 1), 2))
+        ]
+        for rank in (1, 2, 3)
+    },
+    "mean": [X, {**X, "dim": 1}, {**X, "dim": (2, 3), "keepdim": True}, {**X, "dim": [-1], "dtype": torch.float64}],
+    "flatten": [X, {**X, "start_dim": 1}, {**X, "start_dim": 1, "end_dim": 2}],
+    "reshape": [{**X, "shape": (2, -1)}, {**X, "shape": [-1]}, {**X, "shape": (4, 3, 10)}],
+    "permute": [{**X, "dims": (0, 2, 3, 1)}, {**X, "dims": [3, 2, 1, 0]}],
+    "transpose": [{**X, "dim0": 1, "dim1": -1}],
+    "squeeze": [{"input": t(2, 1, 3, 1)}, {"input": t(2, 1, 3, 1), "dim": 1}, {"input": t(2, 1, 3, 1), "dim": (1, 3)}],
+    "unsqueeze": [{**X, "dim": 1}, {**X, "dim": -1}],
+    "dropout": [{"input": t(*size), "p": 0.3, "training": False} for size in ((2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 3, 2))],
+    "identity": [X],
+}  # fmt: skip
+for _row in KINDS:
+    SAMPLES.setdefault(_row.name, [X])
+
+_CHANNELS = {"Conv": ("weight", 1, 0), "Linear": ("weight", 1, 0)}
+
+
+def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
+    """The module of a form with the sample's options and tensors; `None` where it cannot have them."""
+    cls = resolve(form.target)
+    known = inspect.signature(cls).parameters
+    tensors = {k: v for k, v in sample.items() if isinstance(v, Tensor) and k != "input"}
+    names = {param.name: param.keyword for text in form.attributes for param in _params(text)}
+    options = {names.get(k, k): v for k, v in sample.items() if k not in tensors and k != "input"}
+    training = options.pop("training", None)
+    for key, value in form.fixed:
+        if options.pop(key, value) != value or key not in sample:
+            return None
+    if "Conv" in form.target:
+        weight = tensors["weight"]
+        options |= {
+            "in_channels": weight.shape[1] * options.get("groups", 1),
+            "out_channels": weight.shape[0],
+            "kernel_size": tuple(weight.shape[2:]),
+            "bias": "bias" in tensors,
+        }
+        options["dilation"] = tuple(v) if isinstance(v := options.get("dilation", 1), list) else v
+    elif "Linear" in form.target:
+        options |= {"in_features": tensors["weight"].shape[1], "out_features": len(tensors["weight"])}
+        options |= {"bias": "bias" in tensors}
+    elif "BatchNorm" in form.target:
+        if sample["input"].dim() not in {1: (2, 3), 2: (4,), 3: (5,)}[int(form.target[-2])]:
+            return None
+        options |= {"num_features": len(tensors["running_mean"]), "affine": "weight" in tensors}
+    if not options.keys() <= known.keys() or _defaults_differ(row, names, options, known):
+        return None
+    if any(
+        k not in options and p.default is p.empty and p.kind is not p.VAR_KEYWORD and k not in ("args", "kwargs")
+        for k, p in known.items()
+    ):
+        return None
+    made = cls(**options)
+    made.train(bool(training))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            getattr(made, name).copy_(tensor)
+    return made
+
+
+def _defaults_differ(row: Kind, names: dict[str, str], options: Sample, known: Any) -> bool:
+    own = {k: known[k].default for n, k in names.items() if k in known and k not in options and n not in row.weights}
+    return any(
+        own.get(names.get(p.name, ""), p.default) not in (p.default, inspect.Parameter.empty) for p in row.params
+    )
+
+
+def _params(text: str) -> tuple[Param, ...]:
+    from qfunc.ops.kind import signature
+
+    return signature(text)
+
+
+class Call(nn.Module):
+    """A call of a form's function or method with some arguments by position and others by keyword."""
+
+    def __init__(
+        self,
+        form: Form,
+        sample: Sample,
+        positional: list[Param],
+        keywords: dict[str, str],
+        weights: tuple[str, ...],
+        spread: bool,
+    ) -> None:
+        super().__init__()
+        self.form, self.positional, self.keywords, self.spread = form, positional, keywords, spread
+        self.values = dict(sample)
+        for name in weights:
+            if isinstance(sample.get(name), Tensor):
+                self.register_buffer(f"w_{name}", sample[name].clone())
+        self.weights = weights
+
+    def call(self, a: Tensor, b: Any) -> Tensor:
+        given = {**self.values, **{n: getattr(self, f"w_{n}") for n in self.weights if hasattr(self, f"w_{n}")}}
+        if "tensors" in given:
+            given["tensors"] = type(given["tensors"])((a, b))
+        else:
+            given["input"] = a.clone() if self.form.inplace else a
+            if isinstance(given.get("other"), Tensor):
+                given["other"] = b
+        args: list[Any] = []
+        for param in self.positional:
+            value = given[param.name]
+            args.extend(value if param.how == "spread" and self.spread else (value,))
+        kwargs = {keyword: given[name] for keyword, name in self.keywords.items()}
+        if self.form.op == "call_method":
+            return getattr(args[0], self.form.target)(*args[1:], **kwargs)
+        return resolve(self.form.target)(*args, **kwargs)
+
+
+class One(Call):
+    def forward(self, a: Tensor) -> Tensor:
+        return self.call(a, None)
+
+
+class Two(Call):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.call(a, b)
+
+
+def operands(sample: Sample) -> tuple[Tensor, ...]:
+    if "tensors" in sample:
+        return tuple(sample["tensors"])
+    return tuple(sample[k] for k in ("input", "other") if isinstance(sample.get(k), Tensor))
+
+
+def spellings(row: Kind, form: Form, sample: Sample) -> Iterator[nn.Module]:
+    """The calls of a form that say what the sample says: by position, by keyword, spread and in a tuple."""
+    if form.op == "call_module":
+        made = constructed(row, form, sample)
+        if made is not None:
+            yield made
+        return
+    fixed = dict(form.fixed)
+    params = [p for p in form.params if p.how in ("plain", "spread")]
+    names = {p.name for p in params}
+    if any(name not in sample or sample[name] != value for name, value in fixed.items()):
+        return
+    if not sample.keys() <= names | fixed.keys():
+        return
+    values = {p.name: sample.get(p.name, p.default) for p in params}
+    if REQUIRED in values.values():
+        return
+    if any(p.name not in sample and row_default(row, p.name) != p.default for p in params):
+        return
+    full = {**values, **sample}
+    module = Two if len(operands(sample)) == 2 else One
+    leading = [p for p in form.params if p.how in ("plain", "spread")]
+    cut = next((i for i, p in enumerate(form.params) if p.how in ("only_default", "inplace")), len(form.params))
+    leading = [p for p in leading if form.params.index(p) < cut]
+    used = max((i for i, p in enumerate(leading) if p.name in sample), default=-1) + 1
+    rest = {p.keyword: p.name for p in params if p not in leading[:used] and p.name in sample}
+    for spread in (False, True):
+        yield module(form, full, leading[:used], rest, row.weights, spread)
+    first = 1 if form.op == "call_method" else 0
+    if not form.target.startswith("operator."):
+        by_keyword = {p.keyword: p.name for p in params[first:] if p.name in sample}
+        yield module(form, full, params[:first], by_keyword, row.weights, False)
+    if "dim" in by_keyword_names(params) and "dim" in sample and form.target not in ("squeeze", "torch.squeeze"):
+        numpy = {
+            {"dim": "axis", "keepdim": "keepdims"}.get(k, k): n
+            for k, n in ((p.keyword, p.name) for p in params[1:])
+            if n in sample
+        }
+        yield module(form, full, params[:1], numpy, row.weights, False)
+
+
+def by_keyword_names(params: list[Param]) -> set[str]:
+    return {p.keyword for p in params}
+
+
+def row_default(row: Kind, name: str) -> Any:
+    return next(p.default for p in row.params if p.name == name)
+
+
+def expected(row: Kind, sample: Sample) -> dict[str, Any]:
+    """What the node's arguments have to be, by the signature alone."""
+    full = {p.name: sample.get(p.name, p.default) for p in row.params}
+    for text in row.sizes:
+        name, _, fallback = text.partition("=")
+        value = full[name] if full[name] is not None or not fallback else full[fallback]
+        full[name] = (
+            value if isinstance(value, str) else (value,) * row.rank if isinstance(value, int) else tuple(value)
+        )
+    if row.sizes:
+        full = {
+            k: v * row.rank if isinstance(v, tuple) and len(v) == 1 and k in row_sizes(row) else v
+            for k, v in full.items()
+        }
+    return full
+
+
+def row_sizes(row: Kind) -> set[str]:
+    return {text.partition("=")[0] for text in row.sizes}
+
+
+def plain(node: Node, graph: Graph) -> dict[str, Any]:
+    """A node's arguments, comparable between forms: tensors by what they are, lists as tuples."""
+
+    def one(value: Any) -> Any:
+        match value:
+            case Load(name, _, shape):
+                return "weight", shape
+            case Ref(id):
+                return "value"
+            case _ if hasattr(value, "items") and isinstance(value.items, tuple):
+                return tuple(map(one, value.items))
+            case tuple():
+                return tuple(map(one, value))
+            case _ if hasattr(value, "name"):
+                return resolve(value.name)
+        return value
+
+    return {name: one(value) for name, value in node.args}
+
+
+def comparable(value: Any, weight: bool) -> Any:
+    if isinstance(value, Tensor):
+        return ("weight", tuple(value.shape)) if weight else "value"
+    return tuple(comparable(item, weight) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def erased(graph: Graph, id: str) -> Graph:
+    node = graph[id]
+    return replace(graph, nodes=pmap({**graph.nodes, id: replace(node, origin=Origin())}))
+
+
+CASES = [(row, form) for row in KINDS for form in row.forms]
+
+
+@pytest.mark.parametrize(("row", "form"), CASES, ids=[f"{r.name}-{f.op}-{f.target}" for r, f in CASES])
+def test_form(row: Kind, form: Form) -> None:
+    said = 0
+    for sample in SAMPLES[row.name]:
+        for model in spellings(row, form, sample):
+            inputs = operands(sample)
+            state = {k: v.clone() for k, v in model.state_dict().items()}
+            with torch.no_grad():
+                try:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("error", "dropout.d: Received a", UserWarning)
+                        wanted = model(*inputs)
+                except (TypeError, UserWarning):  # not by keyword, not in a tuple, not for this rank
+                    continue
+                except RuntimeError as error:
+                    assert "Expected" in str(error), error  # an input of another rank
+                    continue
+            model.load_state_dict(state)
+            graph = unwrap(trace(nn.Sequential(model) if form.op == "call_module" else model))
+            (node,) = [n for n in graph if n.kind not in ("placeholder", "output", "get_attr", ".clone")]
+            assert node.kind == row.name, f"{form.target} is {node.kind} for {sample.keys()}"
+            want = {k: comparable(v, k in row.weights) for k, v in expected(row, sample).items()}
+            assert plain(node, graph) == want
+            said += 1
+            for version in (graph, erased(graph, node.id)):
+                with torch.no_grad():
+                    assert same_bits(unwrap(materialize(version))(*inputs), wanted), sample.keys()
+    assert said, "no sample fits this form"
+
+
+@pytest.mark.parametrize("key", FORMS, ids="-".join)
+def test_targets_are_canonical(key: tuple[str, str]) -> None:
+    op, target = key
+    if op == "call_method":
+        assert callable(getattr(Tensor, target))
+    else:
+        found = resolve(target)
+        assert FORMS[op, name_of(found)][0] is FORMS[key][0]
+
+
+def test_rows_are_consistent() -> None:
+    assert len({row.name for row in KINDS}) == len(KINDS)
+    assert sum(len(row.forms) for row in KINDS) == len(FORMS), "a form is listed twice"
+    for row in KINDS:
+        names = {p.name for p in row.params}
+        assert {*row.weights, *row_sizes(row), *row.tensors} <= names
+        for target, args in (row.call, row.full_call):
+            assert not target or callable(resolve(target))
+            assert {arg.rstrip("=") for arg in args} <= names
+        for form in row.forms:
+            assert {p.name for p in form.params if p.how in ("plain", "spread")} <= names
+            assert {name for name, _ in form.fixed} <= names
+            if form.emit:
+                assert (form.op, form.emit) in FORMS
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.nn.functional.max_pool2d(x, 2, return_indices=True)[0],
+        lambda x: x.view(torch.int32),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch.add(x, x, out=x.clone()),
+        lambda x: torch.sigmoid(x, out=x.clone()),
+        lambda x: x.flatten(0, 1).unflatten(0, (1, 2)),
+    ],
+)  # fmt: skip
+def test_what_means_something_else_is_left_alone(call) -> None:
+    model = type("M", (nn.Module,), {"forward": lambda self, x: call(x)})()
+    x = t(1, 2, 4, 4)
+    graph = unwrap(trace(model, (x,)))
+    assert same_bits(unwrap(materialize(graph))(x), model(x))
