@@ -6,7 +6,7 @@ from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.ir import Expression, PostOp, Ref
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.params import DequantizeWeight, QuantizeWeight
 
 
@@ -19,6 +19,13 @@ def weight_of(call: Call, pairs: Any) -> QuantizeWeight | str:
     if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
         return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
     return QuantizeWeight(quantized.value, quantized.observer, pairs, call.input.affine.bounds[1])
+
+
+def clips(output: Affine | None) -> str:
+    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
+    if output is None or output.bounds == CODE_RANGE[output.dtype]:
+        return ""
+    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
 
 
 def absorbs(post: PostOp, output: Affine | None) -> bool:
@@ -54,6 +61,8 @@ def _conv(call: Call) -> Plan:
         return weight
     if call.input.affine.dtype != "uint8":
         return "the kernel takes uint8 activations"
+    if clips(call.output):
+        return clips(call.output)
     sums = node.post[:1] if node.post and node.post[0].kind == "add" else ()
     after = node.post[len(sums) :]
     bias = node.get("bias")
@@ -81,6 +90,8 @@ def _linear(call: Call) -> Plan:
     weight = weight_of(call, call.host.onednn_layout)
     if isinstance(weight, str):
         return weight
+    if clips(call.output):
+        return clips(call.output)
     post = post_op(node.post, call.output)
     if post is None:
         return no_post_op(node.post)

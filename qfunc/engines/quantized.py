@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
-from qfunc.engines.onednn import no_post_op, post_op, weight_of
+from qfunc.engines.onednn import clips, no_post_op, post_op, weight_of
 from qfunc.ir import Expression, Node, Origin, Ref, Written
 from qfunc.ir.node import NamedArgs
 
@@ -22,6 +22,8 @@ def _weighted(call: Call) -> Plan:
         return weight
     if call.output is None:
         return "the kernel writes quantized tensors only"
+    if clips(call.output):
+        return clips(call.output)
     if any(post.kind == "add" for post in node.post):
         return "the kernel has no sum post-op: prepare with backend=X86 for this engine"
     post = post_op(node.post, call.output)
@@ -57,6 +59,8 @@ def _arithmetic(call: Call) -> Plan:
         return "one operand is a number"
     if call.output is None:
         return "the kernel writes quantized tensors only"
+    if clips(call.output):
+        return clips(call.output)
     if node.kind == "add" and node.get("alpha") != 1:
         return "the sum is scaled by alpha"
     post = post_op(node.post, call.output)
@@ -69,6 +73,8 @@ def _arithmetic(call: Call) -> Plan:
 def _cat(call: Call) -> Plan:
     if call.output is None:
         return "the kernel writes quantized tensors only"
+    if clips(call.output):
+        return clips(call.output)
     codes = tuple(operand.codes for operand in call.operands["tensors"])
     return kernel_node(call, "quantized.cat", (codes,), output=call.output, dim=call.node.get("dim"))
 
@@ -96,6 +102,8 @@ def _fixed(scale: float, zero_point: int) -> Any:
 def _hardswish(call: Call) -> Plan:
     if call.output is None:
         return "the kernel writes quantized tensors only"
+    if clips(call.output):
+        return clips(call.output)
     name, scale, zero_point = "torch.ops.quantized.hardswish", call.output.scale, call.output.zero_point
     args: NamedArgs = (("0", Ref(call.input.codes)), ("1", scale), ("2", zero_point))
     origin = Origin(call.node.origin.module, call.node.origin.type, Written("call_function", name, ("0", "1", "2")))

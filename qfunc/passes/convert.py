@@ -55,10 +55,20 @@ def _qparams(calibrated: Calibrated) -> dict[str, QParams | None]:
     return found
 
 
+_HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
+
+
 def _affine(qparams: QParams) -> Affine:
+    """The qparams as literals.
+
+    Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
+    dtype goes, as in the reference and as kernels do. Any other range is the range of the codes.
+    """
     spec = qparams.spec
     assert spec.dtype in ("uint8", "int8"), spec
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    if (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM:
+        return Affine(scale, zero_point, spec.dtype)  # type: ignore[arg-type]
     return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max)  # type: ignore[arg-type]
 
 

@@ -32,6 +32,21 @@ def fuse(graph: Graph, *, backend: BackendConfig = CPU) -> R[Graph]:
     training = list(_training(graph))
     if training:
         return Failure(several(training))
+    bare = _without_identities(graph) if backend.drop_identities else graph
+    return Success(recorded(graph, _fused(bare, backend), "fuse", f"backend={backend.name}"))
+
+
+def _without_identities(graph: Graph) -> Graph:
+    """The graph without dropout and identity, so that they part no chain."""
+    draft = Draft(graph)
+    for node in graph:
+        if node.kind in ("dropout", "identity") and not node.aliased:
+            draft.redirect(node.id, next(node.uses()))
+            draft.erase([node.id])
+    return draft.commit()
+
+
+def _fused(graph: Graph, backend: BackendConfig) -> Graph:
     draft = Draft(graph)
     used = users(graph)
     patterns = sorted(backend.fusions, key=lambda pattern: -len(pattern.steps))
@@ -41,15 +56,19 @@ def fuse(graph: Graph, *, backend: BackendConfig = CPU) -> R[Graph]:
             by_root.setdefault(kind, []).append(index)
     taken: set[str] = set()
     for node in graph:
-        if backend.drop_identities and node.kind in ("dropout", "identity") and not node.aliased:
-            _drop(draft, node)
+        if _is_fused(node):
             continue
         for index in by_root.get(node.kind, ()):
             found = match(graph, used, patterns[index], node)
             if isinstance(found, Match) and taken.isdisjoint(n.id for n in found.nodes) and _apply(draft, graph, found):
                 taken.update(n.id for n in found.nodes)
                 break
-    return Success(recorded(graph, draft.commit(), "fuse", f"backend={backend.name}"))
+    return draft.commit()
+
+
+def _is_fused(node: Node) -> bool:
+    """Whether a norm is folded into the node: it is the result of an earlier run, or of an earlier chain."""
+    return node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm)
 
 
 def _training(graph: Graph) -> Iterator[Problem]:
@@ -63,12 +82,6 @@ def _training(graph: Graph) -> Iterator[Problem]:
 def _own_statistics(node: Node) -> bool:
     """A batch norm without running statistics uses the batch's in evaluation as well."""
     return node.kind == "batch_norm" and node.get("running_mean") is None
-
-
-def _drop(draft: Draft, node: Node) -> None:
-    source = next(node.uses())
-    draft.redirect(node.id, source)
-    draft.erase([node.id])
 
 
 def _apply(draft: Draft, graph: Graph, found: Match) -> bool:

@@ -9,9 +9,18 @@ _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
 def non_tensors(graph: Graph) -> set[str]:
-    """Values that are numbers, sizes or other non-tensors: sizes of tensors, and what is computed from such alone."""
+    """Values that are numbers, sizes or other non-tensors: sizes of tensors, and what is computed from such alone.
+
+    An input is one when its default is a number, or when the example showed tensors, but none for it.
+    """
     found: set[str] = set()
+    example = any(isinstance(node.fact, TensorFact) for node in graph)
     for node in graph:
+        if node.kind == "placeholder" and not isinstance(node.fact, TensorFact):
+            default = node.get("default") if node.has("default") else None
+            if (example and node.fact is None) or isinstance(default, (bool, int, float)):
+                found.add(node.id)
+            continue
         used = list(node.uses())
         attribute = node.kind == "builtins.getattr" and node.get("1") in _ATTRIBUTES
         derived = bool(used) and node.kind not in ("output", "cat") and all(value in found for value in used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -194,7 +195,9 @@ def _lines(value: Any) -> Iterator[str]:
 
 def _bits(tensor: Tensor) -> str:
     values = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
-    return hashlib.sha256(repr(values.contiguous().view(-1).view(torch.uint8).tolist()).encode()).hexdigest()
+    dense = values.contiguous()
+    held = ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.nbytes else b""
+    return hashlib.sha256(held).hexdigest()
 
 
 def _module_lines(model: nn.Module) -> Iterator[str]:
