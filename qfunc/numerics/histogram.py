@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 
 import torch
@@ -142,15 +143,21 @@ def _candidates(counts: Tensor) -> Iterator[tuple[int, int]]:
 
 def _quantile_steps(counts: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """Alpha and beta after each number of steps, and the step from which on each bin lies outside of alpha, of beta."""
+    alpha, beta = _bounds()
+    mass, total = counts.cumsum(0), counts.sum().item()
+    drops_left: list[int] = torch.searchsorted((alpha * total).to(torch.float32), mass, right=True).tolist()
+    drops_right: list[int] = torch.searchsorted((beta * -total).to(torch.float32), -mass, right=True).tolist()
+    return alpha, beta, drops_left, drops_right
+
+
+@cache
+def _bounds() -> tuple[Tensor, Tensor]:
+    """Alpha and beta after each number of steps, summed up step by step; the same for every histogram."""
     steps = torch.full((round(1 / _STEP) + 2,), _STEP, dtype=torch.float64)
     steps[0] = 0
     alpha = steps.cumsum(0)
     steps.neg_()[0] = 1
-    beta = steps.cumsum(0)
-    mass, total = counts.cumsum(0), counts.sum().item()
-    drops_left: list[int] = torch.searchsorted((alpha * total).to(torch.float32), mass, right=True).tolist()
-    drops_right: list[int] = torch.searchsorted((-beta * total).to(torch.float32), -mass, right=True).tolist()
-    return alpha, beta, drops_left, drops_right
+    return alpha, steps.cumsum(0)
 
 
 def _errors(counts: Tensor, width: float, levels: int, parts: tuple[tuple[int, int], ...]) -> Tensor:
