@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -56,6 +56,7 @@ class Reader:
         self._source = source
         self._scopes = scopes
         self._attributes = attributes
+        self._hints = _type_hints(modules[""])
         self._parameters: dict[str, Load] = {}
 
     def read(self, node: fx.Node) -> Node:
@@ -63,8 +64,8 @@ class Reader:
         match node.op:
             case "placeholder":
                 default: NamedArgs = (("default", self.arg(node.args[0])),) if node.args else ()
-                annotation = self._annotation(node.type)
-                typed: NamedArgs = (("type", self.arg(annotation)),) if annotation is not None else ()
+                hint = self._hints.get(str(node.target)) if isinstance(node.type, str) else node.type
+                typed: NamedArgs = (("type", self.arg(hint)),) if hint is not None else ()
                 args = default + typed
                 return Node(node.name, "placeholder", args, origin=self._origin(node, str(node.target)))
             case "output":
@@ -75,16 +76,6 @@ class Reader:
                 return self._get_attr(node)
             case _:
                 return self._call(node)
-
-    def _annotation(self, written: Any) -> Any:
-        """The type of an input; what is written as text is looked up where `forward` is, or dropped."""
-        if not isinstance(written, str):
-            return written
-        forward = type(self._modules[""]).forward
-        try:
-            return eval(written, getattr(forward, "__globals__", {}))  # noqa: S307 - the annotation of the user's own code
-        except (NameError, AttributeError, TypeError, SyntaxError):
-            return None
 
     def arg(self, value: Any) -> Arg:
         """An fx argument as an immutable value."""
@@ -228,6 +219,14 @@ def _is_switched(node: fx.Node) -> bool:
     except ValueError:  # a builtin without a signature
         return False
     return any(key == "inplace" and value is True for key, value in zip(names, node.args, strict=False))
+
+
+def _type_hints(model: nn.Module) -> Mapping[str, Any]:
+    """The types of the inputs where the user wrote them as text, as `from __future__ import annotations` does."""
+    try:
+        return get_type_hints(type(model).forward)
+    except (AttributeError, NameError, TypeError):  # names that only a type checker sees
+        return {}
 
 
 def _user_line(stack_trace: str | None) -> str:
