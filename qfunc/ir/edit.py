@@ -101,7 +101,7 @@ class Draft:
                 node = self._changed.get(placed)
                 original = node is None
                 node = node or self._graph.nodes[placed]
-                if moved and (original or placed in self._graph.nodes):
+                if moved and (original or placed in self._graph.nodes) and not moved.keys().isdisjoint(node.uses()):
                     node = node.map(turn)
                 if not original or node is not self._graph.nodes[placed]:
                     nodes[placed] = node

@@ -70,6 +70,8 @@ class Graph:
     """Every module path of the source and the canonical name of its type."""
     history: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     notes: tuple[Note, ...] = field(default=(), compare=False, repr=False)
+    _digest: str | None = field(default=None, init=False, compare=False, repr=False)
+    """What `digest` has computed, kept: the one thing that is ever written to a graph, and unobservable."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -92,11 +92,9 @@ class Node:
 
     def uses(self) -> Iterator[str]:
         """The ids this node refers to, in argument order, with repetition."""
-        for _, value in self.args:
-            yield from refs(value)
+        yield from refs(tuple([value for _, value in self.args]))
         for post in self.post:
-            for _, value in post.args:
-                yield from refs(value)
+            yield from refs(tuple([value for _, value in post.args]))
 
     def map(self, function: Callable[[Arg], Arg]) -> Node:
         """This node with `function` applied to the leaves of its arguments; the same object when none changes."""

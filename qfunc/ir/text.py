@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
-from qfunc.ir.graph import Graph
+from qfunc.ir.graph import Graph, Step
 from qfunc.ir.node import Node
 from qfunc.ir.value import Arg, Expression
 
@@ -17,7 +18,17 @@ def to_text(graph: Graph, *, full: bool = False) -> str:
 
 def digest(graph: Graph) -> str:
     """The SHA-256 of the graph's full text: structure, configuration and tensor handles, never tensors."""
-    return hashlib.sha256(to_text(graph, full=True).encode()).hexdigest()
+    if graph._digest is None:
+        object.__setattr__(graph, "_digest", hashlib.sha256(to_text(graph, full=True).encode()).hexdigest())
+    assert graph._digest is not None
+    return graph._digest
+
+
+def with_history(graph: Graph, history: tuple[Step, ...]) -> Graph:
+    """The graph with another history, which its digest does not cover, so that it keeps that."""
+    changed = replace(graph, history=history)
+    object.__setattr__(changed, "_digest", graph._digest)
+    return changed
 
 
 def _text(value: Arg, full: bool) -> str:

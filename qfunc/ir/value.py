@@ -124,7 +124,11 @@ def refs(arg: Arg) -> Iterator[str]:
             yield id
         case tuple() | ListArg() | RecordArg():
             for item in arg if isinstance(arg, tuple) else arg.items:
-                yield from refs(item)
+                # Most items are numbers: a generator for each would double the time of a walk over a graph.
+                if isinstance(item, Ref):
+                    yield item.id
+                elif isinstance(item, _HOLDERS):
+                    yield from refs(item)
         case DictArg(items):
             for key, value in items:
                 yield from refs(key)
@@ -134,6 +138,9 @@ def refs(arg: Arg) -> Iterator[str]:
                 yield from refs(bound)
         case _:
             return
+
+
+_HOLDERS = (tuple, ListArg, RecordArg, DictArg, SliceArg)
 
 
 def map_arg(arg: Arg, function: Callable[[Arg], Arg]) -> Arg:

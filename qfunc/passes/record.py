@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qfunc.ir import Graph, Step, digest
+from qfunc.ir.text import with_history
 
 
 def recorded(before: Graph, after: Graph, name: str, config: str) -> Graph:
@@ -12,4 +11,4 @@ def recorded(before: Graph, after: Graph, name: str, config: str) -> Graph:
     if after is before or (after.nodes is before.nodes and after.order is before.order):
         return after
     step = Step(name, config, digest(before), digest(after))
-    return replace(after, history=(*before.history, step))
+    return with_history(after, (*before.history, step))
