@@ -56,10 +56,13 @@ def _qparams(calibrated: Calibrated) -> dict[str, QParams | None]:
 
 
 def _affine(qparams: QParams) -> Affine:
-    spec = qparams.spec
-    assert spec.dtype in ("uint8", "int8"), spec
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max)  # type: ignore[arg-type]
+    """The spec's range is what the scale was computed for; codes beyond it, up to the dtype's, are in use, as headroom.
+
+    So the reference has it, and so do kernels: they saturate where the dtype ends.
+    """
+    dtype = qparams.spec.dtype
+    assert dtype in ("uint8", "int8"), qparams.spec
+    return Affine(float(qparams.scale), int(qparams.zero_point), dtype)  # type: ignore[arg-type]
 
 
 def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
