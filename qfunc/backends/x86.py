@@ -37,7 +37,8 @@ def _fusions() -> tuple[Pattern, ...]:
         if rank > 1:
             chains.append(_chain(norm, relu))
     linear = Step(("linear",), _modules("Linear"))
-    chains += [_chain(linear, Step(("batch_norm",), _modules("BatchNorm1d"))), _chain(Step(("linear",)), relu)]
+    norm = Step(("batch_norm",), _modules("BatchNorm1d"))
+    chains += [_chain(linear, norm, relu), _chain(linear, norm), _chain(Step(("linear",)), relu)]
     chains.append(_chain(Step(("add", "mul"), _BINARY), Step(("relu",), _RELUS | {"torch.relu"})))
     return tuple(chains)
 

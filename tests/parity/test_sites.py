@@ -1,0 +1,112 @@
+"""The observed values, the groups that share qparams, the qparams and the weight scales are those of torch.ao."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+from qfunc.edge.evaluate import Evaluator
+from qfunc.testing import models, oracle
+from tests.parity.sides import CASES, CONFIGS, FAMILIES, TORCHVISION, Sides, fits_torch_ao, zoo_sides
+
+pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
+
+KNOWN_DIFFERENCES = {
+    "transformer": (
+        {("getitem_3",), ("getitem_5",), ("getitem_9",), ("getitem_11",), ("softmax",), ("softmax_1",)},
+        set(),
+        "qfunc does not quantize matmul, so that its operands are not observed",
+    ),
+    "transformer_leaf": (
+        {("blocks_0_norm1",), ("blocks_1_norm1",)},
+        set(),
+        "torch.ao quantizes the input of a float nn.MultiheadAttention, which can use nothing of it",
+    ),
+    "sizes": (
+        set(),
+        {("permute", "reshape", "reshape_1", "x")},
+        "torch.ao takes what is reshaped by sizes for no tensor, so that the layer that reads it stays float",
+    ),
+}
+"""By case: groups that only torch.ao has, groups that only qfunc has, and why."""
+
+
+def compare_groups(sides, theirs_only=frozenset(), ours_only=frozenset()):
+    ours, theirs = sides.our_groups(), sides.their_groups()
+    assert {tuple(sorted(group)) for group in theirs.keys() - ours.keys()} == set(theirs_only)
+    assert {tuple(sorted(group)) for group in ours.keys() - theirs.keys()} == set(ours_only)
+    return [(sorted(group), ours[group], theirs[group]) for group in ours.keys() & theirs.keys()]
+
+
+def check_qparams(rows, tolerance=1e-6):
+    for values, ours, (scales, zero_points) in rows:
+        if all(map(math.isfinite, scales)):
+            assert torch.allclose(ours.scale.double(), torch.tensor(scales).double(), rtol=tolerance, atol=0), values
+            assert ours.zero_point.reshape(-1).tolist() == list(zero_points), values
+
+
+def check_weights(sides):
+    """Of layers whose result is read: torch.ao removes the others."""
+    ours, theirs = sides.our_weights(), oracle.weight_qparams(oracle.reference(sides.theirs))
+    assert theirs.keys() <= ours.keys()
+    evaluator = Evaluator(sides.converted.graph.sources)
+    check_qparams([(name, evaluator.quantized(ours[name].value).qparams, theirs[name]) for name in theirs])
+    return ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zoo(case, config):
+    sides = zoo_sides(case, config)
+    theirs_only, ours_only, _ = KNOWN_DIFFERENCES.get(case.name, (set(), set(), ""))
+    check_qparams(compare_groups(sides, theirs_only, ours_only))
+    assert check_weights(sides)
+
+
+# torch.ao folds batch norms in float32, qfunc in float64: over tens of layers the data move by a few parts in a million
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(torchvision_zoo, name):
+    model, _ = torchvision_zoo.build(name)
+    generator = torch.Generator().manual_seed(0)
+    sides = Sides(model, tuple((torch.randn(2, 3, 64, 64, generator=generator),) for _ in range(2)))
+    check_qparams(compare_groups(sides), tolerance=2e-5)
+    assert check_weights(sides)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("resnet", "mobilenet", "inception")], ids=str)
+def test_same_tensors_give_same_qparams(case):
+    """Each observer of torch.ao's is fed what it sees in its own model, and the observer of that site the same."""
+    sides = zoo_sides(case)
+    prepared = oracle.prepare(sides.model, sides.batches[0])
+    seen: dict[str, list[torch.Tensor]] = {}
+    for node in prepared.graph.nodes:
+        if "activation_post_process" in str(node.target):
+            group = seen.setdefault(node.args[0].name, [])
+            module = prepared.get_submodule(node.target)
+            module.register_forward_pre_hook(lambda _, args, group=group: group.append(args[0].clone()))
+    theirs = oracle.observer_qparams(_run(prepared, sides.batches))
+    for site in sides.ours.prepared.sites.values():
+        names = [sides.their_name(tap) for tap in site.taps]
+        state = site.observer.init()
+        for batch in zip(*(seen[name] for name in names), strict=True):
+            for tensor in batch:
+                state = site.observer.update(state, tensor)
+        check_qparams([(names, site.observer.finish(state), theirs[names[0]])])
+
+
+def _run(prepared, batches):
+    with torch.no_grad():
+        for batch in batches:
+            prepared(*batch)
+    return prepared
+
+
+@given(models(max_nodes=8, families=FAMILIES))
+@settings(max_examples=40)
+def test_generated(case):
+    assume(fits_torch_ao(case.description))
+    sides = Sides(case.module, case.batches(2))
+    sides.theirs  # noqa: B018 - fails here if it is torch.ao that cannot
+    check_qparams(compare_groups(sides))
+    check_weights(sides)
