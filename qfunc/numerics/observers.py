@@ -240,7 +240,7 @@ def _protocol_problems(observer: Any) -> Iterator[Problem]:
         yield BadConfig(name, "its spec is no QuantSpec", "give it a spec, for example QuantSpec('uint8', 0, 255)")
     elif not hasattr(observer, "statistic"):
         yield BadConfig(name, "it does not name its statistic", "give it a hashable value that says what it measures")
-    elif not (isinstance(observer, Hashable) and isinstance(observer.statistic, Hashable)):
+    elif not all(isinstance(part, Hashable) for part in (observer, observer.statistic)):
         yield BadConfig(name, "it or its statistic is not hashable", "make it a frozen dataclass of hashable fields")
 
 
