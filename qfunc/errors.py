@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from os.path import basename
 from typing import TypeAlias
 
 
@@ -36,11 +37,13 @@ class InTrainingMode:
 
     @property
     def reason(self) -> str:
-        return "the module is in training mode: its batch statistics and dropout cannot be folded away"
+        return (
+            "it is in training mode, where batch norm follows the batch and dropout drops: neither can be folded away"
+        )
 
     @property
     def remedy(self) -> str:
-        return "call model.eval() before tracing, or use prepare_qat to train with fake quantization"
+        return "call model.eval() first, and trace the model again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,7 @@ class BadExampleInputs:
 
     node: str
     reason: str
-
-    @property
-    def remedy(self) -> str:
-        return "pass a tuple (or a dict of keyword inputs) that the model accepts as model(*example_inputs)"
+    remedy: str = "pass a tensor, a tuple of inputs or a dict of keyword inputs, on which the model itself runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,17 @@ class NoBatches:
     """Calibration was given nothing to run on."""
 
     node: str = "batches"
-    reason: str = "the iterable of batches is empty"
-    remedy: str = "pass at least one batch; a generator can be used once only"
+    reason: str = "there are none: the iterable is empty"
+    remedy: str = "pass at least one batch; a generator gives its batches once only, so make a new one for each call"
 
 
 @dataclass(frozen=True, slots=True)
 class BadBatch:
-    """A batch does not fit the model's inputs."""
+    """A batch does not fit the model's inputs; batches are counted from 0."""
 
     index: int
     reason: str
-    remedy: str = "pass batches like the example inputs: a tensor, a tuple of inputs, or a dict of keyword inputs"
+    remedy: str = "pass batches that the model runs on: a tensor, a tuple of inputs or a dict of keyword inputs each"
 
     @property
     def node(self) -> str:
@@ -102,22 +102,16 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class Unobserved:
-    """An edge is to be quantized, but no data reached its observer."""
+    """A value is to be quantized, but no data reached its observer."""
 
     node: str
-
-    @property
-    def reason(self) -> str:
-        return "no data reached the observer of this value"
-
-    @property
-    def remedy(self) -> str:
-        return "calibrate with batches that reach this value, or keep it float with set_module_name(..., None)"
+    reason: str = "no data reached the observer of this value, or empty tensors only"
+    remedy: str = "calibrate with batches that hold data, or keep what uses it float: set_module_name(name, None)"
 
 
 @dataclass(frozen=True, slots=True)
 class UnknownName:
-    """A configuration names a module, type, engine or dtype that does not exist."""
+    """A configuration names a module, engine, dtype or scheme that does not exist."""
 
     node: str
     what: str
@@ -129,13 +123,19 @@ class UnknownName:
 
     @property
     def remedy(self) -> str:
-        close = get_close_matches(self.node, self.known, n=3, cutoff=0.4) or self.known[:5]
-        return f"use one of the existing names, for example {', '.join(map(repr, close))}" if close else "remove it"
+        known = [name for name in self.known if name]
+        close = get_close_matches(self.node, known, n=3, cutoff=0.4)
+        if close:
+            return f"did you mean {' or '.join(map(repr, close))}?"
+        if not known:
+            return "remove it: there is none at all"
+        more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+        return f"there are {', '.join(map(repr, known[:8]))}{more}"
 
 
 @dataclass(frozen=True, slots=True)
 class BadConfig:
-    """A configuration value that cannot be meant: an impossible range, dtype or combination."""
+    """An argument or a part of a configuration that cannot be meant: of a wrong type, or with an impossible value."""
 
     node: str
     reason: str
@@ -144,11 +144,11 @@ class BadConfig:
 
 @dataclass(frozen=True, slots=True)
 class UnsupportedDType:
-    """The backend cannot run this node with the configured dtypes."""
+    """The backend cannot run this node with the configured dtypes, or a value is of a dtype that is not quantized."""
 
     node: str
     reason: str
-    remedy: str = "choose a dtype that the backend lists for this operator, or another backend"
+    remedy: str = "configure a dtype that the backend runs, use another backend, or keep the module float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +157,11 @@ class SeveralDevices:
 
     devices: tuple[str, ...]
     node: str = "model"
-    remedy: str = "move the whole model to one device: model.to('cpu')"
+    remedy: str = "move the whole model to one device first: model.to('cpu')"
 
     @property
     def reason(self) -> str:
-        return f"its parameters and buffers are on {', '.join(self.devices)}"
+        return f"its parameters and buffers are on several devices: {', '.join(self.devices)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,9 @@ class WrongStage:
 
     @property
     def remedy(self) -> str:
-        return "follow trace -> fuse -> prepare -> calibrate -> convert -> lower -> materialize"
+        if self.given in ("Success", "Failure"):
+            return "take the stage out of the result with unwrap(result), or chain with result.bind(function)"
+        return "follow trace -> fuse -> prepare -> calibrate -> convert -> lower; materialize takes any stage of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +192,11 @@ class EngineMissing:
 
     @property
     def reason(self) -> str:
-        return f"this machine's torch has no {self.node!r} engine"
+        return f"the host report has no {self.node!r} engine: this machine's torch cannot run its kernels"
 
     @property
     def remedy(self) -> str:
-        return f"use engine={' or engine='.join(map(repr, self.available))}" if self.available else "use another torch"
+        return f"use {' or '.join(f'engine={name!r}' for name in self.available)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ class NotLowered:
 
     node: str
     reason: str
-    remedy: str = "lower with strict=False, exclude the node in the configuration, or pass a kernel row for it"
+    remedy: str = "lower with strict=False, or keep the module float in the configuration: set_module_name(name, None)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +216,11 @@ class StaleSource:
 
     @property
     def reason(self) -> str:
-        return "this tensor of the source model was modified or replaced after tracing"
+        return "this tensor of the model was changed or replaced after the model was traced"
 
     @property
     def remedy(self) -> str:
-        return "trace the model again, and change its weights before tracing only"
+        return "trace the model again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +234,11 @@ class InvalidGraph:
 
 @dataclass(frozen=True, slots=True)
 class UserFunctionFailed:
-    """A function handed over by the user raised; `reason` is its exception."""
+    """Code handed over by the user raised: an iterable of batches, an observer, a module; `reason` is its exception."""
 
     node: str
     reason: str
-    remedy: str = "mend the function; its traceback is chained to nothing of qfunc"
+    remedy: str = "mend the code at that place: it is called by qfunc, but is none of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,11 +304,43 @@ def several(errors: Iterable[QuantError]) -> QuantError:
 
 
 def render(error: QuantError) -> str:
-    """An error as people read it: what, where, why, and what to do about it.
+    """An error as people read it: what, where, why, and what to do about it; alike problems are told together.
 
     >>> print(render(InTrainingMode("model")))
     InTrainingMode at model
-      why: the module is in training mode: its batch statistics and dropout cannot be folded away
-      fix: call model.eval() before tracing, or use prepare_qat to train with fake quantization
+      why: it is in training mode, where batch norm follows the batch and dropout drops: neither can be folded away
+      fix: call model.eval() first, and trace the model again
     """
-    return "\n".join(f"{type(p).__name__} at {p.node}\n  why: {p.reason}\n  fix: {p.remedy}" for p in problems(error))
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for p in problems(error):
+        places.setdefault((type(p).__name__, p.reason, p.remedy), []).append(p.node)
+    return "\n".join(
+        f"{name} at {_listed(nodes)}\n  why: {reason}\n  fix: {remedy}"
+        for (name, reason, remedy), nodes in places.items()
+    )
+
+
+def _listed(nodes: list[str]) -> str:
+    more = f" and {len(nodes) - 6} more" if len(nodes) > 6 else ""
+    return ", ".join(nodes[:6]) + more
+
+
+def told(error: BaseException) -> str:
+    """An exception of the user's code in one line, with the user's innermost line that was running, if any.
+
+    >>> told(KeyError("label"))
+    "KeyError: 'label'"
+    """
+    lines = str(error).strip().splitlines()
+    message = lines[0].removesuffix(", but expected one of:").removesuffix(":") if lines else ""
+    return type(error).__name__ + (f": {message}" if message else "") + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        code, package = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__")).split(".")[0]
+        if package not in ("torch", "qfunc") and not code.co_filename.startswith("<"):
+            place = f" ({basename(code.co_filename)}:{trace.tb_lineno}, in {code.co_name})"
+        trace = trace.tb_next
+    return place

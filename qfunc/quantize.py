@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -11,20 +11,24 @@ from returns.result import Failure
 from torch import nn
 
 from qfunc.backends import CPU, X86
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
-from qfunc.config.qconfig import QConfigMapping
-from qfunc.edge.calibrate import calibrate
+from qfunc.config.qconfig import QConfigMapping, problems_of
+from qfunc.edge.batches import length, not_batches, read
+from qfunc.edge.calibrate import calibrate_on
 from qfunc.edge.host import check_host
 from qfunc.edge.trace import NOTHING, trace
-from qfunc.errors import NoBatches
+from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
+from qfunc.errors import problems as problems_in
+from qfunc.ir import Graph
 from qfunc.passes import lower as passes
 from qfunc.passes.convert import convert
 from qfunc.passes.fuse import fuse
 from qfunc.passes.prepare import prepare
-from qfunc.passes.stages import Converted
+from qfunc.passes.stages import Converted, Prepared
 from qfunc.result import R
 
 _BACKENDS = pmap({"quantized": X86})
@@ -62,8 +66,8 @@ def quantize(
 
     Args:
         model: a model in evaluation mode; it is not changed.
-        batches: an iterable of calibration batches (a tensor, a tuple of inputs or a dict of keyword inputs each); the
-            first also serves as the example of shapes.
+        batches: an iterable of calibration batches (a tensor, a tuple of inputs or a dict of keyword inputs each),
+            read once; the first also serves as the example of shapes.
         qconfig_mapping: what to quantize and how; by default the backend's own.
         backend: what can be quantized; by default what suits the engine.
         engine: whose kernels to use, see `lower`.
@@ -73,30 +77,63 @@ def quantize(
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
-        The lowered stage, for `materialize`, or the errors of the step that failed.
+        The lowered stage, for `materialize`, or the errors of the step that failed. What the arguments, the model and
+        the configuration can be told wrong about is told at once, before any data runs.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
     >>> quantize(model, [torch.randn(1, 3, 8, 8)]).unwrap().certificate.in_int8
     1
     """
-    first, whole = _first(batches)
-    if first is None:
-        return Failure(NoBatches())
-    chosen = backend or _BACKENDS.get(engine, CPU)
+    chosen = _BACKENDS.get(engine, CPU) if backend is None and isinstance(engine, str) else backend
+    mapping = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+    report = check_host() if host is None else host
+    problems = [
+        *_wrong_model(model, mapping),
+        *not_batches(batches),
+        *passes.wrong_engine(engine, report),
+        *wrong_arguments(backend=CPU if chosen is None else chosen, qconfig_mapping=mapping, custom=custom),
+    ]
+    if problems:
+        return Failure(several(problems))
+    read_batches = read(batches)
+    first = next(read_batches, Failure(NoBatches()))
+    if isinstance(first, Failure):
+        return first
+    total = length(batches)
     return (
-        trace(model, first[0], custom=custom)
-        .bind(lambda graph: fuse(graph, backend=chosen))
-        .bind(lambda graph: prepare(graph, qconfig_mapping, backend=chosen))
-        .bind(lambda prepared: calibrate(prepared, whole, progress=progress))
+        trace(model, first.unwrap(), custom=custom)
+        .lash(_of_first_batch)
+        .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen or CPU))
+        .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), total=total, progress=progress))
         .bind(convert)
-        .bind(lambda converted: lower(converted, engine=engine, host=host, strict=strict))
+        .bind(lambda converted: lower(converted, engine=engine, host=report, strict=strict))
     )
 
 
-def _first(batches: Iterable[Any]) -> tuple[tuple[Any] | None, Iterable[Any]]:
-    """The first batch, in a tuple, and all of them; what can be read once only is read once."""
-    if not isinstance(batches, Iterator):
-        return next(((batch,) for batch in batches), None), batches
-    first = next(((batch,) for batch in batches), None)
-    return first, chain(first or (), batches)
+def _wrong_model(model: object, mapping: object) -> list[Problem]:
+    """What can be told of the model and its configuration before tracing."""
+    if not isinstance(model, nn.Module):
+        return [NotAModule(type(model).__name__)]
+    training: list[Problem] = [InTrainingMode("model")] if model.training else []
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return training + (problems_of(mapping, names) if isinstance(mapping, QConfigMapping) else [])
+
+
+def _prepared(graph: Graph, mapping: QConfigMapping | None, backend: BackendConfig) -> R[Prepared]:
+    """The graph fused and prepared; where it cannot be fused, what `prepare` would report is reported as well."""
+    fused = fuse(graph, backend=backend)
+    prepared = prepare(fused.value_or(graph), mapping, backend=backend)
+    errors = [result.failure() for result in (fused, prepared) if isinstance(result, Failure)]
+    return Failure(several(errors)) if errors else prepared
+
+
+def _of_first_batch(error: QuantError) -> R[Graph]:
+    """What the first batch, which serves as the example, is to blame for is told of it."""
+    found = [
+        BadBatch(0, p.reason if p.node == "example_inputs" else f"at {p.node}, {p.reason}")
+        if isinstance(p, BadExampleInputs)
+        else p
+        for p in problems_in(error)
+    ]
+    return Failure(several(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -12,7 +12,8 @@ from pyrsistent import PMap, pmap
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Graph, Node
 from qfunc.match import form_of
-from qfunc.numerics.observers import Observer
+from qfunc.numerics.observers import Observer, validate_observer
+from qfunc.numerics.qparams import QuantSpec
 from qfunc.ops import name_of, type_name
 
 
@@ -117,29 +118,64 @@ def _choose(
     return mapping.global_qconfig
 
 
-def problems_of(mapping: QConfigMapping, graph: Graph) -> list[Problem]:
-    """Names that the graph's model does not have, and patterns that cannot be read."""
+def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Problem]:
+    """All that is wrong with a mapping for a model with these module paths.
+
+    Names that the model does not have, patterns that cannot be read, entries that are no `QConfig`, and observers that
+    are impossible for what they are to observe.
+    """
+    found: list[Problem] = [*_name_problems(mapping, modules), *_pattern_problems(mapping)]
+    for place, choice in _choices(mapping):
+        if choice is not None and not isinstance(choice, QConfig):
+            reason = f"expected a QConfig or None, got a {type(choice).__name__}"
+            found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
+        elif choice is not None:
+            found += [*validate_observer(choice.activation), *validate_observer(choice.weight)]
+            found += _activation_problems(choice.activation)
+    return list(dict.fromkeys(found))
+
+
+def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterator[Problem]:
     names = [*mapping.module_names, *(name for name, _, _ in mapping.module_name_object_type_orders)]
-    known = tuple(sorted(graph.modules))
-    found: list[Problem] = [
-        UnknownName(name, "module", known) for name in sorted(set(names)) if name not in graph.modules
-    ]
+    for name in sorted(dict.fromkeys(names), key=str):
+        if not isinstance(name, str):
+            yield BadConfig(str(name), f"a module name must be a str, not {name!r}", "pass a path such as 'layer1.0'")
+        elif name not in modules:
+            yield UnknownName(name, "module", tuple(sorted(modules)))
+    for form in sorted(mapping.object_types):
+        if not form.removeprefix(".").replace(".", "").isidentifier():
+            remedy = "pass a module class, a function that can be imported, or the name of a tensor method"
+            yield BadConfig("object_type", f"{form} is no type of call", remedy)
+
+
+def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
     for text, _ in mapping.module_name_regexes:
         try:
             re.compile(text)
-        except re.error as error:
-            found.append(BadConfig(text, f"not a regular expression: {error}", "mend the pattern"))
-    return found
+        except (re.error, TypeError) as error:
+            remedy = "pass a regular expression as a str, such as r'layer1\\..*'"
+            yield BadConfig(str(text), f"not a regular expression: {error}", remedy)
 
 
-def qconfigs(mapping: QConfigMapping) -> Iterator[QConfig]:
-    """Every configuration that a mapping holds."""
-    tables = (mapping.object_types.values(), mapping.module_names.values())
-    orders = mapping.module_name_object_type_orders.values()
-    regexes = [qconfig for _, qconfig in mapping.module_name_regexes]
-    for qconfig in (mapping.global_qconfig, *(q for table in (*tables, orders, regexes) for q in table)):
-        if qconfig is not None:
-            yield qconfig
+def _activation_problems(observer: Observer[Any]) -> Iterator[Problem]:
+    spec = getattr(observer, "spec", None)
+    if isinstance(spec, QuantSpec) and spec.per_channel:
+        reason = f"activations have one scale for the whole tensor, the qscheme {spec.qscheme} has one per channel"
+        yield BadConfig(type(observer).__name__, reason, "use a per_tensor qscheme for activations")
+
+
+def _choices(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
+    """Every entry of a mapping, with the setter that made it."""
+    yield "set_global", mapping.global_qconfig
+    tables: tuple[tuple[str, Mapping[Any, Choice]], ...] = (
+        ("set_object_type", mapping.object_types),
+        ("set_module_name_regex", dict(mapping.module_name_regexes)),
+        ("set_module_name", mapping.module_names),
+        ("set_module_name_object_type_order", mapping.module_name_object_type_orders),
+    )
+    for name, table in tables:
+        for key in sorted(table, key=str):
+            yield f"{name}({key!r}, ...)", table[key]
 
 
 def _form(object_type: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +12,15 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 from torch import Tensor, fx
 
+from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.facts import bind_inputs
 from qfunc.edge.materialize import materialize
-from qfunc.edge.observer import ObserverModule
+from qfunc.edge.observer import ObserverError, ObserverModule
 from qfunc.edge.progress import tracked
-from qfunc.errors import BadBatch, NoBatches, NonFinite, Problem, QuantError, WrongStage, several
-from qfunc.ir import Graph, TensorFact, digest
+from qfunc.errors import BadBatch, NoBatches, NonFinite, Problem, QuantError, WrongStage, several, told
+from qfunc.ir import Expression, Graph, Node, TensorFact, digest
 from qfunc.numerics.statistic import finite, state_is_finite
+from qfunc.params import loads
 from qfunc.passes.stages import Calibrated, Prepared, Statistics
 from qfunc.result import R
 
@@ -31,30 +35,64 @@ def calibrate(prepared: Prepared, batches: Iterable[Any], *, progress: bool | No
         progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:
-        The calibrated stage, or `NoBatches`, `BadBatch` for one whose structure, shape, dtype or device does not fit,
-        `NonFinite` for NaN or infinity in a batch or in a value computed from it, `WrongStage`, or what `materialize`
+        The calibrated stage, or `NoBatches`, `BadConfig` for what is no iterable of batches, `BadBatch` for a batch
+        whose structure, shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight to quantize,
+        in a batch or in a value computed from it, `UserFunctionFailed` for an iterable or observer that raises,
+        `UnsupportedDType` for an observed value that is no floating-point tensor, `WrongStage`, or what `materialize`
         reports. Nothing is kept of a run that fails.
+
+    >>> from torch import nn
+    >>> from qfunc import prepare, trace
+    >>> prepared = trace(nn.Sequential(nn.Linear(2, 2)).eval()).bind(prepare).unwrap()
+    >>> calibrate(prepared, [torch.ones(1, 2), torch.zeros(1, 2)]).unwrap().statistics.batches
+    2
     """
     if not isinstance(prepared, Prepared):
         return Failure(WrongStage(type(prepared).__name__, "Prepared"))
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        reason = f"batches is one {type(batches).__name__}, not an iterable of batches"
-        return Failure(BadBatch(0, reason, "wrap it in a list: [batch]"))
+    problems = not_batches(batches)
+    if problems:
+        return Failure(several(problems))
+    return calibrate_on(prepared, read(batches), total=length(batches), progress=progress)
+
+
+def calibrate_on(
+    prepared: Prepared, batches: Iterator[R[Any]], *, total: int | None, progress: bool | None
+) -> R[Calibrated]:
+    """`calibrate` on batches that are read already, or could not be."""
+    problems = list(_nonfinite_weights(prepared))
+    if problems:
+        return Failure(several(problems))
     made = materialize(prepared)
     if isinstance(made, Failure):
         return made
     module = made.unwrap()
     observers = [child for child in module.modules() if isinstance(child, ObserverModule)]
     count = 0
-    for batch in tracked(batches, "calibrating", shown=progress):
-        error = _run(prepared.graph, module, observers, batch, count)
-        if error is not None:
-            return Failure(error)
-        count += 1
+    with closing(tracked(batches, "calibrating", shown=progress, total=total)) as shown:
+        for batch in shown:
+            if isinstance(batch, Failure):
+                return batch
+            error = _run(prepared.graph, module, observers, batch.unwrap(), count)
+            if error is not None:
+                return Failure(error)
+            count += 1
     if not count:
         return Failure(NoBatches())
     states = {observer.site.key: observer.state for observer in observers}
     return Success(Calibrated(prepared, Statistics(digest(prepared.graph), pmap(states), count)))
+
+
+def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
+    """Weights that are to be quantized and cannot be; told here, before any data runs."""
+    graph = prepared.graph
+    for id in (id for id in graph.order if id in prepared.weights):
+        weight = graph[id].get("weight")
+        assert isinstance(weight, Expression)
+        for load in loads(weight):
+            tensor, _ = graph.sources[load.source].tensors[load.name]
+            if not tensor.is_meta and not finite(tensor):
+                remedy = "mend the weights, or keep the module float: set_module_name(name, None)"
+                yield NonFinite(graph[id].place, f"{load.name} holds NaN or infinity", remedy)
 
 
 def _run(
@@ -63,40 +101,72 @@ def _run(
     """Run one batch through the observers; what is wrong with it, if anything."""
     inputs = bind_inputs(module.graph, batch)
     if isinstance(inputs, str):
-        return BadBatch(index, inputs)
+        return BadBatch(index, inputs, _BINDING)
     problems = list(_misfits(graph, inputs, index))
     if problems:
         return several(problems)
     try:
         with torch.no_grad():
-            module(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return BadBatch(index, f"the model fails on it: {reason}")
-    hint = "mend the batch or the model, or keep the value float with set_module_name(..., None)"
+            module(*_kept(graph, inputs))
+    except ObserverError as error:
+        problem = error.problem
+        return replace(problem, node=graph[problem.node].place) if problem.node in graph.nodes else problem
+    except Exception as error:  # noqa: BLE001 - operators and the user's modules raise anything on inputs that do not fit
+        return BadBatch(index, f"the model fails on it: {told(error)}")
+    remedy = "mend the batch or the model, or keep what uses the value float: set_module_name(name, None)"
     seen = [
-        NonFinite(observer.site.id, f"NaN or infinity was observed in batch {index}", hint)
-        for observer in observers
-        if not state_is_finite(observer.state)
+        NonFinite(graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
+        for id in _nonfinite_values(graph, observers)
     ]
     return several(seen) if seen else None
 
 
-def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterable[Problem]:
+def _kept(graph: Graph, inputs: tuple[Any, ...]) -> Iterator[Any]:
+    """The inputs, copied where the model writes to them: batches stay as they are."""
+    placeholders = [node for node in graph if node.kind == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=True):
+        yield value.clone() if node.aliased and isinstance(value, Tensor) else value
+
+
+_BINDING = (
+    "pass a tensor, a tuple of inputs or a dict of keyword inputs for each batch; of batches (inputs, labels), pass "
+    "the inputs only: [inputs for inputs, _ in loader]"
+)
+
+
+def _nonfinite_values(graph: Graph, observers: list[ObserverModule]) -> list[str]:
+    """The first taps of the observers that saw NaN or infinity, in graph order."""
+    found = {observer.site.taps[0] for observer in observers if not state_is_finite(observer.state)}
+    return [id for id in graph.order if id in found] if found else []
+
+
+def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
     """Inputs that are not like the example's in kind, rank, dtype or device, and those that are not finite."""
     placeholders = [node for node in graph if node.kind == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):
-        fact = node.fact
-        if not isinstance(value, Tensor):
-            if isinstance(fact, TensorFact):
-                yield BadBatch(index, f"input {node.id!r} is {type(value).__name__}, not a tensor")
-            continue
-        if isinstance(fact, TensorFact):
-            seen = TensorFact(tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device))
-            if len(seen.shape) != len(fact.shape) or (seen.dtype, seen.device) != (fact.dtype, fact.device):
-                told = f"{seen!r} on {seen.device}, the example was {fact!r} on {fact.device}"
-                yield BadBatch(index, f"input {node.id!r} is {told}")
-        if value.is_floating_point() and not finite(value):
-            yield NonFinite(
-                f"batch {index}", f"input {node.id!r} holds NaN or infinity", "clean the batch or leave it out"
-            )
+        differs = _differs(node, value)
+        if differs:
+            remedy = "convert it with torch.from_numpy" if hasattr(value, "__array_interface__") else ""
+            yield BadBatch(index, f"{node.place} is {differs}", *([remedy] if remedy else ()))
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not finite(value):
+            yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", "clean the batch or leave it out")
+
+
+def _differs(node: Node, value: Any) -> str:
+    """How an input differs from the example's; empty where it does not, or where there was none."""
+    fact = node.fact
+    if not isinstance(value, Tensor):
+        wanted = isinstance(fact, TensorFact) or hasattr(value, "__array_interface__")
+        return f"of type {type(value).__name__}, not a tensor" if wanted else ""
+    if value.is_meta:
+        return "a tensor without data (device meta)"
+    if not isinstance(fact, TensorFact):
+        return ""
+    dtype, device = str(value.dtype).removeprefix("torch."), str(value.device)
+    if dtype != fact.dtype:
+        return f"{dtype}, the example was {fact.dtype}"
+    if device != fact.device:
+        return f"on {device}, the example was on {fact.device}"
+    if value.dim() != len(fact.shape):
+        return f"of shape {tuple(value.shape)}, the example was of shape {tuple(fact.shape)}"
+    return ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qfunc.edge.observer import observe_once
 from qfunc.edge.tensors import is_current
 from qfunc.errors import NonFinite, Problem, StaleSource
 from qfunc.ir import Expression, Graph, Source
@@ -82,8 +83,7 @@ class Evaluator:
 
     def _quantize(self, expression: QuantizeWeight) -> QuantizedWeight:
         weight, observer = self.tensor(expression.value), expression.observer
-        qparams = observer.finish(observer.update(observer.init(), weight))
-        assert qparams is not None, f"{expression!r} has no elements"
+        qparams = observe_once(observer, weight, next(loads(expression)).name)
         spec = qparams.spec
         if expression.pairs != "none":
             scale = limit_pair_sums(

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from qfunc.edge.materialize import materialize
-from qfunc.errors import BadExampleInputs
+from qfunc.errors import BadExampleInputs, told
 from qfunc.ir import Graph, TensorFact
 from qfunc.ir.node import Fact
 from qfunc.result import R
@@ -33,8 +33,10 @@ def with_facts(graph: Graph, example_inputs: Any) -> R[Graph]:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
             recorder.run(*bound)
     except Exception as error:  # noqa: BLE001 - operators raise anything on inputs that do not fit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Failure(BadExampleInputs(recorder.at, f"the model fails on them: {reason}"))
+        at = graph.nodes.get(recorder.at)
+        return Failure(
+            BadExampleInputs(recorder.at if at is None else at.place, f"the model fails on them: {told(error)}")
+        )
     facts = recorder.facts
     nodes = {node.id: replace(node, fact=facts.get(node.id)) for node in graph}
     return Success(replace(graph, nodes=pmap(nodes)))
@@ -44,16 +46,18 @@ def bind_inputs(graph: fx.Graph, inputs: Any) -> tuple[Any, ...] | str:
     """A batch (tensor, tuple, list or dict) as positional inputs of the graph, or in words why it does not fit."""
     slots = [(str(node.target), bool(node.args)) for node in graph.nodes if node.op == "placeholder"]
     names = [name for name, _ in slots]
+    takes = f"the model takes {', '.join(map(repr, names)) or 'no inputs'}"
     if isinstance(inputs, Mapping):
         extra = [str(key) for key in inputs if key not in names]
         lacking = [name for name, optional in slots if name not in inputs and not optional]
         if extra or lacking:
-            return f"the inputs are {names}: unknown {extra}, missing {lacking}"
+            wrong = [f"no {name!r} was given" for name in lacking] + [f"there is no input {name!r}" for name in extra]
+            return f"{takes}: {', '.join(wrong)}"
         return tuple(inputs[node.target] if node.target in inputs else node.args[0] for node in _placeholders(graph))
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     least = sum(not optional for _, optional in slots)
     if not least <= len(given) <= len(slots):
-        return f"{len(given)} inputs were given, the model takes {', '.join(names) or 'none'}"
+        return f"{takes}, but {len(given)} {'input was' if len(given) == 1 else 'inputs were'} given"
     return given + tuple(node.args[0] for node in _placeholders(graph)[len(given) :])
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from qfunc.edge.emit import Emitter, UncopyableModuleError
 from qfunc.edge.evaluate import check_sources
+from qfunc.edge.observer import ObserverError
 from qfunc.errors import UserFunctionFailed, WrongStage, several
 from qfunc.ir import Graph
 from qfunc.passes.lower import Lowered
@@ -54,6 +55,8 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     emitter = Emitter(graph, copy=copy)
     try:
         fx_graph = emitter.emit()
+    except ObserverError as error:
+        return Failure(error.problem)
     except UncopyableModuleError as error:
         return Failure(UserFunctionFailed(error.path, str(error)))
     module = fx.GraphModule(emitter.root, fx_graph, class_name=graph.title or "GraphModule")

@@ -1,4 +1,4 @@
-"""Observers as modules, for the time that data runs through them."""
+"""Observers at work: as modules, for the time that data runs through them, and on weights."""
 
 from __future__ import annotations
 
@@ -6,25 +6,69 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qfunc.errors import Unobserved, UnsupportedDType, UserFunctionFailed, told
+from qfunc.numerics.observers import Observer, finished
+from qfunc.numerics.qparams import QParams
 from qfunc.passes.stages import Site
+
+
+class ObserverError(Exception):
+    """An observer cannot take a value, or is the user's and failed; `problem` says it as a value."""
+
+    def __init__(self, problem: UnsupportedDType | UserFunctionFailed | Unobserved) -> None:
+        super().__init__(f"{problem.node}: {problem.reason}")
+        self.problem = problem
 
 
 class ObserverModule(nn.Module):
     """Hands its input on and folds it into the statistic of a site.
 
-    The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`.
+    The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`. Raises
+    `ObserverError` for what is no floating-point tensor, and for a user's observer that fails.
     """
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.state: Any = site.observer.init()
+        self.state: Any = _guarded(site.observer, site.id, site.observer.init)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
-        self.state = self.site.observer.update(self.state, x.detach())
+        site = self.site
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ObserverError(UnsupportedDType(site.id, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
+        self.state = _guarded(site.observer, site.id, site.observer.update, self.state, x.detach())
         return x
 
     def extra_repr(self) -> str:
         """The observer, and what it observes."""
         return f"{self.site.observer!r}, taps={', '.join(self.site.taps)}"
+
+
+_UNKNOWN = "trace with example_inputs, so that such values are known and left alone, or keep the module float"
+
+
+def observe_once(observer: Observer[Any], weight: Tensor, name: str) -> QParams:
+    """The qparams of a weight; an `ObserverError` where there are none."""
+    state = _guarded(observer, name, lambda: observer.update(observer.init(), weight))
+    qparams = finished(observer, state)
+    if isinstance(qparams, str):
+        raise ObserverError(UserFunctionFailed(name, qparams))
+    if qparams is None:
+        raise ObserverError(Unobserved(name, "this weight has no elements", "keep its module float"))
+    return qparams
+
+
+def _guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> Any:
+    """A call of an observer; failures of a user's are told apart from bugs of ours, which raise as they are."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if type(observer).__module__.startswith("qfunc."):
+            raise
+        problem = UserFunctionFailed(place, f"{type(observer).__name__} raised {told(error)}")
+        raise ObserverError(problem) from error
+
+
+def _described(value: object) -> str:
+    return f"a tensor of {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else f"{value!r:.60}"

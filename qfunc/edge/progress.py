@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
 
-def tracked(items: Iterable[T], title: str, *, shown: bool | None) -> Iterator[T]:
-    """The items, with a progress bar on a terminal's standard error: rate, and time left where the length is known.
+def tracked(
+    items: Iterable[T], title: str, *, shown: bool | None, total: int | None = None, console: Console | None = None
+) -> Generator[T, None, None]:
+    """The items, with a progress bar on a terminal's standard error: rate, and time left where `total` is known.
 
-    `shown=None` shows it exactly when standard error is a terminal.
+    `shown=None` shows it exactly when standard error is a terminal. Close the iterator to take the bar away early.
     """
     from rich.console import Console
     from rich.progress import (
@@ -23,11 +28,10 @@ def tracked(items: Iterable[T], title: str, *, shown: bool | None) -> Iterator[T
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    if shown is False or (shown is None and not console.is_terminal):
+    console = Console(stderr=True) if console is None else console
+    if not (console.is_terminal if shown is None else shown):
         yield from items
         return
-    total = len(items) if isinstance(items, Sized) else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

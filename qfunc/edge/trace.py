@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from returns.result import Failure, Success
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.custom_config import CustomConfig
 from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
@@ -54,6 +56,9 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
     """
     if not isinstance(model, nn.Module):
         return Failure(NotAModule(type(model).__name__))
+    wrong = wrong_arguments(custom=custom)
+    if wrong:
+        return Failure(several(wrong))
     modules = dict(model.named_modules(remove_duplicate=False))
     errors = _check(model, modules, custom)
     if errors is not None:
@@ -153,6 +158,9 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
     ]
+    if custom.concrete_args:
+        inputs = signature(model.forward).parameters
+        errors += [UnknownName(name, "input", tuple(inputs)) for name in custom.concrete_args if name not in inputs]
     errors += [
         Untraceable(name, "", "a lazy module, whose parameters have no shape yet", "run the model once on an example")
         for name, tensor in named_tensors(model)

@@ -82,6 +82,16 @@ class Node:
     fact: Fact = None
     aliased: bool = False
 
+    @property
+    def place(self) -> str:
+        """Where a user finds it: the path of a module, the name of an input, or its id and the module it is in."""
+        written, module = self.origin.written, self.origin.module
+        if written is not None and written.op == "placeholder":
+            return f"input {written.target!r}"
+        if written is not None and written.op == "call_module" and module:
+            return module
+        return f"{self.id} in {module}" if module else self.id
+
     def get(self, name: str) -> Arg:
         """The argument called `name`; a `KeyError` when this kind has none."""
         return _get(self.args, name)

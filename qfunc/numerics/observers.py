@@ -7,14 +7,14 @@ observers with equal `statistic` can read one and the same state. A user's own o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
 
-from qfunc.errors import BadConfig, Problem
+from qfunc.errors import BadConfig, Problem, told
 from qfunc.numerics.histogram import best_range
 from qfunc.numerics.qparams import UINT8, QParams, QuantSpec, qparams_of_range, validate
 from qfunc.numerics.statistic import (
@@ -204,13 +204,44 @@ class FixedQParams(_Folding[NoState]):
         return QParams(torch.tensor(self.scale, dtype=torch.float32), torch.tensor(self.zero_point), self.spec)
 
 
+def finished(observer: Observer[Any], state: Any) -> QParams | None | str:
+    """What `observer.finish(state)` gives, or in words how an observer of the user's failed to give qparams."""
+    if type(observer).__module__.startswith("qfunc."):
+        return observer.finish(state)
+    name = type(observer).__name__
+    try:
+        qparams = observer.finish(state)
+    except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
+        return f"{name}.finish raised {told(error)}"
+    if qparams is None or isinstance(qparams, QParams):
+        return qparams
+    return f"{name}.finish gave a {type(qparams).__name__}, not QParams"
+
+
 def validate_observer(observer: Observer[Any]) -> tuple[Problem, ...]:
     """All that is impossible about an observer and its spec; empty when it can be meant.
 
     >>> [problem.reason for problem in validate_observer(MinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=0)))]
     ['MinMax measures whole tensors, the qscheme per_channel_affine is per channel']
     """
-    return (*validate(observer.spec), *_scheme_problems(observer), *_parameter_problems(observer))
+    broken = tuple(_protocol_problems(observer))
+    return broken or (*validate(observer.spec), *_scheme_problems(observer), *_parameter_problems(observer))
+
+
+def _protocol_problems(observer: Any) -> Iterator[Problem]:
+    name, remedy = type(observer).__name__, "pass an observer such as MinMax(), Histogram() or PerChannelMinMax(spec)"
+    if isinstance(observer, type):
+        yield BadConfig(
+            observer.__name__, "it is a class, not an observer", f"make one of it: {observer.__name__}(...)"
+        )
+    elif not all(callable(getattr(observer, part, None)) for part in ("init", "update", "finish")):
+        yield BadConfig(name, "it is no observer: it has no init, update and finish", remedy)
+    elif not isinstance(getattr(observer, "spec", None), QuantSpec):
+        yield BadConfig(name, "its spec is no QuantSpec", "give it a spec, for example QuantSpec('uint8', 0, 255)")
+    elif not hasattr(observer, "statistic"):
+        yield BadConfig(name, "it does not name its statistic", "give it a hashable value that says what it measures")
+    elif not all(isinstance(part, Hashable) for part in (observer, observer.statistic)):
+        yield BadConfig(name, "it or its statistic is not hashable", "make it a frozen dataclass of hashable fields")
 
 
 def _scheme_problems(observer: object) -> Iterator[Problem]:

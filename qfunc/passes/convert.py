@@ -7,11 +7,11 @@ from typing import Any
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
-from qfunc.errors import Unobserved, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, map_arg, refs
+from qfunc.errors import Problem, Unobserved, UserFunctionFailed, WrongStage, several
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg, refs
 from qfunc.ir.node import NamedArgs
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.observers import Observer
+from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.record import recorded
@@ -32,11 +32,10 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     if not isinstance(calibrated, Calibrated):
         return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
     prepared = calibrated.prepared
-    found = _qparams(calibrated)
-    missing = [Unobserved(site) for site, qparams in sorted(found.items()) if qparams is None]
-    if missing:
-        return Failure(several(missing))
-    qparams = {site: _affine(q) for site, q in found.items() if q is not None}
+    found, problems = _qparams(calibrated)
+    if problems:
+        return Failure(several(problems))
+    qparams = {site: _affine(q) for site, q in found.items()}
     graph = _insert(prepared, qparams)
     intended = {
         node.id: node.origin.module
@@ -46,13 +45,35 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     return Success(Converted(graph, prepared.backend, pmap(intended), prepared.notes))
 
 
-def _qparams(calibrated: Calibrated) -> dict[str, QParams | None]:
-    states = calibrated.statistics.states
-    found: dict[str, QParams | None] = {}
-    for id, site in calibrated.prepared.sites.items():
+def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
+    """The qparams of each site, and what is wrong where there are none."""
+    prepared, states = calibrated.prepared, calibrated.statistics.states
+    if prepared.sites and calibrated.statistics.graph != digest(prepared.graph):
+        reason = "the statistics were measured on another graph"
+        remedy = "calibrate this one: calibrate(prepared, batches)"
+        return {}, [Unobserved(_place(prepared, id), reason, remedy) for id in _in_order(prepared)]
+    found: dict[str, QParams] = {}
+    problems: list[Problem] = []
+    for id in _in_order(prepared):
+        site = prepared.sites[id]
         state = states.get(site.key)
-        found[id] = None if state is None else site.observer.finish(state)
-    return found
+        qparams = None if state is None else finished(site.observer, state)
+        if isinstance(qparams, QParams):
+            found[id] = qparams
+        elif qparams is None:
+            problems.append(Unobserved(_place(prepared, id)))
+        else:
+            problems.append(UserFunctionFailed(_place(prepared, id), qparams))
+    return found, problems
+
+
+def _in_order(prepared: Prepared) -> list[str]:
+    position = {id: index for index, id in enumerate(prepared.graph.order)}
+    return sorted(prepared.sites, key=lambda id: position[prepared.sites[id].taps[0]])
+
+
+def _place(prepared: Prepared, site: str) -> str:
+    return prepared.graph[prepared.sites[site].taps[0]].place
 
 
 _HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})

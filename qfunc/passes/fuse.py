@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.errors import InTrainingMode, Problem, WrongStage, several
 from qfunc.ir import Draft, Expression, Graph, Node, PostOp, TensorFact, users
@@ -25,13 +26,14 @@ def fuse(graph: Graph, *, backend: BackendConfig = CPU) -> R[Graph]:
     computes. What does not fit is left alone with a note. Running it again changes nothing.
 
     Returns:
-        The fused graph (the same object when nothing fused), or `InTrainingMode` for each module that still trains.
+        The fused graph (the same object when nothing fused), or `InTrainingMode` for the model, or for each module of
+        it that still trains; `BadConfig`, `WrongStage`.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
-    training = list(_training(graph))
-    if training:
-        return Failure(several(training))
+    problems = wrong_arguments(backend=backend) + list(_training(graph))
+    if problems:
+        return Failure(several(problems))
     bare = _without_identities(graph) if backend.drop_identities else graph
     return Success(recorded(graph, _fused(bare, backend), "fuse", f"backend={backend.name}"))
 
@@ -74,9 +76,10 @@ def _is_fused(node: Node) -> bool:
 def _training(graph: Graph) -> Iterator[Problem]:
     if graph.training:
         yield InTrainingMode("model")
+        return
     for node in graph:
         if node.kind in ("batch_norm", "dropout") and node.get("training") is True and not _own_statistics(node):
-            yield InTrainingMode(node.origin.module or node.id)
+            yield InTrainingMode(node.place)
 
 
 def _own_statistics(node: Node) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from returns.result import Failure, Success
 
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import Call, KernelRow, Operand
 from qfunc.engines import ENGINES
 from qfunc.engines.onednn import REARRANGEMENTS
-from qfunc.errors import EngineMissing, NotLowered, UnknownName, WrongStage, several
+from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Graph, Node, TensorFact, refs, users
 from qfunc.ir.node import Fact
 from qfunc.numerics.grid import Affine
@@ -62,17 +63,27 @@ def lower(
     """
     if not isinstance(converted, Converted):
         return Failure(WrongStage(type(converted).__name__, "Converted"))
-    if engine not in ENGINES:
-        return Failure(UnknownName(engine, "engine", tuple(ENGINES)))
-    if engine != "reference" and engine not in host.engines:
-        return Failure(EngineMissing(engine, (*host.engines, "reference")))
+    problems = wrong_engine(engine, host) + wrong_arguments(kernels=kernels)
+    if problems:
+        return Failure(several(problems))
     lowering = _Lowering(converted, host, engine, (*kernels, *ENGINES[engine]))
     graph = lowering.run()
     limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
     certificate = Certificate(engine, host.title, tuple(lowering.entries), _conversions(graph), limited)
     if strict and certificate.fallbacks:
-        return Failure(several(NotLowered(entry.node, entry.reason) for entry in certificate.fallbacks))
+        return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.fallbacks))
     return Success(Lowered(recorded(converted.graph, graph, "lower", f"engine={engine}"), certificate, engine, host))
+
+
+def wrong_engine(engine: str, host: HostReport) -> list[Problem]:
+    """What keeps an engine from running on a host: an unknown name, or kernels that its torch lacks."""
+    problems = wrong_arguments(engine=engine, host=host)
+    if problems:
+        return problems
+    if engine not in ENGINES:
+        return [UnknownName(engine, "engine", tuple(ENGINES))]
+    available = (*host.engines, "reference")
+    return [] if engine in available else [EngineMissing(engine, available)]
 
 
 class _Lowering:

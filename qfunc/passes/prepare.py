@@ -9,12 +9,16 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, qconfigs, resolve_qconfigs
-from qfunc.errors import Problem, UnsupportedDType, WrongStage, several
+from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, resolve_qconfigs
+from qfunc.errors import BadConfig, Problem, UnsupportedDType, WrongStage, several
 from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs, users
-from qfunc.numerics.observers import FixedQParams, Observer, validate_observer
+from qfunc.numerics.grid import CODE_RANGE
+from qfunc.numerics.observers import FixedQParams, Observer
+from qfunc.numerics.qparams import QuantSpec
 from qfunc.ops import BY_NAME
+from qfunc.params import loads
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Edge, Prepared, Site
 from qfunc.result import R
@@ -40,10 +44,13 @@ def prepare(
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
+    problems = wrong_arguments(
+        backend=backend, qconfig_mapping=QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+    )
+    if problems:
+        return Failure(several(problems))
     mapping = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
-    problems = list(problems_of(mapping, graph))
-    for qconfig in dict.fromkeys(qconfigs(mapping)):
-        problems += [*validate_observer(qconfig.activation), *validate_observer(qconfig.weight)]
+    problems = problems_of(mapping, graph.modules)
     if problems:
         return Failure(several(problems))
     plan = _Plan(graph, mapping, backend)
@@ -104,10 +111,13 @@ class _Plan:
         dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
         if _has_weight(node):
             dtypes.append(("weight", qconfig.weight.spec.dtype, row.dtypes.weight))
+            self.problems += _axis_problems(node, qconfig.weight.spec)
         for what, dtype, allowed in dtypes:
-            if dtype not in allowed:
-                text = f"{self.backend.name} runs {node.kind} with {what} {' or '.join(allowed)}, not {dtype}"
-                self.problems.append(UnsupportedDType(node.origin.module or node.id, text))
+            held = allowed if what == "weight" else tuple(name for name in allowed if name in CODE_RANGE)
+            if dtype not in held:
+                plural = {"activation": "activations", "weight": "weights"}[what]
+                text = f"the {self.backend.name} backend runs it with {' or '.join(held) or 'no'} {plural}, not {dtype}"
+                self.problems.append(UnsupportedDType(node.place, text))
         return True
 
     def _operands(self, node: Node) -> Iterator[tuple[Edge, str]]:
@@ -240,6 +250,14 @@ def _configured(graph: Graph, mapping: QConfigMapping) -> Iterator[tuple[Node, Q
 def _has_weight(node: Node) -> bool:
     """Whether the node has a weight that is quantized: that of a batch norm is not."""
     return node.kind != "batch_norm" and node.has("weight") and isinstance(node.get("weight"), Expression)
+
+
+def _axis_problems(node: Node, spec: QuantSpec) -> Iterator[Problem]:
+    """A channel axis that the weight does not have."""
+    shape = next(loads(node.get("weight"))).shape  # type: ignore[arg-type]
+    if spec.ch_axis is not None and spec.ch_axis >= len(shape):
+        reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
+        yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
 
 
 def _not_float(node: Node) -> bool:

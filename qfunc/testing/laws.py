@@ -228,7 +228,7 @@ def _told(graph: Graph) -> tuple[Any, Any]:
 def _total(case: Case) -> str:
     name, stage = "trace", case.model
     try:
-        for name, function in steps(case):
+        for name, function in steps(case):  # noqa: B007 - told of the step that raised
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())

@@ -1,0 +1,69 @@
+"""Whether the arguments of qfunc's functions are of their types, for callers without a type checker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from qfunc.config.backend_config import BackendConfig
+from qfunc.config.custom_config import CustomConfig
+from qfunc.config.host_report import HostReport
+from qfunc.config.kernel import KernelRow
+from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.errors import BadConfig, Problem
+
+_EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {
+        "backend": (BackendConfig, "pass qfunc.CPU, qfunc.X86 or another BackendConfig"),
+        "qconfig_mapping": (QConfigMapping, "pass a QConfigMapping, or None for the backend's own"),
+        "custom": (CustomConfig, "pass a CustomConfig, or leave it out"),
+        "host": (HostReport, "pass the report of check_host(), or leave it out"),
+        "engine": (str, "pass the name of an engine: 'onednn', 'quantized' or 'reference'"),
+        "kernels": (tuple, "pass a tuple of KernelRow"),
+    }
+)
+
+
+def wrong_arguments(**arguments: Any) -> list[Problem]:
+    """A `BadConfig` for each argument that is not of the type its name calls for.
+
+    >>> [problem.reason for problem in wrong_arguments(engine=3)]
+    ['expected a str, got 3']
+    """
+    return [problem for name, value in arguments.items() for problem in _wrong(name, value)]
+
+
+def _wrong(name: str, value: object) -> Iterator[Problem]:
+    expected, remedy = _EXPECTED[name]
+    if not isinstance(value, expected):
+        if isinstance(value, QConfig) and expected is QConfigMapping:
+            remedy = "pass QConfigMapping().set_global(qconfig)"
+        yield BadConfig(name, f"expected a {expected.__name__}, got {shown(value)}", remedy)
+    elif isinstance(value, tuple) and not all(isinstance(row, KernelRow) for row in value):
+        yield BadConfig(name, "not every item is a KernelRow", remedy)
+    elif isinstance(value, CustomConfig):
+        yield from _wrong_custom(value)
+
+
+def _wrong_custom(custom: CustomConfig) -> Iterator[Problem]:
+    names, types, fixed = custom.non_traceable_names, custom.non_traceable_types, custom.concrete_args
+    if isinstance(names, str) or not _all(names, str):
+        remedy = "pass a tuple of module paths, such as ('head',)"
+        yield BadConfig("non_traceable_names", f"expected a tuple of str, got {shown(names)}", remedy)
+    if not isinstance(types, tuple) or not _all(types, type):
+        remedy = "pass a tuple of module classes, such as (MyAttention,)"
+        yield BadConfig("non_traceable_types", f"expected a tuple of classes, got {shown(types)}", remedy)
+    if not isinstance(fixed, Mapping) or not _all(fixed, str):
+        remedy = "pass a dict from names of forward's inputs to their values"
+        yield BadConfig("concrete_args", f"expected a dict, got {shown(fixed)}", remedy)
+
+
+def _all(items: object, expected: type) -> bool:
+    return isinstance(items, (tuple, list, Mapping)) and all(isinstance(item, expected) for item in items)
+
+
+def shown(value: object) -> str:
+    """A value in a message: short ones as they are, others by their type."""
+    text = repr(value) if isinstance(value, (str, int, float, type(None), type, list, tuple)) else ""
+    return text if 0 < len(text) <= 60 else f"a {type(value).__name__}"
