@@ -117,15 +117,20 @@ class Node:
     def with_args(self, **changes: Arg) -> Node:
         """This node with some arguments replaced or added."""
         known = {key for key, _ in self.args}
-        args = tuple([(key, changes.get(key, value)) for key, value in self.args])
+        args = tuple([(pair[0], changes[pair[0]]) if pair[0] in changes else pair for pair in self.args])
         args += tuple([(key, value) for key, value in changes.items() if key not in known])
         return Node(self.id, self.kind, args, self.post, self.origin, self.fact, self.aliased)
 
 
 def map_named(args: NamedArgs, function: Callable[[Arg], Arg]) -> NamedArgs:
     """Named arguments with `function` applied to their leaves; the same object when none changes."""
-    mapped = tuple([(key, map_arg(value, function)) for key, value in args])
-    return args if all(a[1] is b[1] for a, b in zip(mapped, args, strict=True)) else mapped
+    mapped = tuple([_map_pair(pair, function) for pair in args])
+    return args if all(a is b for a, b in zip(mapped, args, strict=True)) else mapped
+
+
+def _map_pair(pair: tuple[str, Arg], function: Callable[[Arg], Arg]) -> tuple[str, Arg]:
+    value = map_arg(pair[1], function)
+    return pair if value is pair[1] else (pair[0], value)
 
 
 def substitute(changes: dict[str, str]) -> Callable[[Arg], Arg]:

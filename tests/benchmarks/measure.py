@@ -50,20 +50,27 @@ def interleaved(
     *,
     setup: dict[str, Callable[[], Any]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    collect: bool = True,
 ) -> dict[str, float]:
     """The median seconds of each task over `repeats` rounds in which every task runs once.
 
     Whatever slows the machine for a while slows all tasks alike. A task with a `setup` is called with what that gives,
-    made outside of the time. Garbage is collected before each task, and during it as ever: users pay for it as well.
+    made outside of the time. Garbage is collected before each task; during it as ever, for users pay for it as well,
+    or not at all where `collect` is false.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
             given = (setup[name](),) if setup and name in setup else ()
             gc.collect()
-            start = clock()
-            task(*given)
-            times[name].append(clock() - start)
+            if not collect:
+                gc.disable()
+            try:
+                start = clock()
+                task(*given)
+                times[name].append(clock() - start)
+            finally:
+                gc.enable()
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

@@ -4,6 +4,9 @@
 
 The graphs are chains of residual blocks (two convolutions with batch norms, ReLUs, a sum), copied node by node from
 one traced block, because `torch.fx` would take longer to trace 20,000 nodes than all passes together to run on them.
+
+As in `timeit`, the garbage collector is off: now and then it walks over all objects of the process, this program's
+stages of all sizes among them, which says more about what a process holds than about a pass. `--collect` leaves it on.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from qfunc.ir import Expression, Graph, Node, Ref, digest, users, verify
 from qfunc.numerics.observers import MinMax, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.params import Load
-from qfunc.passes.stages import Calibrated, Statistics
+from qfunc.passes.stages import Calibrated, Prepared, Statistics
 from tests.benchmarks.measure import interleaved, machine, table
 
 SIZES = (200, 2_000, 20_000)
@@ -86,29 +89,35 @@ def _renamed(body: list[Node], index: int, names: dict[str, str]) -> Iterator[No
         yield replace(node.map(leaf), id=names[node.id], origin=origin)
 
 
+def calibrated(prepared: Prepared) -> Calibrated:
+    """The stage as if every site had seen values from -1 to 2."""
+    state = MinMax().update(MinMax().init(), torch.tensor([-1.0, 2.0]))
+    states = {site.key: state for site in prepared.sites.values()}
+    return Calibrated(prepared, Statistics(digest(prepared.graph), pmap(states), 1))
+
+
 def tasks(size: int) -> dict[str, Callable[[], Any]]:
     """Every pass on a graph of that size, on what the pass before it gave; and what all passes use."""
     graph = chain(size)
     fused = get(fuse(graph))
     prepared = get(prepare(fused, MAPPING))
-    state = MinMax().update(MinMax().init(), torch.tensor([-1.0, 2.0]))
-    states = {site.key: state for site in prepared.sites.values()}
-    calibrated = Calibrated(prepared, Statistics(digest(fused), pmap(states), 1))
-    converted = get(convert(calibrated))
+    seen = calibrated(prepared)
+    converted = get(convert(seen))
     host = check_host()
     return {
-        "fuse": lambda: get(fuse(graph)),
+        # A new value of the same graph, because a value keeps its digest once that is known.
+        "fuse": lambda: get(fuse(replace(graph))),
         "prepare": lambda: get(prepare(fused, MAPPING)),
-        "convert": lambda: get(convert(calibrated)),
+        "convert": lambda: get(convert(seen)),
         "lower": lambda: get(lower(converted, host=host)),
         "digest": lambda: digest(replace(graph)),
         "users": lambda: users(graph),
         "verify": lambda: verify(graph),
-        "nothing to fuse": lambda: get(fuse(fused)),
+        "nothing to fuse": lambda: get(fuse(replace(fused))),
     }
 
 
-def measure(sizes: tuple[int, ...], repeats: int) -> dict[str, list[float]]:
+def measure(sizes: tuple[int, ...], repeats: int, collect: bool) -> dict[str, list[float]]:
     """Median microseconds per node of the traced graph, by task, for each size.
 
     Small graphs are processed many times at a stretch, so that all sizes are timed over about as many nodes.
@@ -119,7 +128,7 @@ def measure(sizes: tuple[int, ...], repeats: int) -> dict[str, list[float]]:
         times = max(1, max(sizes) // size)
         for name, task in tasks(size).items():
             batches[f"{name} {size}"] = _repeated(task, times)
-    seconds = interleaved(batches, repeats, clock=time.process_time)
+    seconds = interleaved(batches, repeats, clock=time.process_time, collect=collect)
     for key, value in seconds.items():
         name, _, size = key.rpartition(" ")
         nodes = int(size) * max(1, max(sizes) // int(size))
@@ -140,10 +149,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--collect", action="store_true", help="leave Python's garbage collector on, see above")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = tuple(options.sizes)
-    found = measure(sizes, options.repeats)
+    found = measure(sizes, options.repeats, options.collect)
     rows = [(name, *values, values[-1] / values[0]) for name, values in found.items()]
     print(f"processor time, median of {options.repeats}; backend {CPU.name}; {machine()}")
     print(f"target: the passes' time per node at {sizes[-1]:,} at most {TARGET} times that at {sizes[0]:,}")

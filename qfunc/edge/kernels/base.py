@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from qfunc.numerics.grid import Affine
 
@@ -138,7 +139,7 @@ def outside_compile(function: _Function) -> _Function:
     Packed weights are opaque oneDNN tensors, which a compiler cannot trace. `torch.compiler.disable` would do, but it
     loads the compiler at once, which takes longer than everything else that qfunc imports.
     """
-    return cast("_Function", torch._disable_dynamo(function))
+    return cast("_Function", _disable_dynamo(function))
 
 
 def operator(namespace: str, name: str, overload: str = "default") -> Any:
