@@ -27,6 +27,15 @@ class TensorFact:
 Fact: TypeAlias = "TensorFact | tuple[Fact, ...] | None"
 
 
+def fact_in(fact: Fact, dtype: str) -> Fact:
+    """The fact of a tensor of the same shape and device in another dtype.
+
+    >>> fact_in(TensorFact((2, 3), "float32", "cpu"), "uint8")
+    uint8[2, 3]
+    """
+    return TensorFact(fact.shape, dtype, fact.device) if isinstance(fact, TensorFact) else fact
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """The call as the user wrote it: which of the node's arguments stood where.

@@ -9,7 +9,7 @@ from returns.result import Failure, Success
 
 from qfunc.errors import Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg, refs
-from qfunc.ir.node import NamedArgs
+from qfunc.ir.node import NamedArgs, fact_in
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
@@ -96,8 +96,8 @@ def _affine(qparams: QParams) -> Affine:
 def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
-    for value, site in prepared.outputs.items():
-        draft.redirect(value, _quantized(draft, graph[value], qparams[site]))
+    for value in (id for id in graph.order if id in prepared.outputs):
+        draft.redirect(value, _quantized(draft, graph[value], qparams[prepared.outputs[value]]))
     pairs: dict[tuple[str, str], str] = {}
     turned: dict[str, dict[Edge, str]] = {}
     position = {id: index for index, id in enumerate(graph.order)}
@@ -118,13 +118,12 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
 def _quantized(draft: Draft, node: Node, affine: Affine) -> str:
     """Insert the pair behind a value; gives the id of the dequantized one."""
     codes = draft.fresh(f"{node.id}_q")
-    draft.insert_after(
-        node.id,
-        Node(codes, "quantize", (("inputs", (Ref(node.id),)), ("output", affine)), fact=None, origin=Origin(codes)),
-    )
+    given: NamedArgs = (("inputs", (Ref(node.id),)), ("output", affine))
+    fact = fact_in(node.fact, affine.dtype)
+    draft.insert_after(node.id, Node(codes, "quantize", given, fact=fact, origin=Origin(codes)))
     floats = draft.fresh(f"{node.id}_dq")
-    args: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
-    draft.insert_after(node.id, Node(floats, "dequantize", args, fact=node.fact, origin=Origin(floats)))
+    taken: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
+    draft.insert_after(node.id, Node(floats, "dequantize", taken, fact=node.fact, origin=Origin(floats)))
     return floats
 
 

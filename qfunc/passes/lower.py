@@ -13,8 +13,8 @@ from qfunc.config.kernel import Call, KernelRow, Operand
 from qfunc.engines import ENGINES
 from qfunc.engines.onednn import REARRANGEMENTS
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
-from qfunc.ir import Draft, Graph, Node, TensorFact, refs, users
-from qfunc.ir.node import Fact
+from qfunc.ir import Draft, Graph, Node, refs, users
+from qfunc.ir.node import fact_in
 from qfunc.numerics.grid import Affine
 from qfunc.ops import BY_NAME
 from qfunc.params import QuantizeWeight
@@ -169,15 +169,11 @@ class _Lowering:
         return self._graph[next(self._graph[codes].uses())].kind not in REARRANGEMENTS
 
     def _replace(self, node: Node, kernel: Node, output: Affine | None) -> None:
-        self._draft.put(kernel if output is None else replace(kernel, fact=_in_codes(kernel.fact, output)))
+        self._draft.put(kernel if output is None else replace(kernel, fact=fact_in(kernel.fact, output.dtype)))
         if output is not None:
             (codes,) = self._users[node.id]
             self._draft.redirect(codes, node.id)
             self._draft.erase([codes])
-
-
-def _in_codes(fact: Fact, output: Affine) -> Fact:
-    return replace(fact, dtype=output.dtype) if isinstance(fact, TensorFact) else fact
 
 
 def _affine(node: Node, name: str) -> Affine:

@@ -53,7 +53,7 @@ def _split_and_order(given: Measurement) -> str:
 
 
 def _rows(tensor: Tensor, axis: int) -> tuple[Tensor, ...]:
-    return tuple(tensor.split(1, dim=axis)) if axis < tensor.dim() else (tensor,)
+    return torch.split(tensor, 1, axis) if axis < tensor.dim() else (tensor,)
 
 
 def _merge(given: Measurement) -> str:
