@@ -81,7 +81,8 @@ SAMPLES: dict[str, list[Sample]] = {
     **{f"avg_pool{rank}d": _pool(rank, count_include_pad=False, divisor_override=5) for rank in (2, 3)},
     **{
         f"adaptive_avg_pool{rank}d": [
-            {"input": t(2, 3, *(7,) * rank), "output_size": size} for size in (1, 3, (2,) * rank, (*(None,) * (rank - 1), 2))
+            {"input": t(2, 3, *(7,) * rank), "output_size": size}
+            for size in (1, 3, (2,) * rank, (*(None,) * (rank - 1), 2))
         ]
         for rank in (1, 2, 3)
     },
@@ -92,7 +93,9 @@ SAMPLES: dict[str, list[Sample]] = {
     "transpose": [{**X, "dim0": 1, "dim1": -1}],
     "squeeze": [{"input": t(2, 1, 3, 1)}, {"input": t(2, 1, 3, 1), "dim": 1}, {"input": t(2, 1, 3, 1), "dim": (1, 3)}],
     "unsqueeze": [{**X, "dim": 1}, {**X, "dim": -1}],
-    "dropout": [{"input": t(*size), "p": 0.3, "training": False} for size in ((2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 3, 2))],
+    "dropout": [
+        {"input": t(*size), "p": 0.3, "training": False} for size in ((2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 3, 2))
+    ],
     "identity": [X],
 }  # fmt: skip
 for _row in KINDS:
