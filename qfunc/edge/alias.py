@@ -15,8 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from qfunc.edge.schema import is_tensor, may_alias
-from qfunc.ir import Node
-from qfunc.ir.node import substitute
+from qfunc.ir import Arg, Node, Ref
 from qfunc.ops import BY_NAME
 
 
@@ -81,8 +80,7 @@ class _Settling:
     def run(self) -> Settled:
         pairs: list[tuple[Node, Node]] = []
         for position, original in enumerate(self._nodes):
-            turn = substitute(self._now)
-            node, plain = original.map(turn), self._as_written.get(original.id, original).map(turn)
+            node, plain = original.map(self._turn), self._as_written.get(original.id, original).map(self._turn)
             self._tensors[node.id] = is_tensor(plain, self._tensors)
             write = self._writes.get(node.id)
             if write is None or (write.statement and self._tensors[node.id] is False):
@@ -95,7 +93,7 @@ class _Settling:
 
     def _write(self, node: Node, write: Write, position: int) -> None:
         memory = self._memory
-        targets = tuple(dict.fromkeys(self._now.get(target, target) for target in write.targets))
+        targets = tuple(dict.fromkeys(self._current(target) for target in write.targets))
         one = targets[0] if len(targets) == 1 else ""
         returned = bool(one) and write.returns_target and (not write.statement or self._tensors[one] is True)
         later = {m for target in targets for m in memory.members(target) if self._last.get(m, -1) > position}
@@ -115,8 +113,19 @@ class _Settling:
 
     def _rename(self, old: str, new: str) -> None:
         """Whoever reads `old` from here on reads `new`."""
-        self._now = {name: new if now == old else now for name, now in self._now.items()} | {old: new}
+        self._now[old] = new
         self._last[new] = max(self._last.get(new, -1), self._last.pop(old, -1))
+
+    def _current(self, id: str) -> str:
+        path = []
+        while id in self._now:
+            path.append(id)
+            id = self._now[id]
+        self._now.update(dict.fromkeys(path, id))
+        return id
+
+    def _turn(self, leaf: Arg) -> Arg:
+        return Ref(self._current(leaf.id)) if isinstance(leaf, Ref) and leaf.id in self._now else leaf
 
     def _marked(self, position: int, node: Node, plain: Node) -> Node:
         memory = self._memory

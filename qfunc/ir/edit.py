@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 
 from pyrsistent import PMap, pmap
@@ -70,16 +70,22 @@ class Draft:
 
     def insert_before(self, anchor: str, node: Node) -> None:
         """Put a new node right before `anchor`, after what was put there earlier."""
+        assert node.id not in self, node.id
+        assert anchor in self, anchor
         self._changed[node.id] = node
         self._before.setdefault(anchor, []).append(node.id)
 
     def insert_after(self, anchor: str, node: Node) -> None:
         """Put a new node right after `anchor`, after what was put there earlier."""
+        assert node.id not in self, node.id
+        assert anchor in self, anchor
         self._changed[node.id] = node
         self._after.setdefault(anchor, []).append(node.id)
 
     def redirect(self, old: str, new: str) -> None:
-        """Make all users of `old` in the original graph use `new`."""
+        """Make all users of `old` in the original graph use `new`, or what `new` is redirected to."""
+        self._redirect.pop(old, None)
+        assert self._target(new) != old, (old, new)
         self._redirect[old] = new
 
     def note(self, node: str, text: str) -> None:
@@ -96,18 +102,15 @@ class Draft:
         turn = substitute(moved)
         changed: dict[str, Node] = {}
         order: list[str] = []
-        for id in self._graph.order:
-            for placed in (*self._before.get(id, ()), id, *self._after.get(id, ())):
-                if placed in self._erased:
-                    continue
-                order.append(placed)
-                node = self._changed.get(placed)
-                original = node is None
-                node = node or self._graph.nodes[placed]
-                if moved and (original or placed in self._graph.nodes) and not moved.keys().isdisjoint(node.uses()):
-                    node = node.map(turn)
-                if not original or node is not self._graph.nodes[placed]:
-                    changed[placed] = node
+        for id in self._places():
+            if id in self._erased:
+                continue
+            order.append(id)
+            node = self[id]
+            if moved and id in self._graph.nodes and not moved.keys().isdisjoint(node.uses()):
+                node = node.map(turn)
+            if id in self._changed or node is not self._graph.nodes[id]:
+                changed[id] = node
         nodes = self._nodes(changed, order)
         return replace(self._graph, nodes=nodes, order=tuple(order), notes=self._graph.notes + notes)
 
@@ -123,6 +126,18 @@ class Draft:
             if id in old:
                 nodes.remove(id)
         return nodes.persistent()
+
+    def _places(self) -> Iterator[str]:
+        """All ids in order; what was inserted beside an inserted node has its place beside that."""
+        todo = [(id, False) for id in reversed(self._graph.order)]
+        while todo:
+            id, between = todo.pop()
+            if between or not (id in self._before or id in self._after):
+                yield id
+            else:
+                todo += [(new, False) for new in reversed(self._after.get(id, ()))]
+                todo.append((id, True))
+                todo += [(new, False) for new in reversed(self._before.get(id, ()))]
 
     def _target(self, id: str) -> str:
         """Where a chain of redirections ends; what lies on it is sent there at once, so that long ones stay linear."""

@@ -19,9 +19,17 @@ class Opaque:
     def __init__(self, value: Any) -> None:
         self.value = value
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
 
 class Source:
-    """A model that tensors and modules are read from, held by identity: graphs of two models are never equal.
+    """A model that tensors and modules are read from, held by identity.
+
+    Graphs of two models are never equal, nor are those of one model whose tensors changed in between.
 
     `tensors` maps each dotted name to the tensor it had when the graph was traced, with a fingerprint of its state, so
     that a later change can be told.
@@ -33,6 +41,16 @@ class Source:
         self.model = model
         self.title = title
         self.tensors = tensors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Source) or other.model is not self.model:
+            return False
+        pairs = ((self.tensors[name], other.tensors.get(name, (None, None))) for name in self.tensors)
+        same = all(a is b and before == after for (a, before), (b, after) in pairs)
+        return same and len(self.tensors) == len(other.tensors)
+
+    def __hash__(self) -> int:
+        return id(self.model)
 
     def __repr__(self) -> str:
         return f"Source({self.title})"

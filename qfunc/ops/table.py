@@ -120,7 +120,7 @@ def _binary(name: str, *aliases: str) -> Kind:
 
 
 def _copy(name: str, params: str, *forms: Form) -> Kind:
-    """A rearrangement of elements, as `torch.f` and `x.f()`; a last parameter with a default is given where it differs."""
+    """A rearrangement of elements, as `torch.f` and `x.f()`; what has a default is given where it differs."""
     written = params.replace("*", "")
     required, _, optional = written.partition("=")[0].rpartition(", ")
     full = f"torch.{name}({required}, {optional})"

@@ -75,7 +75,7 @@ SOURCES = {
     "alpha dropout is an alias": "y = x * 2\nz = self.alpha(y)\nz.add_(1)\nreturn y",
     "split": "a, b = (x * 2).split(2, 1)\na.add_(b)\nreturn torch.cat((a, b), 1)",
     "unbind": "y = x * 2\na = y.unbind(0)[0]\na.add_(1)\nreturn y",
-    "one module at two sites": "y = x * 2\na = self.relu(y)\nb = a.t()\nc = self.relu(b - 1)\nreturn y, self.relu(c), b",
+    "one module at two sites": "y = x * 2\na = self.relu(y)\nb = a.t()\nc = self.relu(b - 1)\nreturn y, c, b",
     "one module, kept and not": "y = x * 2\nv = y.t()\nself.relu(y)\nz = x - 1\nw = self.relu(z)\nreturn v, w",
     "dtype is kept": "y = x.half()\ny += x\nreturn y",
     "dtype is kept by a method": "y = x.half() * 2\ny.add_(x)\nreturn y",

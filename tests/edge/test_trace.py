@@ -11,7 +11,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from returns.result import Failure
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
@@ -157,7 +156,7 @@ MODELS = {
     "dtypes": lambda: module(lambda self, x: x.to(torch.float64).to(device="cpu").type(torch.float16)),
     "layouts": lambda: module(lambda self, x: x.contiguous(memory_format=torch.channels_last).view(torch.int32)),
     "infinity": lambda: module(lambda self, x: x.masked_fill(x > 0, -math.inf) + float("nan")),
-    "inner name": lambda: module(lambda self, input, self_1=2: input + self_1),
+    "inner name": lambda: module(lambda self, output, self_1=2: output + self_1),
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch._compile import _disable_dynamo
 
 from qfunc.numerics.grid import Affine
 
