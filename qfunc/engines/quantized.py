@@ -22,10 +22,9 @@ def _weighted(call: Call) -> Plan:
         return weight
     if call.output is None:
         return "the kernel writes quantized tensors only"
-    if clips(call.output):
-        return clips(call.output)
-    if any(post.kind == "add" for post in node.post):
-        return "the kernel has no sum post-op: prepare with backend=X86 for this engine"
+    declined = clips(call.output) or _no_sum(node)
+    if declined:
+        return declined
     post = post_op(node.post, call.output)
     if post is None:
         return no_post_op(node.post)
@@ -50,6 +49,11 @@ def _weighted(call: Call) -> Plan:
     if any(isinstance(value, Ref) for value in options.values()):
         return "an option is computed by the graph"
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args, **options)
+
+
+def _no_sum(node: Node) -> str:
+    summed = any(post.kind == "add" for post in node.post)
+    return "the kernel has no sum post-op: prepare with backend=X86 for this engine" if summed else ""
 
 
 def _arithmetic(call: Call) -> Plan:
