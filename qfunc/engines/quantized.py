@@ -46,8 +46,6 @@ def _weighted(call: Call) -> Plan:
     if node.get("padding_mode") != "zeros" or not isinstance(node.get("padding"), tuple):
         return "the kernel pads with zeros only, by numbers"
     options = {name: node.get(name) for name in ("stride", "padding", "dilation", "groups")}
-    if any(isinstance(value, Ref) for value in options.values()):
-        return "an option is computed by the graph"
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args, **options)
 
 
