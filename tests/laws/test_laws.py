@@ -33,7 +33,7 @@ from tests.zoo import ZOO, ZooCase
 
 BACKENDS = {"cpu": CPU, "x86": X86}
 SETUPS = (("cpu", "onednn"), ("x86", "quantized"))
-FEWER = max(10, settings().max_examples // 2)
+FEWER = max(10, settings().max_examples // 3)
 
 each_zoo = pytest.mark.parametrize("zoo", ZOO, ids=str)
 
