@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qfunc.config.host_report import HostReport
-from qfunc.ir import ListArg, Node, Origin, Ref, map_arg
+from qfunc.ir import ListArg, Node, Origin, Ref, map_arg, refs
 from qfunc.ir.node import NamedArgs
 from qfunc.ir.value import Arg
 from qfunc.numerics.grid import Affine
@@ -60,8 +60,10 @@ Codes: TypeAlias = tuple[str | tuple[str, ...], ...]
 """Ids of the codes that a kernel is called with; a tuple among them is given as a list."""
 
 
-def kernel_node(call: Call, kernel: str, codes: Codes, **args: Arg) -> Node:
-    """The node that calls a kernel's module with codes; the other arguments say how the module is made."""
+def kernel_node(call: Call, kernel: str, codes: Codes, **args: Arg) -> Plan:
+    """The node that calls a kernel's module with codes; the other arguments say how the module is made, beforehand."""
+    if any(True for arg in args.values() for _ in refs(arg)):
+        return "an option is computed by the graph"
     written = call.node.origin.written
     own_path = written is not None and written.op == "call_module"
     origin = Origin(call.node.origin.module if own_path else "", call.node.origin.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ class Evaluator:
                 quant_min=spec.quant_min,
                 quant_max=spec.quant_max,
             )
+            # Limited, a weight has a scale per output channel even where its observer gives one for all.
+            spec = replace(spec, qscheme="per_channel_symmetric", ch_axis=0)
             qparams = QParams(scale, qparams.zero_point.expand(scale.shape), spec)
         values = quantize(
             weight,

@@ -73,8 +73,6 @@ def _conv(call: Call) -> Plan:
         return no_post_op(node.post)
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     args: dict[str, Any] = {name: node.get(name) for name in names}
-    if any(isinstance(value, Ref) for value in args.values()):
-        return "an option is computed by the graph"
     args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
     if not sums:
         return kernel_node(call, f"onednn.{node.kind}", (call.input.codes,), **args)

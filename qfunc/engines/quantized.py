@@ -6,7 +6,7 @@ from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.engines.onednn import clips, no_post_op, post_op, weight_of
-from qfunc.ir import Expression, Node, Origin, Ref, Written
+from qfunc.ir import Expression, Node, Origin, Ref, TensorFact, Written
 from qfunc.ir.node import NamedArgs
 
 
@@ -22,10 +22,9 @@ def _weighted(call: Call) -> Plan:
         return weight
     if call.output is None:
         return "the kernel writes quantized tensors only"
-    if clips(call.output):
-        return clips(call.output)
-    if any(post.kind == "add" for post in node.post):
-        return "the kernel has no sum post-op: prepare with backend=X86 for this engine"
+    declined = clips(call.output) or _no_sum(node) or _no_batch(node)
+    if declined:
+        return declined
     post = post_op(node.post, call.output)
     if post is None:
         return no_post_op(node.post)
@@ -47,9 +46,19 @@ def _weighted(call: Call) -> Plan:
     if node.get("padding_mode") != "zeros" or not isinstance(node.get("padding"), tuple):
         return "the kernel pads with zeros only, by numbers"
     options = {name: node.get(name) for name in ("stride", "padding", "dilation", "groups")}
-    if any(isinstance(value, Ref) for value in options.values()):
-        return "an option is computed by the graph"
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args, **options)
+
+
+def _no_sum(node: Node) -> str:
+    summed = any(post.kind == "add" for post in node.post)
+    return "the kernel has no sum post-op: prepare with backend=X86 for this engine" if summed else ""
+
+
+def _no_batch(node: Node) -> str:
+    ranks = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
+    rank = len(node.fact.shape) if isinstance(node.fact, TensorFact) else None
+    fits = rank is None or (rank >= 2 if node.kind == "linear" else rank == ranks[node.kind])
+    return "" if fits else "the kernel takes a batch dimension"
 
 
 def _arithmetic(call: Call) -> Plan:

@@ -100,6 +100,7 @@ class _Plan:
         if node.aliased or any(self.graph[value].aliased for _, value in operands):
             reason = "its memory is changed in place"
         elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
+            self.problems += _weight_problems(node)
             return False
         elif row.observation is Observation.BY_TENSORS and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
@@ -111,7 +112,7 @@ class _Plan:
         dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
         if _has_weight(node):
             dtypes.append(("weight", qconfig.weight.spec.dtype, row.dtypes.weight))
-            self.problems += _axis_problems(node, qconfig.weight.spec)
+            self.problems += [*_weight_problems(node), *_axis_problems(node, qconfig.weight.spec)]
         for what, dtype, allowed in dtypes:
             held = allowed if what == "weight" else tuple(name for name in allowed if name in CODE_RANGE)
             if dtype not in held:
@@ -260,7 +261,18 @@ def _axis_problems(node: Node, spec: QuantSpec) -> Iterator[Problem]:
         yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
 
 
+def _weight_problems(node: Node) -> Iterator[Problem]:
+    """A weight that is no float32."""
+    weight = node.get("weight") if _has_weight(node) else None
+    dtypes = {load.dtype for load in loads(weight)} if isinstance(weight, Expression) else set()
+    for dtype in sorted(dtypes - {"float32"}):
+        remedy = "convert the model and its inputs with .float(), or keep the module float with set_module_name"
+        yield UnsupportedDType(
+            node.place, f"kernels take the place of float32 operators, its weight is {dtype}", remedy
+        )
+
+
 def _not_float(node: Node) -> bool:
-    """Whether an example showed the value to be something else than a floating-point tensor."""
+    """Whether an example showed the value to be something else than a float32 tensor, whose place kernels take."""
     fact = node.fact
-    return isinstance(fact, TensorFact) and not fact.dtype.startswith(("float", "bfloat"))
+    return isinstance(fact, tuple) or (isinstance(fact, TensorFact) and fact.dtype != "float32")

@@ -8,6 +8,7 @@ expressions, so that limiting weights, a rewrite that `lower` names, is no error
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,22 +21,23 @@ from qfunc.numerics.grid import Affine
 from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.lower import Lowered
 from qfunc.passes.stages import Converted
-from qfunc.testing.walk import run
+from qfunc.testing.walk import made, run
 
 _RELATIVE = 1e-4  # of the largest value, for float32 results
 
 
-def kernels_off(converted: Converted, lowered: Lowered, inputs: tuple[Any, ...]) -> str:
-    """Which kernels differ from their reference by more than a step, on what the model computes of `inputs`."""
+def kernels_off(converted: Converted, lowered: Lowered, data: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """How kernels differ from their reference by more than a step, on what the model computes of each input."""
     pairs = _Pairs(converted.graph, lowered)
     if not pairs.kernels:
-        return ""
-    values = run(_showing(converted.graph, pairs.shown()), inputs)
-    expected = run(pairs.pieces(), tuple(values[name] for name in pairs.piece_inputs))
-    given = tuple(pairs.operand(name, values) for name in pairs.kernel_inputs)
-    got = run(pairs.cut_kernels(), given)
-    found = (_difference(lowered.graph[id], got[id], expected[id], pairs.output(id)) for id in pairs.kernels)
-    return "; ".join(filter(None, found))
+        return
+    shown, pieces, kernels = made(_showing(converted.graph, pairs.shown())), made(pairs.pieces()), made(pairs.alone())
+    for inputs in data:
+        values = run(shown, inputs)
+        expected = run(pieces, tuple(values[name] for name in pairs.piece_inputs))
+        got = run(kernels, tuple(pairs.operand(name, values) for name in pairs.kernel_inputs))
+        for id in pairs.kernels:
+            yield _difference(lowered.graph[id], got[id], expected[id], pairs.output(id))
 
 
 def _difference(node: Node, got: Tensor, expected: Tensor, output: Affine | None) -> str:
@@ -93,7 +95,7 @@ class _Pairs:
             return as_quantized(value, affine)
         return value
 
-    def cut_kernels(self) -> Graph:
+    def alone(self) -> Graph:
         """The kernels alone, side by side, fed with `kernel_inputs`."""
         graph = self.lowered.graph
         given = {id: f"given_{index}" for index, id in enumerate(self.kernel_inputs)}

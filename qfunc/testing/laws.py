@@ -30,7 +30,7 @@ from qfunc.testing.configurations import reordered
 from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.metrics import same_bits, sqnr
 from qfunc.testing.numeric_laws import OBSERVER_LAW_TABLE, Measurement
-from qfunc.testing.walk import BrokenError, Case, Walk, fingerprint, graph_of, run, steps, walk
+from qfunc.testing.walk import BrokenError, Case, Walk, fingerprint, graph_of, made, run, steps, walk
 
 Subject = TypeVar("Subject")
 
@@ -90,25 +90,23 @@ def check_laws(case: Case, laws: Iterable[Law[Walk]] | None = None) -> tuple[Vio
 
 
 def _traced_is_exact(way: Walk) -> str:
-    return _same_outputs(way, way.case.model, way.graph, "the traced graph", "the model")
+    if way.graph is None:
+        return ""
+    found = (_differ(run(way.case.model, inputs), way.run("trace", inputs)) for inputs in way.inputs())
+    return next(filter(None, found), "")
 
 
 def _observed_is_exact(way: Walk) -> str:
-    for name, stage in (("prepared", way.prepared), ("calibrated", way.calibrated)):
-        reason = _same_outputs(way, way.fused, stage, f"the {name} graph", "the fused one")
-        if reason:
-            return reason
+    for name in ("prepare", "calibrate"):
+        for inputs in way.inputs() if name in way.stages else ():
+            reason = _differ(way.run("fuse", inputs), way.run(name, inputs))
+            if reason:
+                return f"after {name}: {reason}"
     return ""
 
 
-def _same_outputs(way: Walk, expected: Any, stage: Any, what: str, other: str) -> str:
-    if stage is None:
-        return ""
-    for inputs in way.inputs():
-        a, b = run(expected, inputs), run(stage, inputs)
-        if not same_bits(a, b):
-            return f"{what} and {other} differ, at {_sqnr(a, b)}"
-    return ""
+def _differ(a: Any, b: Any) -> str:
+    return "" if same_bits(a, b) else f"the outputs differ, at {_sqnr(a, b)}"
 
 
 def _sqnr(a: Any, b: Any) -> str:
@@ -148,9 +146,9 @@ def _nothing_changes(way: Walk) -> str:
             break
         stage = result.unwrap()
         held = fingerprint(stage)
-        for copy in (False, True):
-            materialize(stage, copy=copy)
-        run(stage, case.inputs)
+        if name == "trace":
+            materialize(stage, copy=True)
+        run(made(stage), case.inputs)
         if fingerprint(stage) != held or fingerprint(outside) != before:
             return f"materializing what {name} gave, or running it, changes it, the model or the data"
     return "" if same_bits(run(case.model, case.inputs), output) else "the model computes something else now"
@@ -226,20 +224,21 @@ def _told(graph: Graph) -> tuple[Any, Any]:
 
 
 def _total(case: Case) -> str:
-    name, stage = "trace", case.model
+    reached, stage = "", case.model
     try:
-        for name, function in steps(case):  # noqa: B007 - told of the step that raised
+        for name, function in steps(case):
+            reached = name
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())
                 return ""
             stage = result.unwrap()
-            made = materialize(stage)
-            if isinstance(made, Failure):
-                render(made.failure())
+            module = materialize(stage)
+            if isinstance(module, Failure):
+                render(module.failure())
     except Exception as error:  # noqa: BLE001 - any exception whatever breaks this law
         last = "".join(traceback.format_exception(error)[-8:])
-        return f"{name}, or materializing what it gave, raises {type(error).__name__}: {error}\n{last}"
+        return f"{reached}, or materializing what it gave, raises {type(error).__name__}: {error}\n{last}"
     return ""
 
 
@@ -249,8 +248,7 @@ def _total(case: Case) -> str:
 def _kernels_hold(way: Walk) -> str:
     if way.converted is None or way.lowered is None:
         return ""
-    found = (kernels_off(way.converted, way.lowered, inputs) for inputs in way.inputs())
-    return "; ".join(filter(None, found))
+    return "; ".join(filter(None, kernels_off(way.converted, way.lowered, way.inputs())))
 
 
 _GOOD = 30.0
@@ -261,7 +259,7 @@ def _near_the_reference(way: Walk) -> str:
     if way.converted is None or way.lowered is None:
         return ""
     for inputs in way.inputs():
-        exact, reference, actual = run(way.case.model, inputs), run(way.converted, inputs), run(way.lowered, inputs)
+        exact, reference, actual = run(way.case.model, inputs), way.run("convert", inputs), way.run("lower", inputs)
         try:
             expected, found = sqnr(exact, reference), sqnr(exact, actual)
         except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -75,6 +75,14 @@ class Walk:
     case: Case
     stages: Mapping[str, Any]
     failure: QuantError | None = None
+    # The modules made so far: several laws run one and the same stage.
+    _modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def run(self, name: str, inputs: tuple[Any, ...]) -> Any:
+        """What the stage that the step `name` gave computes of inputs."""
+        if name not in self._modules:
+            self._modules[name] = made(self.stages[name])
+        return run(self._modules[name], inputs)
 
     @property
     def graph(self) -> Graph | None:
@@ -140,14 +148,16 @@ class BrokenError(Exception):
     """A law does not hold; what is broken."""
 
 
-def run(stage: Any, inputs: tuple[Any, ...]) -> Any:
-    """What a stage, or a module, computes of inputs; a stage that cannot be materialized breaks the law in hand."""
-    module = stage
-    if not isinstance(stage, nn.Module):
-        made = materialize(stage)
-        if isinstance(made, Failure):
-            raise BrokenError(f"{type(stage).__name__} cannot be materialized: {render(made.failure())}")
-        module = made.unwrap()
+def made(stage: Any) -> nn.Module:
+    """The module of a stage; a stage that cannot be materialized breaks the law in hand."""
+    module = materialize(stage)
+    if isinstance(module, Failure):
+        raise BrokenError(f"{type(stage).__name__} cannot be materialized: {render(module.failure())}")
+    return module.unwrap()
+
+
+def run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a module computes of inputs, without autograd."""
     with torch.no_grad():
         return module(*inputs)
 
@@ -168,29 +178,30 @@ def _lines(value: Any) -> Iterator[str]:
         case Graph():
             yield to_text(value, full=True)
             yield f"{value.history!r} {value.notes!r} {sorted(value.objects)} {sorted(value.modules.items())}"
-            for key in sorted(value.sources):
-                yield from _lines(value.sources[key])
+            yield from _lines(value.sources)
         case Source():
             yield from _lines({name: tensor for name, (tensor, _) in value.tensors.items()})
         case nn.Module():
             yield from _module_lines(value)
-        case Mapping():
-            for key in sorted(value, key=repr):
-                yield repr(key)
-                yield from _lines(value[key])
-        case tuple() | list():
-            yield f"{type(value).__name__} {len(value)}"
-            for item in value:
-                yield from _lines(item)
-        case _ if is_dataclass(value) and not isinstance(value, type):
-            yield type(value).__name__
-            for field in fields(value):
-                yield field.name
-                yield from _lines(getattr(value, field.name))
         case Opaque():
             yield str(id(value.value))
         case _:
-            yield repr(value)
+            yield from _container_lines(value)
+
+
+def _container_lines(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        parts = [part for key in sorted(value, key=repr) for part in (repr(key), value[key])]
+    elif isinstance(value, tuple | list):
+        parts = list(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [part for each in fields(value) for part in (each.name, getattr(value, each.name))]
+    else:
+        yield repr(value)
+        return
+    yield f"{type(value).__name__} {len(parts)}"
+    for part in parts:
+        yield from _lines(part)
 
 
 def _bits(tensor: Tensor) -> str:
