@@ -93,7 +93,7 @@ class _Plan:
             reason = "its memory is changed in place"
         elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
             return False
-        elif row.observation is Observation.BY_TENSORS and not self._numeric_rest(node):
+        elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
             reason = "its weight is computed by the graph"
