@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
 
 from qfunc import materialize, unwrap
-from qfunc.testing import max_abs_error, models, oracle, sqnr
-from tests.parity.sides import CASES, FAMILIES, TORCHVISION, Sides, fits_torch_ao, outputs, zoo_sides
+from qfunc.testing import max_abs_error, oracle, sqnr
+from tests.parity.sides import CASES, TORCHVISION, Sides, generated, outputs, zoo_sides
 
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
@@ -29,8 +28,6 @@ def test_torchvision(torchvision_zoo, name):
     check(Sides(model, ((torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),),)))
 
 
-@given(models(max_nodes=8, families=FAMILIES))
-@settings(max_examples=25)
+@pytest.mark.parametrize("case", generated(40), ids=lambda case: str(case.program.seed))
 def test_generated(case):
-    assume(fits_torch_ao(case.description))
     check(Sides(case.module, case.batches(1)))
