@@ -8,6 +8,7 @@ It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where tha
 - a sum after a convolution is a post-op of it, so that the convolution's own result is never rounded;
 - ReLU6, hardtanh and clamp are fused, so that the observed range is the clamped one;
 - the last operators, whose result nobody reads quantized, write float32;
+- a sum or product with a number has its own range, which need not be its input's;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
 - dropout and identity are removed.
 """
@@ -55,8 +56,7 @@ CPU = BackendConfig(
     fusions=_chains(),
     operators=(
         OperatorConfig((*CONVOLUTIONS, "linear"), Observation.OWN, float_output=True),
-        OperatorConfig(("add", "mul"), Observation.BY_TENSORS),
-        OperatorConfig(("hardswish",), Observation.OWN),
+        OperatorConfig(("add", "mul", "hardswish"), Observation.OWN),
         OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, fixed=_fixed(1 / 256, 0)),
         OperatorConfig(("tanh",), Observation.OWN, fixed=_fixed(2 / 256, 128)),
         OperatorConfig((*AVERAGE_POOLS, "mean"), Observation.SHARED),

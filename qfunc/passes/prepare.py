@@ -102,7 +102,7 @@ class _Plan:
         elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
             self.problems += _weight_problems(node)
             return False
-        elif row.observation is Observation.BY_TENSORS and not self._numeric_rest(node):
+        elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
             reason = "its weight is computed by the graph"

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
 
 from qfunc.edge.evaluate import Evaluator
-from qfunc.testing import models, oracle
-from tests.parity.sides import CASES, CONFIGS, FAMILIES, TORCHVISION, Sides, fits_torch_ao, zoo_sides
+from qfunc.testing import oracle
+from tests.parity.sides import CASES, CONFIGS, TORCHVISION, Sides, generated, zoo_sides
 
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
@@ -39,10 +38,10 @@ def compare_groups(sides, theirs_only=frozenset(), ours_only=frozenset()):
     return [(sorted(group), ours[group], theirs[group]) for group in ours.keys() & theirs.keys()]
 
 
-def check_qparams(rows, tolerance=1e-6):
+def check_qparams(rows, tolerance=1e-6, slack=0.0):
     for values, ours, (scales, zero_points) in rows:
         if all(map(math.isfinite, scales)):
-            assert torch.allclose(ours.scale.double(), torch.tensor(scales).double(), rtol=tolerance, atol=0), values
+            assert torch.allclose(ours.scale.double(), torch.tensor(scales).double(), rtol=tolerance, atol=slack), values
             assert ours.zero_point.reshape(-1).tolist() == list(zero_points), values
 
 
@@ -102,11 +101,18 @@ def _run(prepared, batches):
     return prepared
 
 
-@given(models(max_nodes=8, families=FAMILIES))
-@settings(max_examples=40)
+@pytest.mark.parametrize("case", generated(40), ids=lambda case: str(case.program.seed))
 def test_generated(case):
-    assume(fits_torch_ao(case.description))
     sides = Sides(case.module, case.batches(2))
     sides.theirs  # noqa: B018 - fails here if it is torch.ao that cannot
-    check_qparams(compare_groups(sides))
+    ours_only = {tuple(sorted(group)) for group in sides.our_groups() if _joined_by_cat(group, sides)}
+    theirs_only = {tuple(sorted(g)) for g in sides.their_groups() if any(g < set(group) for group in ours_only)}
+    # what batch norm leaves near zero holds the rounding errors of larger numbers
+    check_qparams(compare_groups(sides, theirs_only, ours_only), slack=2e-9)
     check_weights(sides)
+
+
+def _joined_by_cat(group, sides):
+    """Whether a concatenation makes one group here of several there, where sharing is not transitive."""
+    parts = [other for other in sides.their_groups() if other < group]
+    return any(name.startswith("cat") for name in group) and frozenset().union(*parts) == group
