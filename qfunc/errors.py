@@ -124,7 +124,7 @@ class UnknownName:
     @property
     def remedy(self) -> str:
         known = [name for name in self.known if name]
-        close = get_close_matches(self.node, known, n=3, cutoff=0.4)
+        close = get_close_matches(self.node, known, n=3, cutoff=0.6)
         if close:
             return f"did you mean {' or '.join(map(repr, close))}?"
         if not known:

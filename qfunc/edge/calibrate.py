@@ -121,11 +121,11 @@ def _run(
     return several(seen) if seen else None
 
 
-def _kept(graph: Graph, inputs: tuple[Any, ...]) -> Iterator[Any]:
-    """The inputs, copied where the model writes to them: batches stay as they are."""
-    placeholders = [node for node in graph if node.kind == "placeholder"]
-    for node, value in zip(placeholders, inputs, strict=True):
-        yield value.clone() if node.aliased and isinstance(value, Tensor) else value
+def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, copied where the model writes in place to memory that may be theirs: batches stay as they are."""
+    if not any(node.aliased for node in graph):
+        return inputs
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 
 _BINDING = (

@@ -56,8 +56,7 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
     problems: list[Problem] = []
     for id in _in_order(prepared):
         site = prepared.sites[id]
-        state = states.get(site.key)
-        qparams = None if state is None else finished(site.observer, state)
+        qparams = finished(site.observer, states[site.key]) if site.key in states else None
         if isinstance(qparams, QParams):
             found[id] = qparams
         elif qparams is None:
