@@ -47,10 +47,10 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
         The graph, or `NotAModule`, `SeveralDevices`, `UnknownName`, `Untraceable`, `BadExampleInputs`.
 
     >>> from qfunc.ir import to_text
-    >>> print(to_text(trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU())).unwrap()))
+    >>> print(to_text(trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).eval()).unwrap()))
     graph Sequential
-      %input = placeholder()
-      %_0 = linear(input=%input, weight=load(0.weight), bias=load(0.bias))
+      %input_1 = placeholder()
+      %_0 = linear(input=%input_1, weight=load(0.weight), bias=load(0.bias))
       %_1 = relu(input=%_0)
       %output = output(value=%_1)
     """

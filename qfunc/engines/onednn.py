@@ -11,14 +11,17 @@ from qfunc.params import DequantizeWeight, QuantizeWeight
 
 
 def weight_of(call: Call, pairs: Any) -> QuantizeWeight | str:
-    """The quantized weight of a call, limited to what this host's kernels add without overflow."""
+    """The quantized weight of a call, limited to what this host's kernels add without overflow.
+
+    Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
+    """
     weight = call.node.get("weight")
     if not isinstance(weight, DequantizeWeight):
         return "its weight is not quantized"
     quantized, spec = weight.value, weight.value.observer.spec
     if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
         return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
-    return QuantizeWeight(quantized.value, quantized.observer, pairs, call.input.affine.bounds[1])
+    return QuantizeWeight(quantized.value, quantized.observer, pairs, call.input.affine.expected[1])
 
 
 def clips(output: Affine | None) -> str:

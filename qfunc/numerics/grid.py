@@ -14,12 +14,15 @@ CODE_RANGE: dict[str, tuple[int, int]] = {"uint8": (0, 255), "int8": (-128, 127)
 class Affine:
     """Per-tensor qparams of plain codes: `real = (code - zero_point) * scale`.
 
-    Codes are clamped to `[quant_min, quant_max]`, by default the range of the dtype.
+    Codes are clamped to `[quant_min, quant_max]`, by default the range of the dtype. With `headroom`, that is only the
+    range that the scale was made for: codes of what lies beyond it are kept as far as the dtype goes.
 
     >>> Affine(0.5, 3).bounds
     (0, 255)
     >>> Affine(0.5, 0, "int8", quant_min=-127).bounds
     (-127, 127)
+    >>> Affine(0.5, 0, "uint8", 0, 127, headroom=True).bounds, Affine(0.5, 0, "uint8", 0, 127).bounds
+    ((0, 255), (0, 127))
     """
 
     scale: float
@@ -27,6 +30,7 @@ class Affine:
     dtype: CodeDType = "uint8"
     quant_min: int | None = None
     quant_max: int | None = None
+    headroom: bool = False
 
     def __post_init__(self) -> None:
         assert math.isfinite(self.scale) and self.scale > 0, f"scale {self.scale}"
@@ -35,18 +39,24 @@ class Affine:
         assert lowest <= low <= self.zero_point <= high <= highest, f"{self}"
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+    def expected(self) -> tuple[int, int]:
+        """Smallest and largest code of the range that the scale was made for."""
         lowest, highest = CODE_RANGE[self.dtype]
         return (
             lowest if self.quant_min is None else self.quant_min,
             highest if self.quant_max is None else self.quant_max,
         )
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return CODE_RANGE[self.dtype] if self.headroom else self.expected
+
     def __repr__(self) -> str:
-        low, high = self.bounds
-        bounds = "" if (low, high) == CODE_RANGE[self.dtype] else f", {low}..{high}"
-        return f"{self.dtype}(scale={self.scale!r}, zero_point={self.zero_point}{bounds})"
+        low, high = self.expected
+        expected = "" if (low, high) == CODE_RANGE[self.dtype] else f", {low}..{high}"
+        headroom = ", headroom" if self.headroom else ""
+        return f"{self.dtype}(scale={self.scale!r}, zero_point={self.zero_point}{expected}{headroom})"
 
     def __str__(self) -> str:
         return f"{self.dtype}(scale={self.scale:.6g}, zero_point={self.zero_point})"

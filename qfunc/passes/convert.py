@@ -87,9 +87,8 @@ def _affine(qparams: QParams) -> Affine:
     spec = qparams.spec
     assert spec.dtype in ("uint8", "int8"), spec
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    if (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM:
-        return Affine(scale, zero_point, spec.dtype)  # type: ignore[arg-type]
-    return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max)  # type: ignore[arg-type]
+    headroom = (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM
+    return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]
 
 
 def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
