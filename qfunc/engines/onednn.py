@@ -7,10 +7,11 @@ from typing import Any
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.ir import Expression, PostOp, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
+from qfunc.numerics.saturation import PairLayout, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight
 
 
-def weight_of(call: Call, pairs: Any) -> QuantizeWeight | str:
+def weight_of(call: Call, pairs: PairLayout) -> QuantizeWeight | str:
     """The quantized weight of a call, limited to what this host's kernels add without overflow.
 
     Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
@@ -21,7 +22,10 @@ def weight_of(call: Call, pairs: Any) -> QuantizeWeight | str:
     quantized, spec = weight.value, weight.value.observer.spec
     if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
         return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
-    return QuantizeWeight(quantized.value, quantized.observer, pairs, call.input.affine.expected[1])
+    low, high = call.input.affine.expected
+    most = high - min(low, 0)  # kernels shift int8 activations to uint8
+    safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
+    return QuantizeWeight(quantized.value, quantized.observer, "none" if safe else pairs, most)
 
 
 def clips(output: Affine | None) -> str:
