@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from qfunc import materialize, quantize, unwrap
 
-EPOCHS, BATCH = 8, 64
+EPOCHS, BATCH = 5, 64
 
 
 class Block(nn.Module):
