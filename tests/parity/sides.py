@@ -100,6 +100,7 @@ class Sides:
         fused = written is not None and written.op == "call_module"
         return chain[-1].id if fused and not (chain[-1].kind == "linear" and len(chain) == 3) else id
 
+    @cached_property
     def our_groups(self) -> dict[frozenset[str], Any]:
         """The qparams of each site, by torch.ao's names of the values that share it."""
         states = self.ours.statistics.states
@@ -108,6 +109,7 @@ class Sides:
             for site in self.ours.prepared.sites.values()
         }
 
+    @cached_property
     def their_groups(self) -> dict[frozenset[str], oracle.QParams]:
         """Of activations: weights that functions are given are parameter expressions here, and have no site."""
         observed = [o for o in oracle.observed_values(self.theirs) if o.dtype == torch.quint8]

@@ -1,6 +1,5 @@
 """Where torch.ao is wrong or fails, the float model judges: every quantized output is near it."""
 
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from qfunc import X86, QConfigMapping, materialize, quantize, unwrap
+from qfunc import CPU, X86, QConfigMapping, fuse, materialize, prepare, quantize, trace, unwrap
 from qfunc.testing import sqnr
 
 
@@ -189,3 +188,34 @@ def test_float_meaning(flaw, engine, backend):
     with torch.no_grad():
         expected, actual = [model(b.clone()) for b in batches], [module(b.clone()) for b in batches]
     assert sqnr(expected, actual) > (31 if backend is None and engine == "onednn" else 24)
+
+
+@pytest.mark.parametrize("backend", [None, X86], ids=["default", "parity"])
+def test_type_of_one_part_of_a_fused_chain(backend):
+    """torch.ao: LookupError, unless all parts of what is fused are configured alike."""
+    model, batches = LinearReLU().eval(), [torch.randn(8, 8)]
+    given = (backend or CPU).qconfig_mapping.global_qconfig
+    mapping = QConfigMapping().set_object_type(nn.Linear, given)
+    lowered = unwrap(quantize(model, batches, qconfig_mapping=mapping, backend=backend, progress=False))
+    assert [(e.operator, bool(e.kernel)) for e in lowered.certificate.entries] == [("linear + relu", True)]
+
+
+class Long(nn.Module):
+    def forward(self, x):
+        for _ in range(LENGTH):
+            x = F.relu(x + x.mean())
+        return x
+
+
+LENGTH = 1000
+
+
+def test_long_chain():
+    """torch.ao: RecursionError on more than about a thousand chained functions."""
+    model, batch = Long().eval(), torch.randn(1, 4) / 2**9
+    traced = unwrap(trace(model, batch))
+    assert len(list(traced)) > 2000
+    fused = unwrap(fuse(traced, backend=X86))
+    prepared = unwrap(prepare(fused, backend=X86))
+    sites = len(prepared.sites)
+    assert sites > LENGTH

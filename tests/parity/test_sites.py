@@ -32,7 +32,7 @@ KNOWN_DIFFERENCES = {
 
 
 def compare_groups(sides, theirs_only=frozenset(), ours_only=frozenset()):
-    ours, theirs = sides.our_groups(), sides.their_groups()
+    ours, theirs = sides.our_groups, sides.their_groups
     assert {tuple(sorted(group)) for group in theirs.keys() - ours.keys()} == set(theirs_only)
     assert {tuple(sorted(group)) for group in ours.keys() - theirs.keys()} == set(ours_only)
     return [(sorted(group), ours[group], theirs[group]) for group in ours.keys() & theirs.keys()]
@@ -105,8 +105,8 @@ def _run(prepared, batches):
 def test_generated(case):
     sides = Sides(case.module, case.batches(2))
     sides.theirs  # noqa: B018 - fails here if it is torch.ao that cannot
-    ours_only = {tuple(sorted(group)) for group in sides.our_groups() if _joined_by_cat(group, sides)}
-    theirs_only = {tuple(sorted(g)) for g in sides.their_groups() if any(g < set(group) for group in ours_only)}
+    ours_only = {tuple(sorted(group)) for group in sides.our_groups if _joined_by_cat(group, sides)}
+    theirs_only = {tuple(sorted(g)) for g in sides.their_groups if any(g < set(group) for group in ours_only)}
     # what batch norm leaves near zero holds the rounding errors of larger numbers
     check_qparams(compare_groups(sides, theirs_only, ours_only), slack=2e-9)
     check_weights(sides)
@@ -114,5 +114,5 @@ def test_generated(case):
 
 def _joined_by_cat(group, sides):
     """Whether a concatenation makes one group here of several there, where sharing is not transitive."""
-    parts = [other for other in sides.their_groups() if other < group]
+    parts = [other for other in sides.their_groups if other < group]
     return any(name.startswith("cat") for name in group) and frozenset().union(*parts) == group

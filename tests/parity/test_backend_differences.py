@@ -1,0 +1,209 @@
+"""Every difference between the default backend and the parity one, with its reason and a model that shows it."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from qfunc import CPU, X86, calibrate, fuse, prepare, trace, unwrap
+
+
+class Relu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.conv(x)))
+
+
+class Forms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 1), nn.Linear(256, 4)
+
+    def forward(self, x):
+        return self.two(self.one(x).flatten(1))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.one(x)
+        return self.out(F.relu(self.two(y) + y))
+
+
+class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.out(F.hardtanh(self.conv(x), 0.0, 0.25))
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.out(self.conv(x) * 20)
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        n = self.norm
+        x = self.conv(x)
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps)
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.drop, self.out = nn.Conv2d(4, 4, 1), nn.Dropout(0.5), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.out(self.drop(self.conv(x)))
+
+
+class Pooled(nn.Module):
+    """Only the rearrangement of a float input, read in float: nothing is gained by quantizing it."""
+
+    def forward(self, x):
+        return F.max_pool2d(x, 2).softmax(1)
+
+
+class PreNorm(nn.Module):
+    """A batch norm that nothing precedes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(torch.sin(self.norm(x)))
+
+
+def calibrated(model, backend):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = model().eval()
+        batches = [torch.randn(4, 4, 8, 8) for _ in range(3)]
+    stage = unwrap(prepare(unwrap(fuse(unwrap(trace(made, batches[0])), backend=backend)), backend=backend))
+    return unwrap(calibrate(stage, batches, progress=False))
+
+
+def kinds(stage):
+    operators = (node for node in stage.graph if node.kind not in ("placeholder", "get_attr", "output"))
+    return [" + ".join((node.kind, *(post.kind for post in node.post))) for node in operators]
+
+
+def shares(stage, one, other):
+    return stage.prepared.outputs[one] == stage.prepared.outputs[other]
+
+
+def quantized(stage):
+    return set(stage.prepared.outputs)
+
+
+def weight_range(stage):
+    return {observer.spec.quant_min for observer in stage.prepared.weights.values()}
+
+
+def activation_range(stage):
+    return {site.observer.spec.quant_max for site in stage.prepared.sites.values()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`look` gives `cpu` at the default backend and `x86` at the parity one."""
+
+    what: str
+    reason: str
+    model: type
+    look: object
+    cpu: object
+    x86: object
+
+    def __str__(self):
+        return self.what.replace(" ", "-")
+
+
+DIFFERENCES = (
+    Difference(
+        "8 bits of activations",
+        "the kernels are exact, as weights are limited on hosts where they could overflow; 6 dB less noise",
+        *(Relu, activation_range, {255}, {127}),
+    ),
+    Difference(
+        "symmetric range of weights",
+        "-127..127 is its own negative, so that the largest weight of a channel is not clipped",
+        *(Relu, weight_range, {-127}, {-128}),
+    ),
+    Difference(
+        "torch.relu fused",
+        "how an operator is written says nothing about what it computes",
+        *(Relu, kinds, ["conv2d + relu", "conv2d"], ["conv2d", "relu", "conv2d"]),
+    ),
+    Difference(
+        "x.flatten quantized",
+        "how an operator is written says nothing about what it computes",
+        *(Forms, lambda s: "flatten" in quantized(s), True, False),
+    ),
+    Difference(
+        "sum fused",
+        "the convolution's own result is never rounded, and one kernel reads and writes less than two",
+        *(Residual, kinds, ["conv2d", "conv2d + add + relu", "conv2d"], ["conv2d", "conv2d", "add + relu", "conv2d"]),
+    ),
+    Difference(
+        "clamp fused",
+        "the observed range is the clamped one, so that no code stands for what is clamped away",
+        *(Clamped, kinds, ["conv2d + clamp", "conv2d"], ["conv2d", "clamp", "conv2d"]),
+    ),
+    Difference(
+        "functional batch norm folded",
+        "how an operator is written says nothing about what it computes",
+        *(Norm, kinds, ["conv2d"], ["conv2d", "batch_norm"]),
+    ),
+    Difference(
+        "float outputs",
+        "what nobody reads quantized is not rounded: the kernels can write float32",
+        *(Relu, lambda s: "conv_1" in quantized(s), False, True),
+    ),
+    Difference(
+        "useless conversions left out",
+        "a rearrangement between float operators loses precision and time when it is quantized",
+        *(Pooled, lambda s: len(s.prepared.sites), 0, 1),
+    ),
+    Difference(
+        "range of its own after a number",
+        "a sum or product with a number has another range than its input",
+        *(Shifted, lambda s: shares(s, "conv", "mul"), False, True),
+    ),
+    Difference(
+        "dropout removed",
+        "it is the identity in evaluation",
+        *(Dropped, kinds, ["conv2d", "conv2d"], ["conv2d", "dropout", "conv2d"]),
+    ),
+    Difference(
+        "unfused batch norm float",
+        "there is no kernel for it on plain tensors",
+        *(PreNorm, lambda s: "norm" in quantized(s), False, True),
+    ),
+)
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=str)
+def test_difference(difference):
+    for backend, expected in ((CPU, difference.cpu), (X86, difference.x86)):
+        assert difference.look(calibrated(difference.model, backend)) == expected, backend.name
