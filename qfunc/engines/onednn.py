@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
@@ -36,18 +37,23 @@ def clips(output: Affine | None) -> str:
 
 
 def absorbs(post: PostOp, output: Affine | None) -> bool:
-    """Whether rounding to the output's codes clamps at least as much as a ReLU or clamp would.
+    """Whether saturation at the ends of the output's codes does the clamping of a ReLU or clamp, exactly.
 
-    The real numbers that the codes stand for all lie between the bounds, so that saturation does the clamping.
+    Rounding is monotone: clamping before it is clamping of codes, at the codes of the bounds, after it.
     """
     if output is None:
         return False
     low, high = (0.0, None) if post.kind == "relu" else (post.get("min"), post.get("max"))
-    bounds = [(code - output.zero_point) * output.scale for code in output.bounds]
-    slack = output.scale * 1e-3
-    holds_low = low is None or (isinstance(low, (int, float)) and bounds[0] >= low - slack)
-    holds_high = high is None or (isinstance(high, (int, float)) and bounds[1] <= high + slack)
-    return holds_low and holds_high
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return False
+    least, most = output.bounds
+    return (low is None or _code(low, output) <= least) and (high is None or _code(high, output) >= most)
+
+
+def _code(real: float, output: Affine) -> float:
+    """The code of a number, before saturation."""
+    steps = real / output.scale
+    return output.zero_point + (round(steps) if math.isfinite(steps) else steps)
 
 
 def post_op(posts: tuple[PostOp, ...], output: Affine | None) -> str | None:

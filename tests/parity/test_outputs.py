@@ -55,7 +55,9 @@ def test_reference_form(case):
     recorded = Recorded(theirs)
     with torch.no_grad():
         recorded.run(*batch)
-    named = {n.args[0].name: recorded.values[n.name] for n in theirs.graph.nodes if n.target is torch.quantize_per_tensor}
+    named = {
+        n.args[0].name: recorded.values[n.name] for n in theirs.graph.nodes if n.target is torch.quantize_per_tensor
+    }
     wanted = {n.id: named[_value(sides, n)] for n in sides.converted.graph if n.kind == "quantize"}
     ours = Recorded(reference, {id: codes(value) for id, value in wanted.items()})
     with torch.no_grad():
@@ -107,7 +109,9 @@ def test_noise_of_outputs(case):
 
 
 @pytest.mark.parametrize("engine", ["onednn", "quantized"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("resnet", "densenet", "inception", "mobilenet")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("resnet", "densenet", "inception", "mobilenet")], ids=str
+)
 def test_other_sizes(case, engine):
     """Nothing of the calibrated size, nor of sizes seen before, is left in a lowered model."""
     sides = zoo_sides(case)
