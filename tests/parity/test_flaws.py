@@ -1,6 +1,5 @@
 """Where torch.ao is wrong or fails, the float model judges: every quantized output is near it."""
 
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from qfunc import X86, QConfigMapping, materialize, quantize, unwrap
+from qfunc import X86, materialize, quantize, unwrap
 from qfunc.testing import sqnr
 
 

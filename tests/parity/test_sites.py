@@ -41,7 +41,9 @@ def compare_groups(sides, theirs_only=frozenset(), ours_only=frozenset()):
 def check_qparams(rows, tolerance=1e-6, slack=0.0):
     for values, ours, (scales, zero_points) in rows:
         if all(map(math.isfinite, scales)):
-            assert torch.allclose(ours.scale.double(), torch.tensor(scales).double(), rtol=tolerance, atol=slack), values
+            assert torch.allclose(ours.scale.double(), torch.tensor(scales).double(), rtol=tolerance, atol=slack), (
+                values
+            )
             assert ours.zero_point.reshape(-1).tolist() == list(zero_points), values
 
 
