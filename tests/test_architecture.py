@@ -16,8 +16,8 @@ FILES = sorted((ROOT / "qfunc").rglob("*.py"))
 
 # A module imports only from its own layer and from those before it. `qfunc/__init__.py` is the layer "__init__".
 LAYERS = (
-    "errors", "result", "numerics", "ir", "ops", "match", "params", "config", "backends", "engines", "passes", "recipe", "edge",
-    "artifact", "quantize", "__init__", "compat", "testing",
+    "errors", "result", "numerics", "ir", "ops", "match", "params", "config", "backends", "engines", "passes", "recipe",
+    "edge", "artifact", "quantize", "__init__", "compat", "testing",
 )  # fmt: skip
 BANNED = ("torch.ao", "torch.quantization", "torchao")
 MAY_IMPORT_BANNED = {"qfunc/testing/oracle.py"}

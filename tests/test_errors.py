@@ -416,9 +416,11 @@ ARGUMENTS = (
     row(
         "mapping QConfig", lambda m: prepare(m.graph, QConfig(MinMax(), MinMax())), ("BadConfig", "qconf", "a QConfig")
     ),
-    row("entry text", lambda m: prepare(m.graph, MAPPING.set_global("x")), ("BadConfig", "set_global", "a str")),
+    row("entry text", lambda m: prepare(m.graph, MAPPING.set_global("x")), ("BadConfig", "global_qconfig", "a str")),
     row(
-        "entry observer", lambda m: prepare(m.graph, MAPPING.set_global(MinMax())), ("BadConfig", "set_global", "MinM")
+        "entry observer",
+        lambda m: prepare(m.graph, MAPPING.set_global(MinMax())),
+        ("BadConfig", "global_qconfig", "MinM"),
     ),
     row(
         "observer class", lambda m: prepare(m.graph, weights(MinMax)), ("BadConfig", "MinMax", "class, not an observer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from pyrsistent import PMap, pmap
@@ -42,10 +42,10 @@ class QConfigMapping:
     """
 
     global_qconfig: Choice = None
-    object_types: PMap[str, Choice] = field(default_factory=pmap)
+    object_types: PMap[str, Choice] = pmap()
     module_name_regexes: tuple[tuple[str, Choice], ...] = ()
-    module_names: PMap[str, Choice] = field(default_factory=pmap)
-    module_name_object_type_orders: PMap[tuple[str, str, int], Choice] = field(default_factory=pmap)
+    module_names: PMap[str, Choice] = pmap()
+    module_name_object_type_orders: PMap[tuple[str, str, int], Choice] = pmap()
 
     def set_global(self, qconfig: Choice) -> QConfigMapping:
         """Configure everything that nothing else names."""
@@ -73,17 +73,20 @@ class QConfigMapping:
 
     def __repr__(self) -> str:
         parts = [f"global_qconfig={self.global_qconfig!r}"]
-        tables: tuple[tuple[str, Mapping[Any, Choice]], ...] = (
-            ("object_types", self.object_types),
-            ("module_name_regexes", dict(self.module_name_regexes)),
-            ("module_names", self.module_names),
-            ("module_name_object_type_orders", self.module_name_object_type_orders),
-        )
-        for name, table in tables:
+        for name, table in _tables(self):
             if table:
                 keys = list(table) if name == "module_name_regexes" else sorted(table)
                 parts.append(f"{name}={{{', '.join(f'{key!r}: {table[key]!r}' for key in keys)}}}")
         return f"QConfigMapping({', '.join(parts)})"
+
+
+def _tables(mapping: QConfigMapping) -> tuple[tuple[str, Mapping[Any, Choice]], ...]:
+    return (
+        ("object_types", mapping.object_types),
+        ("module_name_regexes", dict(mapping.module_name_regexes)),
+        ("module_names", mapping.module_names),
+        ("module_name_object_type_orders", mapping.module_name_object_type_orders),
+    )
 
 
 def resolve_qconfigs(mapping: QConfigMapping, graph: Graph) -> dict[str, Choice]:
@@ -165,17 +168,11 @@ def _activation_problems(observer: Observer[Any]) -> Iterator[Problem]:
 
 
 def _choices(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
-    """Every entry of a mapping, with the setter that made it."""
-    yield "set_global", mapping.global_qconfig
-    tables: tuple[tuple[str, Mapping[Any, Choice]], ...] = (
-        ("set_object_type", mapping.object_types),
-        ("set_module_name_regex", dict(mapping.module_name_regexes)),
-        ("set_module_name", mapping.module_names),
-        ("set_module_name_object_type_order", mapping.module_name_object_type_orders),
-    )
-    for name, table in tables:
+    """Every entry of a mapping, with its place."""
+    yield "global_qconfig", mapping.global_qconfig
+    for name, table in _tables(mapping):
         for key in sorted(table, key=str):
-            yield f"{name}({key!r}, ...)", table[key]
+            yield f"{name}[{key!r}]", table[key]
 
 
 def _form(object_type: Any) -> str:

@@ -39,7 +39,7 @@ def check_host() -> HostReport:
 
     Draws no global random numbers, and leaves torch's engine and warnings as they were.
     """
-    torch_engines = tuple(
+    torch_engines: tuple[TorchEngine, ...] = tuple(
         cast("TorchEngine", e) for e in sorted(torch.backends.quantized.supported_engines) if e != "none"
     )
     with torch.no_grad(), warnings.catch_warnings(), _one_thread():
@@ -47,7 +47,7 @@ def check_host() -> HostReport:
         warnings.filterwarnings("ignore", message=".*quint8.*")
         onednn = _onednn_usable()
         layout = pair_layout(_onednn_conv, _onednn_linear) if onednn else "none"
-        layouts = tuple(
+        layouts: tuple[tuple[TorchEngine, PairLayout], ...] = tuple(
             (e, pair_layout(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines
         )
         contracts = (*(onednn_contracts(layout) if onednn else plain_contracts()), *quantized_contracts(layouts))

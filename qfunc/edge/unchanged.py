@@ -37,7 +37,7 @@ def unchanged(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> I
                 written.append(tensor)
                 with torch.no_grad():
                     tensor.copy_(value)
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _restore_mapping(held: dict[Any, Any], saved: dict[Any, Any]) -> None:

@@ -82,9 +82,9 @@ class Graph:
     order: tuple[str, ...]
     title: str = ""
     training: bool = False
-    sources: PMap[str, Source] = field(default_factory=pmap)
-    objects: PMap[str, Opaque] = field(default_factory=pmap)
-    modules: PMap[str, str] = field(default_factory=pmap)
+    sources: PMap[str, Source] = pmap()
+    objects: PMap[str, Opaque] = pmap()
+    modules: PMap[str, str] = pmap()
     """Every module path of the source and the canonical name of its type."""
     history: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     notes: tuple[Note, ...] = field(default=(), compare=False, repr=False)

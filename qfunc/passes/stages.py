@@ -66,7 +66,7 @@ class Statistics:
 
     graph: str
     """The digest of the fused graph."""
-    states: PMap[Key, Any] = field(default_factory=pmap)
+    states: PMap[Key, Any] = pmap()
     batches: int = 0
 
     __hash__ = None  # type: ignore[assignment]
@@ -93,7 +93,7 @@ class Converted:
 
     graph: Graph
     backend: str
-    intended: PMap[str, str] = field(default_factory=pmap)
+    intended: PMap[str, str] = pmap()
     """The nodes that are meant to run on integers, and the path of the module each comes from."""
     notes: tuple[Note, ...] = field(default=(), compare=False)
 

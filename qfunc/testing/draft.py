@@ -26,6 +26,7 @@ class Pick(Protocol):
 
     def __call__(self, options: Sequence[T], /) -> T:
         """One of `options`, which are not empty."""
+        ...
 
 
 class Draft:

@@ -56,7 +56,7 @@ def same_bits(a: object, b: object) -> bool:
 
 def _equal(x: object, y: object) -> bool:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return type(x) is type(y) and (x == y or (x != x and y != y))
+        return type(x) is type(y) and bool(x == y or (x != x and y != y))
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
     floating = x.dtype.is_floating_point or x.dtype.is_complex

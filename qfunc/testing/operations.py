@@ -69,7 +69,8 @@ def _convolution(draft: Draft, x: str, pick: Pick) -> str:
     outputs = pick([o for o in (channels, 4, 2 * channels, 6) if o % groups == 0])
     kernel = pick([k for k in (1, 3, 2, 5) if k <= min(sides)])
     dilation = pick([d for d in (1, 2) if d * (kernel - 1) < min(sides)])
-    padding = pick(["0", *(["'same'"] if kernel % 2 else []), str(kernel // 2), "1"])
+    paddings: list[str] = ["0", *(["'same'"] if kernel % 2 else []), str(kernel // 2), "1"]
+    padding = pick(paddings)
     stride = 1 if padding == "'same'" else pick([1, 2])
     mode = pick(["zeros", *_padding_modes(padding, dilation * (kernel - 1), min(sides))])
     bias = pick([True, False])

@@ -157,7 +157,8 @@ def weight_qparams(converted: fx.GraphModule) -> dict[str, QParams]:
         if isinstance(getattr(module, "weight_scale", None), Tensor):
             parent = name.rpartition(".")[0]
             fused = type(modules[parent]).__module__.startswith("torch.ao.nn.intrinsic")
-            found[parent if fused else name] = _plain(module.weight_scale, module.weight_zero_point)
+            part: Any = module
+            found[parent if fused else name] = _plain(part.weight_scale, part.weight_zero_point)
     return found
 
 
