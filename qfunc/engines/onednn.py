@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
-from qfunc.ir import Expression, PostOp, Ref
+from qfunc.ir import Arg, Expression, PostOp, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.numerics.saturation import PairLayout, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight
@@ -44,16 +44,20 @@ def absorbs(post: PostOp, output: Affine | None) -> bool:
     if output is None:
         return False
     low, high = (0.0, None) if post.kind == "relu" else (post.get("min"), post.get("max"))
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
-        return False
     least, most = output.bounds
-    return (low is None or _code(low, output) <= least) and (high is None or _code(high, output) >= most)
+    return _code(low, output, -math.inf) <= least and _code(high, output, math.inf) >= most
 
 
-def _code(real: float, output: Affine) -> float:
-    """The code of a number, before saturation."""
-    steps = real / output.scale
-    return output.zero_point + (round(steps) if math.isfinite(steps) else steps)
+def _code(bound: Arg, output: Affine, unbounded: float) -> float:
+    """The code of a bound before saturation; NaN, which compares with nothing, for one that is no number."""
+    match bound:
+        case None:
+            return unbounded
+        case int() | float():
+            steps = bound / output.scale
+            return output.zero_point + (round(steps) if math.isfinite(steps) else steps)
+        case _:
+            return math.nan
 
 
 def post_op(posts: tuple[PostOp, ...], output: Affine | None) -> str | None:

@@ -7,13 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-<<<<<<< HEAD
 from qfunc import CPU, X86, QConfig, QConfigMapping, materialize, quantize, unwrap
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8
-=======
-from qfunc import X86, materialize, quantize, unwrap
->>>>>>> newcomer
 from qfunc.testing import sqnr
 
 
