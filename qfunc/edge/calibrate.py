@@ -111,7 +111,10 @@ def _run(
     except ObserverError as error:
         problem = error.problem
         return replace(problem, node=graph[problem.node].place) if problem.node in graph.nodes else problem
-    except Exception as error:  # noqa: BLE001 - operators and the user's modules raise anything on inputs that do not fit
+    except Exception as error:
+        # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
+        if _raised_in(error).startswith("qfunc.numerics"):
+            raise
         return BadBatch(index, f"the model fails on it: {told(error)}")
     remedy = "mend the batch or the model, or keep what uses the value float: set_module_name(name, None)"
     seen = [
@@ -119,6 +122,14 @@ def _run(
         for id in _nonfinite_values(graph, observers)
     ]
     return several(seen) if seen else None
+
+
+def _raised_in(error: Exception) -> str:
+    """The module whose Python code an exception came out of."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
 
 
 def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
