@@ -211,7 +211,7 @@ def test_examples_are_not_written_to() -> None:
     [
         ((torch.ones(2, 5),), "lin", "shapes cannot be multiplied"),
         ((torch.ones(2, 2), 1, 2), "example_inputs", "3 inputs were given"),
-        ({"y": torch.ones(2, 2)}, "example_inputs", "unknown ['y']"),
+        ({"y": torch.ones(2, 2)}, "example_inputs", "no input 'y'"),
         ((), "example_inputs", "0 inputs were given"),
         ((None,), "lin", ""),
         (("text",), "lin", ""),
