@@ -81,7 +81,7 @@ def test_small_architectures():
 
 
 def _noises(case):
-    """Signal to noise in dB of torch.ao's model, of parity on each engine, and of the default, on the calibrated data."""
+    """Signal to noise in dB on the calibrated data: of torch.ao, of parity on each engine, of the default."""
     model, _ = case.build()
     batches = case.batches(2, 64)
     expected = outputs(model, batches)

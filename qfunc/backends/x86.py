@@ -56,6 +56,7 @@ _SHARED = (
     )
     | {f"{_F}.{name}{rank}d" for name in ("adaptive_avg_pool", "avg_pool", "max_pool") for rank in (1, 2, 3)}
     | {f"{_F}.{name}" for name in ("hardtanh", "hardtanh_", "relu", "relu6")}
+    | {"torch.adaptive_avg_pool1d", "torch.avg_pool1d"}  # what torch.nn.functional exports under its own name
     | {f"torch.{name}" for name in ("cat", "clamp", "flatten", "mean", "transpose", "squeeze", "unsqueeze")}
     | {f".{name}" for name in ("contiguous", "clamp", "mean", "permute", "reshape", "relu", "relu_", "squeeze")}
     | {".transpose", ".unsqueeze", ".view"}

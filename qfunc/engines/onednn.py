@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
-from qfunc.ir import Arg, Expression, PostOp, Ref
+from qfunc.ir import Expression, PostOp, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.numerics.saturation import PairLayout, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight
@@ -37,27 +36,19 @@ def clips(output: Affine | None) -> str:
 
 
 def absorbs(post: PostOp, output: Affine | None) -> bool:
-    """Whether saturation at the ends of the output's codes does the clamping of a ReLU or clamp, exactly.
+    """Whether saturation at the ends of the output's codes does the clamping of a ReLU or clamp.
 
-    Rounding is monotone: clamping before it is clamping of codes, at the codes of the bounds, after it.
+    It does when the range of the codes ends at the bounds, or before: up to half a step, since the zero point is rounded,
+    and what is clamped then gets a value no further off than rounding may leave any other.
     """
     if output is None:
         return False
     low, high = (0.0, None) if post.kind == "relu" else (post.get("min"), post.get("max"))
-    least, most = output.bounds
-    return _code(low, output, -math.inf) <= least and _code(high, output, math.inf) >= most
-
-
-def _code(bound: Arg, output: Affine, unbounded: float) -> float:
-    """The code of a bound before saturation; NaN, which compares with nothing, for one that is no number."""
-    match bound:
-        case None:
-            return unbounded
-        case int() | float():
-            steps = bound / output.scale
-            return output.zero_point + (round(steps) if math.isfinite(steps) else steps)
-        case _:
-            return math.nan
+    least, most = ((code - output.zero_point) * output.scale for code in output.bounds)
+    slack = output.scale * 0.501
+    holds_low = low is None or (isinstance(low, (int, float)) and least >= low - slack)
+    holds_high = high is None or (isinstance(high, (int, float)) and most <= high + slack)
+    return holds_low and holds_high
 
 
 def post_op(posts: tuple[PostOp, ...], output: Affine | None) -> str | None:

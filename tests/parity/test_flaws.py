@@ -203,10 +203,15 @@ def test_type_of_one_part_of_a_fused_chain(backend):
 
 
 class Long(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
     def forward(self, x):
+        x = self.fc(x)
         for _ in range(1000):
             x = F.hardtanh(x + x, -1.0, 1.0)
-        return x
+        return self.fc(x)
 
 
 def test_long_chain():

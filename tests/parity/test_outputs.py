@@ -18,6 +18,7 @@ pytestmark = [
 COMPARED = [case for case in CASES if case.name not in ("transformer", "transformer_leaf", "sizes")]
 """The cases in which the same values are quantized: see `test_sites`."""
 
+RESIZABLE = ("resnet", "densenet", "inception", "mobilenet")
 SATURATES = check_host().saturates
 
 
@@ -75,7 +76,7 @@ def _value(sides, node):
 # in "shared", torch.ao gives one module the qparams of its last site: see `test_flaws`
 @pytest.mark.parametrize("case", [case for case in COMPARED if case.name != "shared"], ids=str)
 def test_lowered_to_quantized_kernels(case):
-    """The same kernel calls: on a host reported not to saturate, so that no weight is limited, as torch.ao limits none."""
+    """The same kernel calls, on a host said not to saturate, so that no weight is limited: torch.ao limits none."""
     sides = zoo_sides(case)
     batch = sides.batches[0]
     host = check_host()

@@ -75,7 +75,7 @@ def test_torchvision(torchvision_zoo, name):
     assert check_weights(sides)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("resnet", "mobilenet", "inception")], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("resnet", "mobilenet", "inception")], ids=str)
 def test_same_tensors_give_same_qparams(case):
     """Each observer of torch.ao's is fed what it sees in its own model, and the observer of that site the same."""
     sides = zoo_sides(case)
