@@ -38,8 +38,8 @@ def clips(output: Affine | None) -> str:
 def absorbs(post: PostOp, output: Affine | None) -> bool:
     """Whether saturation at the ends of the output's codes does the clamping of a ReLU or clamp.
 
-    It does when the range of the codes ends at the bounds, or before: up to half a step, since the zero point is rounded,
-    and what is clamped then gets a value no further off than rounding may leave any other.
+    It does when the range of the codes ends at the bounds, or before: up to half a step, since the zero point is
+    rounded, and what is clamped then gets a value no further off than rounding may leave any other.
     """
     if output is None:
         return False
