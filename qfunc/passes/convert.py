@@ -42,7 +42,7 @@ def convert(calibrated: Calibrated) -> R[Converted]:
         for node in prepared.graph
         if node.id in prepared.outputs or node.id in prepared.weights
     }
-    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.notes))
+    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats))
 
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:

@@ -93,6 +93,7 @@ class _Lowering:
         self.entries: list[Entry] = []
         self._graph = converted.graph
         self._intended = converted.intended
+        self._floats = converted.floats
         self._host = host
         self._engine = engine
         self._draft = Draft(converted.graph)
@@ -118,7 +119,7 @@ class _Lowering:
         name = " + ".join((node.kind, *(post.kind for post in node.post)))
         entry = Entry(node.id, node.origin.module, name, "", "float32", intended=node.id in self._intended)
         if not entry.intended:
-            return replace(entry, reason="not to be quantized")
+            return replace(entry, reason=self._floats.get(node.id, ""))
         call = self._call(node)
         if isinstance(call, str):
             return replace(entry, reason=call)

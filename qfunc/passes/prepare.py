@@ -13,7 +13,7 @@ from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, resolve_qconfigs
 from qfunc.errors import BadConfig, Problem, UnsupportedDType, WrongStage, several
-from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, fresh_id, refs, users
+from qfunc.ir import Expression, Graph, Node, Ref, TensorFact, fresh_id, refs, users
 from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.observers import FixedQParams, Observer
 from qfunc.numerics.qparams import QuantSpec
@@ -66,13 +66,17 @@ class _Plan:
         self.graph = graph
         self.backend = backend
         self.problems: list[Problem] = []
-        self.notes: list[Note] = []
+        self.floats: dict[str, str] = {}
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._numbers = non_tensors(graph)
-        for node, qconfig in ((node, qconfig) for node, qconfig in _configured(graph, mapping)):
-            row = backend.operator(node)
-            if row is not None and self._can_quantize(node, row, qconfig):
-                self._chosen[node.id] = (row, qconfig)
+        for id, qconfig in resolve_qconfigs(mapping, graph).items():
+            row = backend.operator(graph[id]) if graph[id].kind in BY_NAME else None
+            if row is None:
+                self.floats[id] = f"the {backend.name} backend has no rule for it"
+            elif qconfig is None:
+                self.floats[id] = "the configuration keeps it float"
+            elif self._can_quantize(graph[id], row, qconfig):
+                self._chosen[id] = (row, qconfig)
         self._read_quantized = self._keep_useful() if backend.lazy else None
         self._sites = _Sites()
         self._outputs: dict[str, int] = {}
@@ -91,7 +95,7 @@ class _Plan:
             pmap({edge: names[self._sites.root(site)] for edge, site in self._inputs.items()}),
             pmap({id: q.weight for id, (_, q) in self._chosen.items() if _has_weight(self.graph[id])}),
             self.backend.name,
-            tuple(self.notes),
+            pmap(self.floats),
         )
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
@@ -101,13 +105,13 @@ class _Plan:
             reason = "its memory is changed in place"
         elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
             self.problems += _weight_problems(node)
-            return False
+            reason = "an operand is no floating-point tensor"
         elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
             reason = "its weight is computed by the graph"
         if reason:
-            self.notes.append(Note(node.id, f"stays float: {reason}"))
+            self.floats[node.id] = reason
             return False
         dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
         if _has_weight(node):
@@ -155,6 +159,7 @@ class _Plan:
             id = queue.pop()
             if id in self._chosen and not self._gains(id, readers[id]):
                 del self._chosen[id]
+                self.floats[id] = "it gains nothing on integers here"
                 queue += [*readers[id], *self.graph[id].uses()]
         return {value for id in self._chosen for _, value in self._operands(self.graph[id])}
 
@@ -239,13 +244,6 @@ class _Sites:
             names[index] = fresh_id(taps[0], sites)
             sites[names[index]] = Site(names[index], self._observers[index], taps)
         return names, sites
-
-
-def _configured(graph: Graph, mapping: QConfigMapping) -> Iterator[tuple[Node, QConfig]]:
-    for id, qconfig in resolve_qconfigs(mapping, graph).items():
-        node = graph[id]
-        if qconfig is not None and node.kind in BY_NAME:
-            yield node, qconfig
 
 
 def _has_weight(node: Node) -> bool:

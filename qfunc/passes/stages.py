@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from pyrsistent import PMap, pmap
 
-from qfunc.ir import Graph, Note
+from qfunc.ir import Graph
 from qfunc.numerics.observers import Observer
 
 
@@ -46,7 +46,8 @@ class Prepared:
     """A graph and its observation sites, as data.
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
-    are float otherwise; `weights` maps nodes to the observers of their weights.
+    are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
+    float why.
     """
 
     graph: Graph
@@ -55,7 +56,7 @@ class Prepared:
     inputs: PMap[Edge, str]
     weights: PMap[str, Observer[Any]]
     backend: str
-    notes: tuple[Note, ...] = field(default=(), compare=False)
+    floats: PMap[str, str] = field(default_factory=pmap, compare=False)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -95,6 +96,7 @@ class Converted:
     backend: str
     intended: PMap[str, str] = pmap()
     """The nodes that are meant to run on integers, and the path of the module each comes from."""
-    notes: tuple[Note, ...] = field(default=(), compare=False)
+    floats: PMap[str, str] = field(default_factory=pmap, compare=False)
+    """The nodes that are not, and why."""
 
     __hash__ = None  # type: ignore[assignment]
