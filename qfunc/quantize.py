@@ -18,7 +18,7 @@ from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
 from qfunc.config.qconfig import QConfigMapping, problems_of
 from qfunc.edge.batches import length, not_batches, read
-from qfunc.edge.calibrate import calibrate_on
+from qfunc.edge.calibrate import BINDING, calibrate_on
 from qfunc.edge.host import check_host
 from qfunc.edge.trace import NOTHING, trace
 from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
@@ -100,6 +100,8 @@ def quantize(
     first = next(read_batches, Failure(NoBatches()))
     if isinstance(first, Failure):
         return first
+    if first.unwrap() is None:
+        return Failure(BadBatch(0, "it is None", BINDING))
     total = length(batches)
     return (
         trace(model, first.unwrap(), custom=custom)
@@ -131,7 +133,7 @@ def _prepared(graph: Graph, mapping: QConfigMapping | None, backend: BackendConf
 def _of_first_batch(error: QuantError) -> R[Graph]:
     """What the first batch, which serves as the example, is to blame for is told of it."""
     found = [
-        BadBatch(0, p.reason if p.node == "example_inputs" else f"at {p.node}, {p.reason}")
+        (BadBatch(0, p.reason, BINDING) if p.node == "example_inputs" else BadBatch(0, f"at {p.node}, {p.reason}"))
         if isinstance(p, BadExampleInputs)
         else p
         for p in problems_in(error)

@@ -5,7 +5,7 @@ It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where tha
 - activations use all 8 bits (the reference keeps 7, because some kernels may overflow; here `lower` limits the weights
   on the hosts whose kernels do);
 - every way of writing an operator counts (`torch.relu`, `x.flatten()`, `torch.concat`, ...);
-- a sum after a convolution is a post-op of it, so that the convolution's own result is never rounded;
+- a sum after a 2d convolution is a post-op of it, so that the convolution's own result is never rounded;
 - ReLU6, hardtanh and clamp are fused, so that the observed range is the clamped one;
 - the last operators, whose result nobody reads quantized, write float32;
 - a sum or product with a number has its own range, which need not be its input's;

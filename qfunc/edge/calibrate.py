@@ -90,7 +90,10 @@ def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
         assert isinstance(weight, Expression)
         for load in loads(weight):
             tensor, _ = graph.sources[load.source].tensors[load.name]
-            if not tensor.is_meta and not finite(tensor):
+            if tensor.is_meta:
+                remedy = "load the weights first: model.to_empty(device='cpu') and load_state_dict"
+                yield NonFinite(graph[id].place, f"{load.name} holds no data: it is on the meta device", remedy)
+            elif not finite(tensor):
                 remedy = "mend the weights, or keep the module float: set_module_name(name, None)"
                 yield NonFinite(graph[id].place, f"{load.name} holds NaN or infinity", remedy)
 
@@ -101,7 +104,7 @@ def _run(
     """Run one batch through the observers; what is wrong with it, if anything."""
     inputs = bind_inputs(module.graph, batch)
     if isinstance(inputs, str):
-        return BadBatch(index, inputs, _BINDING)
+        return BadBatch(index, inputs, BINDING)
     problems = list(_misfits(graph, inputs, index))
     if problems:
         return several(problems)
@@ -139,7 +142,7 @@ def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 
-_BINDING = (
+BINDING = (
     "pass a tensor, a tuple of inputs or a dict of keyword inputs for each batch; of batches (inputs, labels), pass "
     "the inputs only: [inputs for inputs, _ in loader]"
 )

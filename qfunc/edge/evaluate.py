@@ -127,6 +127,9 @@ def check_sources(graph: Graph) -> list[Problem]:
             tensor, _ = source.tensors[load.name]
             if not is_current(source, load.name):
                 found[StaleSource(load.name)] = None
+            elif quantized and tensor.is_meta:
+                remedy = "load the weights first: model.to_empty(device='cpu') and load_state_dict"
+                found[NonFinite(id, f"{load.name} holds no data: it is on the meta device", remedy)] = None
             elif quantized and not bool(torch.isfinite(tensor).all()):
                 reason = f"{load.name} holds NaN or infinity, which no scale can represent"
                 found[NonFinite(id, reason, "mend the weights, or keep the module float with set_module_name")] = None

@@ -84,8 +84,10 @@ def _conv(call: Call) -> Plan:
     args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
     if not sums:
         return kernel_node(call, f"onednn.{node.kind}", (call.input.codes,), **args)
-    if call.output is None or node.kind == "conv3d":
-        return "the kernel adds in uint8, in one and two dimensions"
+    if node.kind == "conv3d":
+        return "the kernel adds in one and two dimensions"
+    if call.output is None:
+        return "the kernel that adds writes uint8, and the result is read in float"
     other = call.operands["post.0.other"][0]
     args |= {"other": other.affine, "overwrite": other.codes in call.dead_after}
     return kernel_node(call, f"onednn.{node.kind}_add", (call.input.codes, other.codes), **args)

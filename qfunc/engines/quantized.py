@@ -92,6 +92,8 @@ def _same_qparams(call: Call) -> Plan:
     """Aten's operator takes quantized tensors and hands their qparams on."""
     if call.output != call.input.affine:
         return "input and output have different qparams"
+    if call.node.kind == "clamp" and any(isinstance(call.node.get(name), Ref) for name in ("min", "max")):
+        return "a bound is computed by the graph"
     if call.node.has("dtype") and call.node.get("dtype") is not None:
         return "the mean is taken in another dtype"
     return on_codes(call)

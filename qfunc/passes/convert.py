@@ -40,7 +40,7 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     intended = {
         node.id: node.origin.module
         for node in prepared.graph
-        if node.id in prepared.outputs or node.id in prepared.weights
+        if node.id in prepared.outputs or node.id in prepared.weights or node.id in prepared.refused
     }
     return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats))
 

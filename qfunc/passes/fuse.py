@@ -116,7 +116,9 @@ def _other_last(args: NamedArgs) -> NamedArgs:
 
 
 def _declines(graph: Graph, node: Node) -> str:
-    """Why a sum cannot be a post-op here; empty when it can."""
+    """Why a sum or clamp cannot be a post-op here; empty when it can."""
+    if node.kind == "clamp" and not _holds_zero(node):
+        return "the clamp has no room for zero, or its bounds are computed by the graph"
     if node.kind != "add":
         return ""
     if node.has("alpha") and node.get("alpha") != 1:
@@ -128,6 +130,13 @@ def _declines(graph: Graph, node: Node) -> str:
     if len(shapes) != 1 or None in shapes:
         return "the operands' shapes are unknown or differ"
     return ""
+
+
+def _holds_zero(clamp: Node) -> bool:
+    """Whether zero lies within the bounds: only then can the range of the codes, which holds it, do the clamping."""
+    low, high = clamp.get("min"), clamp.get("max")
+    low_fits = low is None or (isinstance(low, (int, float)) and low <= 0)
+    return low_fits and (high is None or (isinstance(high, (int, float)) and high >= 0))
 
 
 def _fold(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:

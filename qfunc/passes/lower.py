@@ -118,7 +118,7 @@ class _Lowering:
         """Give a node its kernel, or the reason why it has none."""
         name = " + ".join((node.kind, *(post.kind for post in node.post)))
         entry = Entry(node.id, node.origin.module, name, "", "float32", intended=node.id in self._intended)
-        if not entry.intended:
+        if node.id in self._floats or not entry.intended:
             return replace(entry, reason=self._floats.get(node.id, ""))
         call = self._call(node)
         if isinstance(call, str):

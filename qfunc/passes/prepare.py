@@ -17,7 +17,7 @@ from qfunc.ir import Expression, Graph, Node, Ref, TensorFact, fresh_id, refs, u
 from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.observers import FixedQParams, Observer
 from qfunc.numerics.qparams import QuantSpec
-from qfunc.ops import BY_NAME
+from qfunc.ops import BY_NAME, FORMS, KINDS
 from qfunc.params import loads
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Edge, Prepared, Site
@@ -67,12 +67,13 @@ class _Plan:
         self.backend = backend
         self.problems: list[Problem] = []
         self.floats: dict[str, str] = {}
+        self.refused: set[str] = set()
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._numbers = non_tensors(graph)
         for id, qconfig in resolve_qconfigs(mapping, graph).items():
             row = backend.operator(graph[id]) if graph[id].kind in BY_NAME else None
             if row is None:
-                self.floats[id] = f"the {backend.name} backend has no rule for it"
+                self._keep(graph[id], "" if qconfig is None else _hindrance(graph[id], backend))
             elif qconfig is None:
                 self.floats[id] = "the configuration keeps it float"
             elif self._can_quantize(graph[id], row, qconfig):
@@ -96,7 +97,14 @@ class _Plan:
             pmap({id: q.weight for id, (_, q) in self._chosen.items() if _has_weight(self.graph[id])}),
             self.backend.name,
             pmap(self.floats),
+            frozenset(self.refused),
         )
+
+    def _keep(self, node: Node, reason: str) -> None:
+        """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
+        self.floats[node.id] = reason or "the configuration keeps it float"
+        if reason and _kind_as_written(node) in _WEIGHTED:
+            self.refused.add(node.id)
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
         operands = list(self._operands(node))
@@ -108,10 +116,12 @@ class _Plan:
             reason = "an operand is no floating-point tensor"
         elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
+        elif node.has("alpha") and node.get("alpha") != 1:
+            reason = "the sum is scaled by alpha"
         elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
             reason = "its weight is computed by the graph"
         if reason:
-            self.floats[node.id] = reason
+            self._keep(node, reason)
             return False
         dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
         if _has_weight(node):
@@ -143,6 +153,9 @@ class _Plan:
         return refs_ok and all(isinstance(value, (int, float)) for value in rest)
 
     def _shares(self, node: Node, row: OperatorConfig) -> bool:
+        own_divisor = node.has("divisor_override") and node.get("divisor_override") is not None
+        if own_divisor and not self.backend.observe_shared_outputs:
+            return False  # such an average leaves the range of what it averages, and nothing else would see it
         if row.observation is Observation.BY_TENSORS:
             return sum(1 for _ in self._operands(node)) == 1
         return row.observation is Observation.SHARED
@@ -185,7 +198,7 @@ class _Plan:
             if self.backend.observe_shared_outputs:
                 self._sites.tap(shared, node.id)
             self._outputs[node.id] = shared
-        elif self._read_quantized is None or not row.float_output or node.id in self._read_quantized:
+        elif self._read_quantized is None or node.id in self._read_quantized or not _can_write_float(node, row):
             observer = qconfig.activation if row.fixed is None else row.fixed
             self._outputs[node.id] = self._sites.new(node.id, observer)
 
@@ -246,6 +259,11 @@ class _Sites:
         return names, sites
 
 
+def _can_write_float(node: Node, row: OperatorConfig) -> bool:
+    """Whether the operator's kernel can leave its result in float; one that adds cannot."""
+    return row.float_output and all(post.kind != "add" for post in node.post)
+
+
 def _has_weight(node: Node) -> bool:
     """Whether the node has a weight that is quantized: that of a batch norm is not."""
     return node.kind != "batch_norm" and node.has("weight") and isinstance(node.get("weight"), Expression)
@@ -268,6 +286,28 @@ def _weight_problems(node: Node) -> Iterator[Problem]:
         yield UnsupportedDType(
             node.place, f"kernels take the place of float32 operators, its weight is {dtype}", remedy
         )
+
+
+_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights and row.name != "batch_norm")
+
+
+def _kind_as_written(node: Node) -> str:
+    """The kind of the call that the user wrote, also where it is kept as it is."""
+    written = node.origin.written
+    if node.kind in BY_NAME or written is None:
+        return node.kind
+    target = node.origin.type if written.op == "call_module" else written.target
+    known = FORMS.get((written.op, target))
+    return known[0].name if known else node.kind
+
+
+def _hindrance(node: Node, backend: BackendConfig) -> str:
+    """Why a node that is configured has no row of the backend's."""
+    if node.aliased:
+        return "its memory is changed in place"
+    if _kind_as_written(node) != node.kind:
+        return "it is kept as written: its module has hooks or is parametrized, or the call is unusual"
+    return f"the {backend.name} backend has no rule for it"
 
 
 def _not_float(node: Node) -> bool:

@@ -47,7 +47,7 @@ class Prepared:
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
-    float why.
+    float why; those of them in `refused` are layers that the configuration meant to quantize.
     """
 
     graph: Graph
@@ -56,7 +56,8 @@ class Prepared:
     inputs: PMap[Edge, str]
     weights: PMap[str, Observer[Any]]
     backend: str
-    floats: PMap[str, str] = field(default_factory=pmap, compare=False)
+    floats: PMap[str, str] = field(default=pmap(), compare=False)
+    refused: frozenset[str] = field(default=frozenset(), compare=False)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -96,7 +97,7 @@ class Converted:
     backend: str
     intended: PMap[str, str] = pmap()
     """The nodes that are meant to run on integers, and the path of the module each comes from."""
-    floats: PMap[str, str] = field(default_factory=pmap, compare=False)
+    floats: PMap[str, str] = field(default=pmap(), compare=False)
     """The nodes that are not, and why."""
 
     __hash__ = None  # type: ignore[assignment]

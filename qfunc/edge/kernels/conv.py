@@ -204,6 +204,8 @@ class OnednnConvAdd(OnednnConv):
         if entry is None:
             entry = self._packed(key, lambda: self._pack(x))
         head, tail, size = entry
+        if x.shape[0] == 1 < other.shape[0]:
+            x = x.expand(other.shape[0], *x.shape[1:]).contiguous(memory_format=torch.channels_last)
         shape = (x.shape[0], *size)
         if other.shape != shape:
             other = other.expand(shape)

@@ -1,0 +1,105 @@
+"""Odd but plausible models through `quantize`: near the float model, or a reason in the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from qfunc import materialize, quantize, render, unwrap
+from qfunc.testing import sqnr
+
+
+class Two(nn.Module):
+    """Two convolutions, and a function of them."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 8, 3, padding=1)
+        self.d = nn.Conv2d(8, 8, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class TwoInputs(Two):
+    """The same, of two inputs."""
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.d(self.c(x) + r)
+
+
+def ends_in_a_sum(m, x):
+    y = m.c(x)
+    return F.relu(y + m.d(y))
+
+
+def clamp_by_a_tensor(m, x):
+    y = m.c(x)
+    return m.d(torch.clamp(y, min=y.mean()))
+
+
+def average_with_own_divisor(m, x):
+    return m.d(F.avg_pool2d(m.c(x), 3, 2, 1, divisor_override=2))
+
+
+def clamp_without_zero(m, x):
+    return m.d(F.hardtanh(m.c(x), 0.2, 0.6))
+
+
+def sum_with_alpha(m, x):
+    y = m.c(x)
+    return m.d(torch.add(y, m.d(y), alpha=2))
+
+
+MODELS = (ends_in_a_sum, clamp_by_a_tensor, average_with_own_divisor, clamp_without_zero, sum_with_alpha)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["onednn", "quantized"])
+@pytest.mark.parametrize("function", MODELS, ids=lambda function: function.__name__)
+def test_is_near_the_float_model_with_both_convolutions_on_integers(function, engine):
+    torch.manual_seed(0)
+    model, x = Two(function).eval(), torch.randn(2, 3, 8, 8)
+    lowered = unwrap(quantize(model, [x], engine=engine))
+    kernels = [entry.kernel for entry in lowered.certificate.entries if entry.operator.startswith("conv2d")]
+    assert all(kernels)
+    assert sqnr(model(x), unwrap(materialize(lowered))(x)) > 28
+
+
+@torch.no_grad()
+def test_a_sum_broadcasts_the_batch_of_either_operand():
+    torch.manual_seed(0)
+    model = TwoInputs(lambda *_: None).eval()
+    x, r = torch.randn(4, 3, 8, 8), torch.randn(4, 8, 8, 8)
+    module = unwrap(materialize(unwrap(quantize(model, [(x[:1], r[:1])]))))
+    for left, right in ((x[:1], r), (x, r[:1]), (x, r)):
+        assert sqnr(model(left, right), module(left, right)) > 20
+
+
+@pytest.mark.parametrize("place", ["input", "slice"])
+def test_strict_tells_layers_kept_float_by_in_place_writes(place):
+    def function(m, x):
+        if place == "input":
+            return m.c(F.relu(x, inplace=True))
+        y = m.c(x)
+        y[:, 0] = 0
+        return m.d(y)
+
+    failure = quantize(Two(function).eval(), [torch.randn(2, 3, 8, 8)], strict=True).failure()
+    assert "its memory is changed in place" in render(failure)
+
+
+def test_weights_without_data_are_a_failure():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, device="meta")).eval()
+    assert "meta" in render(quantize(model, [torch.randn(1, 3, 8, 8)]).failure())
+
+
+@pytest.mark.parametrize("batch", [None, (torch.randn(1, 3, 8, 8), 1)], ids=["None", "with labels"])
+def test_batches_that_do_not_fit_say_how_to_make_them_fit(batch):
+    failure = quantize(Two(ends_in_a_sum).eval(), [batch]).failure()
+    assert "pass the inputs only" in render(failure)
