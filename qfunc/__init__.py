@@ -4,6 +4,19 @@
 
 Every function returns a `returns.result.Result`: `Success(stage)` or `Failure(error)`; `unwrap` turns it into the stage
 or an exception. `quantize` is the whole way in one call.
+
+How it is built. A module imports only from those before it in this list; all but `edge` is pure:
+
+- `errors`, `result`: the closed union of errors, and `R`;
+- `numerics`: the mathematics on tensors: qparams, observers, folding, saturation;
+- `ir`: the immutable graph; `ops`: the vocabulary of operators; `match`: patterns; `params`: parameter expressions;
+- `config`: configurations as values; `backends`: what can be quantized; `engines`: the kernels, as tables;
+- `passes`: one verb a file; `edge`: tracing in, running, materializing out, the kernels' modules, the host's report;
+- `testing`: random models and configurations, the laws as values, the oracle.
+
+A node's id names the value it computes, so that a fused node has the id of the last node of its chain. A graph holds
+names of source tensors, which are read at materialization and refused if they changed since; a materialized module
+shares their memory until either side writes (copy on write).
 """
 
 from qfunc.backends import CPU, X86
