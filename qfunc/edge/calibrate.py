@@ -13,6 +13,7 @@ from returns.result import Failure, Success
 from torch import Tensor, fx
 
 from qfunc.edge.batches import length, not_batches, read
+from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.facts import bind_inputs
 from qfunc.edge.materialize import materialize
 from qfunc.edge.observer import ObserverError, ObserverModule
@@ -90,12 +91,7 @@ def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
         assert isinstance(weight, Expression)
         for load in loads(weight):
             tensor, _ = graph.sources[load.source].tensors[load.name]
-            if tensor.is_meta:
-                remedy = "load the weights first: model.to_empty(device='cpu') and load_state_dict"
-                yield NonFinite(graph[id].place, f"{load.name} holds no data: it is on the meta device", remedy)
-            elif not finite(tensor):
-                remedy = "mend the weights, or keep the module float: set_module_name(name, None)"
-                yield NonFinite(graph[id].place, f"{load.name} holds NaN or infinity", remedy)
+            yield from unquantizable(tensor, load.name, graph[id].place)
 
 
 def _run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from qfunc.numerics.affine import dequantize, quantize
 from qfunc.numerics.batch_norm import fold_batch_norm
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.saturation import limit_pair_sums
+from qfunc.numerics.statistic import finite
 from qfunc.params import DequantizeWeight, FoldBatchNorm, Load, QuantizeWeight, loads
 
 
@@ -127,10 +128,16 @@ def check_sources(graph: Graph) -> list[Problem]:
             tensor, _ = source.tensors[load.name]
             if not is_current(source, load.name):
                 found[StaleSource(load.name)] = None
-            elif quantized and tensor.is_meta:
-                remedy = "load the weights first: model.to_empty(device='cpu') and load_state_dict"
-                found[NonFinite(id, f"{load.name} holds no data: it is on the meta device", remedy)] = None
-            elif quantized and not bool(torch.isfinite(tensor).all()):
-                reason = f"{load.name} holds NaN or infinity, which no scale can represent"
-                found[NonFinite(id, reason, "mend the weights, or keep the module float with set_module_name")] = None
+            elif quantized:
+                found.update(dict.fromkeys(unquantizable(tensor, load.name, graph[id].place)))
     return list(found)
+
+
+def unquantizable(weight: Tensor, name: str, place: str) -> Iterator[Problem]:
+    """Why no scale can be found for a weight, if so: it holds no data, or NaN or infinity."""
+    if weight.is_meta:
+        remedy = "load the weights first: model.to_empty(device='cpu') and load_state_dict"
+        yield NonFinite(place, f"{name} holds no data: it is on the meta device", remedy)
+    elif not finite(weight):
+        remedy = "mend the weights, or keep the module float: set_module_name(name, None)"
+        yield NonFinite(place, f"{name} holds NaN or infinity", remedy)
