@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.ir import Expression, PostOp, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
@@ -178,18 +179,6 @@ def rearrange(call: Call) -> Plan:
         return "input and output have different qparams"
     return on_codes(call)
 
-
-REARRANGEMENTS = (
-    "flatten",
-    "reshape",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "identity",
-    "dropout",
-)
 
 ONEDNN: tuple[KernelRow, ...] = (
     *(KernelRow(f"onednn.conv{rank}d", (f"conv{rank}d",), _conv) for rank in (1, 2, 3)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.engines.onednn import clips, no_post_op, post_op, weight_of
 from qfunc.ir import Expression, Node, Origin, Ref, TensorFact, Written
@@ -122,7 +123,6 @@ def _hardswish(call: Call) -> Plan:
 
 
 _POOLS = tuple(f"{kind}{rank}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3))
-_COPIES = ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "identity", "dropout")
 
 QUANTIZED: tuple[KernelRow, ...] = (
     KernelRow("quantized.weighted", ("conv1d", "conv2d", "conv3d", "linear"), _weighted, checked=False),
@@ -131,6 +131,6 @@ QUANTIZED: tuple[KernelRow, ...] = (
     KernelRow("quantized.hardswish", ("hardswish",), _hardswish, checked=False),
     KernelRow("quantized.sigmoid", ("sigmoid", "hardsigmoid"), _fixed(1 / 256, 0), checked=False),
     KernelRow("quantized.tanh", ("tanh",), _fixed(2 / 256, 128), checked=False),
-    KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS, *_COPIES), _same_qparams, checked=False),
+    KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS, *REARRANGEMENTS), _same_qparams, checked=False),
 )
 """Kernels of torch's quantized tensors."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from returns.result import Failure, Success
 
+from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import Call, KernelRow, Operand
 from qfunc.engines import ENGINES
-from qfunc.engines.onednn import REARRANGEMENTS
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Graph, Node, refs, users
 from qfunc.ir.node import fact_in
