@@ -22,6 +22,19 @@ def _unary(name: str, layer: str, *more: Form) -> Kind:
     )
 
 
+def _curved(name: str, layer: str, option: str) -> Kind:
+    """An elementwise activation with one option, as module and function, and its in-place twin."""
+    params, key = f"input, {option}", option.partition("=")[0]
+    return kind(
+        name,
+        params,
+        module(f"torch.nn.{layer}", key),
+        function(f"{_F}.{name}", f"{params}, ~inplace=False"),
+        function(f"{_F}.{name}_", params, emit=f"{_F}.{name}", inplace=True),
+        call=f"{_F}.{name}(input, {key})",
+    )
+
+
 def _twins(name: str) -> tuple[Form, ...]:
     """`torch.f`, `x.f()` and their in-place twins."""
     return (
@@ -46,6 +59,24 @@ def _conv(rank: int) -> Kind:
         call=f"{_F}.conv{rank}d(input, weight, bias, stride, padding, dilation, groups)",
         full_call="qfunc.ops.reference.padded_conv"
         "(input, weight, bias, stride, padding, dilation, groups, padding_mode)",
+    )
+
+
+def _conv_transpose(rank: int) -> Kind:
+    params = "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
+    names = "weight bias stride padding output_padding groups dilation"
+    name = f"conv_transpose{rank}d"
+    return kind(
+        name,
+        params,
+        # An `output_size` makes the padding depend on the size of the input: such a call stays as it is written.
+        module(f"torch.nn.ConvTranspose{rank}d", f"{names} !padding_mode='zeros'", "input, !output_size=None"),
+        function(f"{_F}.{name}", params),
+        function(f"torch.{name}", params),
+        weights="weight bias",
+        sizes="stride padding output_padding dilation",
+        rank=rank,
+        call=f"{_F}.{name}(input, {', '.join(names.split())})",
     )
 
 
@@ -139,6 +170,7 @@ _BATCH_NORM = "running_mean running_var weight bias training momentum eps"
 
 KINDS: tuple[Kind, ...] = (
     *map(_conv, (1, 2, 3)),
+    *map(_conv_transpose, (1, 2, 3)),
     kind(
         "linear",
         "input, weight, bias=None",
@@ -161,6 +193,26 @@ KINDS: tuple[Kind, ...] = (
     _unary("relu", "ReLU", *_twins("relu"), function(f"{_F}.relu_", "input", emit="torch.relu", inplace=True)),
     _unary("hardswish", "Hardswish"),
     _unary("hardsigmoid", "Hardsigmoid"),
+    _unary("silu", "SiLU"),
+    _curved("leaky_relu", "LeakyReLU", "negative_slope=0.01"),
+    _curved("elu", "ELU", "alpha=1.0"),
+    kind(
+        "gelu",
+        "input, approximate='none'",
+        module("torch.nn.GELU", "approximate"),
+        function(f"{_F}.gelu", "input, approximate='none'"),
+        call=f"{_F}.gelu(input, approximate=)",
+    ),
+    kind(
+        "prelu",
+        "input, weight",
+        module("torch.nn.PReLU", "weight"),
+        function(f"{_F}.prelu", "input, weight"),
+        function("torch.prelu", "input, weight"),
+        method("prelu", "input, weight"),
+        weights="weight",
+        call=f"{_F}.prelu(input, weight)",
+    ),
     kind(
         "sigmoid",
         "input",

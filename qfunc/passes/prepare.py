@@ -265,8 +265,8 @@ def _can_write_float(node: Node, row: OperatorConfig) -> bool:
 
 
 def _has_weight(node: Node) -> bool:
-    """Whether the node has a weight that is quantized: that of a batch norm is not."""
-    return node.kind != "batch_norm" and node.has("weight") and isinstance(node.get("weight"), Expression)
+    """Whether the node has a weight that is quantized."""
+    return node.kind in _WEIGHTED and isinstance(node.get("weight"), Expression)
 
 
 def _axis_problems(node: Node, spec: QuantSpec) -> Iterator[Problem]:
@@ -288,7 +288,8 @@ def _weight_problems(node: Node) -> Iterator[Problem]:
         )
 
 
-_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights and row.name != "batch_norm")
+_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights) - {"batch_norm", "prelu"}
+"""The layers whose weight is quantized; a batch norm's and a PReLU's are factors of single channels."""
 
 
 def _kind_as_written(node: Node) -> str:

@@ -41,6 +41,14 @@ def _padded(rank: int) -> list[Sample]:
     return [{**s, "padding_mode": mode} for mode in modes for s in _conv(rank)[1:3]]
 
 
+def _conv_transpose(rank: int) -> list[Sample]:
+    base = {"input": t(2, 4, *(5,) * rank), "weight": t(4, 6, *(3,) * rank)}
+    grouped = {**base, "weight": t(4, 3, *(3,) * rank), "bias": t(6), "groups": 2}
+    full = {**grouped, "stride": 2, "padding": (1,) * rank, "output_padding": 1, "dilation": [2] * rank}
+    uneven = {**base, "stride": 3, "output_padding": (*(1,) * (rank - 1), 2)}
+    return [base, grouped, full, uneven]
+
+
 def _norm(rank: int) -> list[Sample]:
     sides = {1: (), 2: (4, 4), 3: (2, 2, 2)}[rank]
     stats = {"input": t(5, 3, *sides), "running_mean": t(3), "running_var": t(3).abs() + 0.5}
@@ -59,6 +67,11 @@ def _pool(rank: int, **more: Any) -> list[Sample]:
 X = {"input": t(2, 3, 4, 5)}
 SAMPLES: dict[str, list[Sample]] = {
     **{f"conv{rank}d": _conv(rank) + _padded(rank) for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": _conv_transpose(rank) for rank in (1, 2, 3)},
+    "leaky_relu": [X, {**X, "negative_slope": 0.2}],
+    "elu": [X, {**X, "alpha": 0.5}],
+    "gelu": [X, {**X, "approximate": "tanh"}],
+    "prelu": [{**X, "weight": t(3)}, {**X, "weight": t(1)}],
     "linear": [{"input": t(2, 4), "weight": t(3, 4)}, {"input": t(2, 5, 4), "weight": t(3, 4), "bias": t(3)}],
     "batch_norm": [sample for rank in (1, 2, 3) for sample in _norm(rank)],
     "clamp": [
@@ -116,10 +129,11 @@ def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
         if options.pop(key, value) != value or key not in sample:
             return None
     if "Conv" in form.target:
-        weight = tensors["weight"]
+        weight, groups = tensors["weight"], options.get("groups", 1)
+        outs, ins = len(weight), weight.shape[1] * groups
         options |= {
-            "in_channels": weight.shape[1] * options.get("groups", 1),
-            "out_channels": weight.shape[0],
+            "in_channels": outs if "Transpose" in form.target else ins,
+            "out_channels": ins if "Transpose" in form.target else outs,
             "kernel_size": tuple(weight.shape[2:]),
             "bias": "bias" in tensors,
         }
@@ -127,6 +141,8 @@ def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
     elif "Linear" in form.target:
         options |= {"in_features": tensors["weight"].shape[1], "out_features": len(tensors["weight"])}
         options |= {"bias": "bias" in tensors}
+    elif "PReLU" in form.target:
+        options |= {"num_parameters": len(tensors["weight"])}
     elif "BatchNorm" in form.target:
         if sample["input"].dim() not in {1: (2, 3), 2: (4,), 3: (5,)}[int(form.target[-2])]:
             return None
