@@ -23,6 +23,8 @@ from qfunc.backends import CPU, X86
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping
 from qfunc.edge.calibrate import calibrate
+from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
+from qfunc.edge.fusers import fuse_known_modules
 from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
@@ -68,6 +70,9 @@ __all__ = [
     "check_host",
     "convert",
     "fuse",
+    "fuse_known_modules",
+    "fuse_modules",
+    "fuse_modules_qat",
     "lower",
     "materialize",
     "prepare",

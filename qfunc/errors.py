@@ -233,6 +233,15 @@ class InvalidGraph:
 
 
 @dataclass(frozen=True, slots=True)
+class CannotFuse:
+    """Modules that were listed to be fused cannot be; `node` is their names, joined by " + "."""
+
+    node: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class UserFunctionFailed:
     """Code handed over by the user raised: an iterable of batches, an observer, a module; `reason` is its exception."""
 
@@ -275,6 +284,7 @@ Problem: TypeAlias = (
     | NotLowered
     | StaleSource
     | InvalidGraph
+    | CannotFuse
     | UserFunctionFailed
 )
 """One thing that is wrong."""

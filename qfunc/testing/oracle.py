@@ -86,6 +86,18 @@ def fuse(model: nn.Module, **options: Any) -> fx.GraphModule:
         return fuse_fx(copy.deepcopy(model), **options)
 
 
+def fuse_modules(
+    model: nn.Module, modules_to_fuse: list[str] | list[list[str]], *, qat: bool = False, **options: Any
+) -> nn.Module:
+    """`fuse_modules`, or `fuse_modules_qat`: the eager fusion of listed modules. `options` are its own."""
+    with _quiet():
+        from torch.ao.quantization import fuse_modules as evaluated
+        from torch.ao.quantization import fuse_modules_qat as trained
+
+        fused: nn.Module = (trained if qat else evaluated)(copy.deepcopy(model), modules_to_fuse, **options)
+        return fused
+
+
 def prepare(
     model: nn.Module, example_inputs: tuple[object, ...], mapping: Any = "x86", **options: Any
 ) -> fx.GraphModule:
