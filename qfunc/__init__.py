@@ -21,6 +21,7 @@ shares their memory until either side writes (copy on write).
 
 from qfunc.backends import CPU, X86
 from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
@@ -29,6 +30,7 @@ from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
+from qfunc.match import MatchAllNode
 from qfunc.numerics.observers import (
     FixedQParams,
     Histogram,
@@ -39,11 +41,11 @@ from qfunc.numerics.observers import (
 )
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.passes.convert import convert
-from qfunc.passes.fuse import fuse
+from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
 from qfunc.passes.stages import Calibrated, Converted, Prepared
-from qfunc.quantize import lower, quantize
+from qfunc.quantize import fuse, lower, quantize
 from qfunc.result import QuantException, R, unwrap
 
 __all__ = [
@@ -52,9 +54,12 @@ __all__ = [
     "Calibrated",
     "Converted",
     "CustomConfig",
+    "CustomFusion",
     "FixedQParams",
+    "FusionReport",
     "Histogram",
     "Lowered",
+    "MatchAllNode",
     "MinMax",
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
@@ -69,6 +74,7 @@ __all__ = [
     "calibrate",
     "check_host",
     "convert",
+    "explain_fusion",
     "fuse",
     "fuse_known_modules",
     "fuse_modules",

@@ -35,9 +35,10 @@ class Load(Expression):
 
 @dataclass(frozen=True, slots=True)
 class FoldBatchNorm(Expression):
-    """The weight or bias of a convolution or linear with a following batch norm folded into it.
+    """The weight or bias of a convolution or linear layer with a batch norm folded into it.
 
-    `W' = W * gamma / sqrt(var + eps)` per output channel, `b' = (b - mean) * gamma / sqrt(var + eps) + beta`.
+    `W' = W * gamma / sqrt(var + eps)` per output channel, `b' = (b - mean) * gamma / sqrt(var + eps) + beta` for one
+    that follows the layer; per input channel for one that stands `before` it (see `qfunc.numerics.batch_norm`).
     """
 
     part: Literal["weight", "bias"]
@@ -50,9 +51,11 @@ class FoldBatchNorm(Expression):
     eps: float
     transpose: bool = False
     groups: int = 1
+    before: bool = False
 
     def __str__(self) -> str:
-        return f"fold_batch_norm({self.weight if self.part == 'weight' else self.bias}, mean={self.mean})"
+        name = "fold_batch_norm_before" if self.before else "fold_batch_norm"
+        return f"{name}({self.weight if self.part == 'weight' else self.bias}, mean={self.mean})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The whole way in one call, and `lower` for the machine at hand."""
+"""The whole way in one call; `fuse` with fusers that run, and `lower` for the machine at hand."""
 
 from __future__ import annotations
 
@@ -20,18 +20,29 @@ from qfunc.config.qconfig import QConfigMapping, problems_of
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.calibrate import BINDING, calibrate_on
 from qfunc.edge.host import check_host
+from qfunc.edge.own import call_fuser
 from qfunc.edge.trace import NOTHING, trace
 from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
 from qfunc.errors import problems as problems_in
 from qfunc.ir import Graph
+from qfunc.passes import fuse as fusing
 from qfunc.passes import lower as passes
 from qfunc.passes.convert import convert
-from qfunc.passes.fuse import fuse
 from qfunc.passes.prepare import prepare
 from qfunc.passes.stages import Converted, Prepared
 from qfunc.result import R
 
 _BACKENDS = pmap({"quantized": X86})
+
+
+def fuse(graph: Graph, *, backend: BackendConfig = CPU, qat: bool = False, custom: CustomConfig = NOTHING) -> R[Graph]:
+    """The graph with every chain that `backend` or the user fuses made one node: see `qfunc.passes.fuse.fuse`.
+
+    >>> graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()).unwrap()
+    >>> [node.kind for node in fuse(graph).unwrap()]
+    ['placeholder', 'conv2d', 'output']
+    """
+    return fusing.fuse(graph, call_fuser, backend=backend, qat=qat, custom=custom)
 
 
 def lower(
@@ -72,7 +83,7 @@ def quantize(
         backend: what can be quantized; by default what suits the engine.
         engine: whose kernels to use, see `lower`.
         host: the machine to lower for; by default this one.
-        custom: modules to keep whole while tracing.
+        custom: exceptions for modules, in tracing and fusing.
         strict: whether a fallback to float is an error.
         progress: whether to show a progress bar; by default on a terminal.
 
@@ -106,7 +117,7 @@ def quantize(
     return (
         trace(model, first.unwrap(), custom=custom)
         .lash(_of_first_batch)
-        .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen or CPU))
+        .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen or CPU, custom))
         .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), total=total, progress=progress))
         .bind(convert)
         .bind(lambda converted: lower(converted, engine=engine, host=report, strict=strict))
@@ -122,9 +133,11 @@ def _wrong_model(model: object, mapping: object) -> list[Problem]:
     return training + (problems_of(mapping, names) if isinstance(mapping, QConfigMapping) else [])
 
 
-def _prepared(graph: Graph, mapping: QConfigMapping | None, backend: BackendConfig) -> R[Prepared]:
+def _prepared(
+    graph: Graph, mapping: QConfigMapping | None, backend: BackendConfig, custom: CustomConfig
+) -> R[Prepared]:
     """The graph fused and prepared; where it cannot be fused, what `prepare` would report is reported as well."""
-    fused = fuse(graph, backend=backend)
+    fused = fuse(graph, backend=backend, custom=custom)
     prepared = prepare(fused.value_or(graph), mapping, backend=backend)
     errors = [result.failure() for result in (fused, prepared) if isinstance(result, Failure)]
     return Failure(several(errors)) if errors else prepared

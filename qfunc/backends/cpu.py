@@ -6,7 +6,10 @@ It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where tha
   on the hosts whose kernels do);
 - every way of writing an operator counts (`torch.relu`, `x.flatten()`, `torch.concat`, ...);
 - a sum after a 2d convolution is a post-op of it, so that the convolution's own result is never rounded;
-- ReLU6, hardtanh and clamp are fused, so that the observed range is the clamped one;
+- every activation that a kernel computes behind its layer is fused (ReLU6, hardtanh, clamp, hardswish, SiLU, and behind
+  linear layers GELU, LeakyReLU and tanh), so that the layer's own result is never rounded;
+- a batch norm is also folded into the layer behind it, and before the average pool that it follows, where that is
+  exact; transposed convolutions take part;
 - the last operators, whose result nobody reads quantized, write float32;
 - a sum or product with a number has its own range, which need not be its input's;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
@@ -15,6 +18,8 @@ It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where tha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping
 from qfunc.match import Pattern, Step
@@ -22,9 +27,6 @@ from qfunc.numerics.observers import FixedQParams, Histogram, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-ACTIVATIONS = Step(("relu", "clamp"))
-_NORM = Step(("batch_norm",))
-_SUM = Step(("add",), takes=("input", "other"))
 
 MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 AVERAGE_POOLS = (
@@ -37,14 +39,31 @@ REARRANGEMENTS = (
 )
 
 
+_NORMS: tuple[tuple[str, ...], ...] = ((), ("batch_norm",))
+_POST_OPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("conv1d", ("relu", "clamp", "hardswish", "silu")),
+    ("conv2d", ("relu", "clamp", "hardswish", "silu")),
+    ("conv3d", ("relu", "clamp")),
+    ("linear", ("relu", "clamp", "hardswish", "silu", "leaky_relu", "tanh", "gelu")),
+)
+"""The layers, and the activations that their kernels compute behind them."""
+
+
+def _chain(*kinds: str) -> Pattern:
+    steps = (Step((kind,), takes=("input", "other") if kind == "add" else ("input",)) for kind in kinds[1:])
+    repeated = tuple(replace(step, repeats=True) if step.kinds == ("batch_norm",) else step for step in steps)
+    return Pattern(" + ".join(kinds), (Step(kinds[:1]), *repeated))
+
+
 def _chains() -> tuple[Pattern, ...]:
-    weighted = Step((*CONVOLUTIONS, "linear"))
-    plain = Step(("conv2d",))
-    tails = ((_NORM,), (ACTIVATIONS,), (_NORM, ACTIVATIONS))
-    sums = ((_SUM,), (_SUM, ACTIVATIONS), (_NORM, _SUM), (_NORM, _SUM, ACTIVATIONS))
-    others = Step(("batch_norm", "add", "mul"))
-    chains = [(weighted, *tail) for tail in tails] + [(plain, *tail) for tail in sums] + [(others, ACTIVATIONS)]
-    return tuple(Pattern(" + ".join("/".join(step.kinds) for step in chain), chain) for chain in chains)
+    chains: list[tuple[str, ...]] = []
+    for layer, activations in _POST_OPS:
+        chains += [(layer, "batch_norm"), *((layer, *norm, act) for norm in _NORMS for act in activations)]
+    sums = [("conv2d", *norm, "add") for norm in _NORMS]
+    chains += [(*head, *tail) for head in sums for tail in ((), ("relu",), ("clamp",))]
+    chains += [(f"conv_transpose{rank}d", "batch_norm") for rank in (1, 2, 3)]
+    chains += [(kind, act) for kind in ("batch_norm", "add", "mul") for act in ("relu", "clamp")]
+    return tuple(_chain(*chain) for chain in chains)
 
 
 def _fixed(scale: float, zero_point: int) -> FixedQParams:
@@ -68,5 +87,6 @@ CPU = BackendConfig(
     lazy=True,
     observe_shared_outputs=False,
     drop_identities=True,
+    move_norms=True,
 )
 """qfunc's own backend: oneDNN's int8 kernels on plain tensors."""

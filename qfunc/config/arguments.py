@@ -8,6 +8,7 @@ from typing import Any
 
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_fusion import wrong_fusion
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -20,7 +21,18 @@ _EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(
         "custom": (CustomConfig, "pass a CustomConfig, or leave it out"),
         "host": (HostReport, "pass the report of check_host(), or leave it out"),
         "engine": (str, "pass the name of an engine: 'onednn', 'quantized' or 'reference'"),
+        "qat": (bool, "pass qat=True to fuse for training, qat=False for evaluation"),
         "kernels": (tuple, "pass a tuple of KernelRow"),
+    }
+)
+
+
+_NAMES = MappingProxyType(
+    {
+        "non_traceable_names": ("head",),
+        "preserved_attributes": ("class_names",),
+        "unfused_names": ("layer1.0",),
+        "unfused_patterns": ("conv2d + relu",),
     }
 )
 
@@ -47,16 +59,23 @@ def _wrong(name: str, value: object) -> Iterator[Problem]:
 
 
 def _wrong_custom(custom: CustomConfig) -> Iterator[Problem]:
-    names, types, fixed = custom.non_traceable_names, custom.non_traceable_types, custom.concrete_args
-    if isinstance(names, str) or not _all(names, str):
-        remedy = "pass a tuple of module paths, such as ('head',)"
-        yield BadConfig("non_traceable_names", f"expected a tuple of str, got {shown(names)}", remedy)
+    for field, example in _NAMES.items():
+        names = getattr(custom, field)
+        if isinstance(names, str) or not _all(names, str):
+            yield BadConfig(field, f"expected a tuple of str, got {shown(names)}", f"pass a tuple such as {example!r}")
+    types, fixed = custom.non_traceable_types, custom.concrete_args
     if not isinstance(types, tuple) or not _all(types, type):
         remedy = "pass a tuple of module classes, such as (MyAttention,)"
         yield BadConfig("non_traceable_types", f"expected a tuple of classes, got {shown(types)}", remedy)
     if not isinstance(fixed, Mapping) or not _all(fixed, str):
         remedy = "pass a dict from names of forward's inputs to their values"
         yield BadConfig("concrete_args", f"expected a dict, got {shown(fixed)}", remedy)
+    if not isinstance(custom.fusions, tuple):
+        remedy = "pass a tuple of CustomFusion"
+        yield BadConfig("fusions", f"expected a tuple, got {shown(custom.fusions)}", remedy)
+    else:
+        for fusion in custom.fusions:
+            yield from wrong_fusion(fusion)
 
 
 def _all(items: object, expected: type) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfigMapping
 from qfunc.ir import Node
 from qfunc.match import Pattern, form_of
@@ -51,18 +52,21 @@ class OperatorConfig:
 class BackendConfig:
     """A backend: the chains it fuses, the operators it runs quantized, and its default configuration.
 
-    Of fusions the longest that matches is taken. `lazy` leaves a value float where no quantized operator reads it, and
-    leaves rearrangements float whose result nobody reads quantized; `observe_shared_outputs` feeds a shared observer
-    with the output as well. `drop_identities` removes dropout and identity when fusing for evaluation.
+    Of fusions the longest that matches is taken, but those with a fuser of the user's first. `lazy` leaves a value
+    float where no quantized operator reads it, and leaves rearrangements float whose result nobody reads quantized;
+    `observe_shared_outputs` feeds a shared observer with the output as well. `drop_identities` removes dropout and
+    identity when fusing for evaluation; `move_norms` folds a batch norm also into the layer behind it, and before the
+    average pool that it follows, where that is exact.
     """
 
     name: str
-    fusions: tuple[Pattern, ...]
+    fusions: tuple[Pattern | CustomFusion, ...]
     operators: tuple[OperatorConfig, ...]
     qconfig_mapping: QConfigMapping
     lazy: bool = False
     observe_shared_outputs: bool = True
     drop_identities: bool = False
+    move_norms: bool = False
 
     def operator(self, node: Node) -> OperatorConfig | None:
         """The first row for the node's kind and form."""

@@ -19,6 +19,7 @@ from qfunc.ir import (
     ListArg,
     Name,
     Node,
+    PostOp,
     RecordArg,
     Ref,
     SliceArg,
@@ -65,6 +66,7 @@ class Emitter:
         self._unchanged = {
             _target(node): _is_known(node) for node in graph if _calls_module(node) and _is_unchanged(node)
         }
+        self._unchanged |= {_target(p): True for node in graph for p in node.post if _is_module_of_own(p)}
 
     def emit(self) -> fx.Graph:
         """The fx graph; `root` holds what it refers to."""
@@ -91,6 +93,8 @@ class Emitter:
                 return self._attribute(node.id, _target(node), node.get("value"))
             case kind if kind in LEAVES:
                 return self._leaf(node)
+            case "owned":
+                return self._own(node)
             case _:
                 return self._post(node, self._operator(node))
 
@@ -122,9 +126,28 @@ class Emitter:
         return self._fx.create_node("call_function", resolve(target), args, kwargs, id)
 
     def _post(self, node: Node, value: fx.Node) -> fx.Node:
+        """What is fused behind an operator; a norm's module, which is there to be trained, is called as such."""
         for post in node.post:
-            value = self._canonical(post.kind, post.args, f"{node.id}_{post.kind}", value)
+            name = f"{node.id}_{post.kind}"
+            if _is_module_of_own(post):
+                path = self._clone(_target(post), known=True)
+                value = self._fx.create_node("call_module", path, (value,), {}, name)
+            else:
+                value = self._canonical(post.kind, post.args, name, value)
         return value
+
+    def _own(self, node: Node) -> fx.Node:
+        """A module that a user's fuser made: a copy, since the graph keeps it as it is."""
+        module, inputs, keywords = (node.get(name) for name in ("module", "inputs", "keywords"))
+        assert isinstance(module, Token) and isinstance(inputs, tuple) and isinstance(keywords, tuple)
+        path = node.origin.module
+        try:
+            made = copying.deepcopy(self._graph.objects[module.id].value)
+        except Exception as error:
+            raise UncopyableModuleError(path, str(error)) from error
+        kwargs = {str(pair[0]): self._arg(pair[1]) for pair in keywords if isinstance(pair, tuple)}
+        args = tuple(self._arg(item) for item in inputs)
+        return self._fx.create_node("call_module", self._attach(path, made), args, kwargs, node.id)
 
     def _leaf(self, node: Node) -> fx.Node:
         """A module of qfunc's own: an observer, a quantizer, a kernel. Observers of one path are one module."""
@@ -263,7 +286,7 @@ class Emitter:
                 return arg
 
 
-def _target(node: Node) -> str:
+def _target(node: Node | PostOp) -> str:
     assert node.origin.written is not None
     return node.origin.written.target
 
@@ -284,7 +307,15 @@ def _is_known(node: Node) -> bool:
     return node.kind in BY_NAME and not node.aliased
 
 
-def _is_unchanged(node: Node) -> bool:
+def _is_module_of_own(post: PostOp) -> bool:
+    """Whether what is fused behind an operator is a module with parameters of its own, which no pass changed."""
+    written = post.origin.written
+    return (
+        written is not None and written.op == "call_module" and bool(BY_NAME[post.kind].weights) and _is_unchanged(post)
+    )
+
+
+def _is_unchanged(node: Node | PostOp) -> bool:
     """Whether every parameter of a module call is still the module's own."""
     if node.kind not in BY_NAME:
         return True

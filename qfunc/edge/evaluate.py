@@ -13,7 +13,7 @@ from qfunc.edge.tensors import is_current
 from qfunc.errors import NonFinite, Problem, StaleSource
 from qfunc.ir import Expression, Graph, Source
 from qfunc.numerics.affine import dequantize, quantize
-from qfunc.numerics.batch_norm import fold_batch_norm
+from qfunc.numerics.batch_norm import fold_batch_norm, fold_batch_norm_before
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.saturation import limit_pair_sums
 from qfunc.numerics.statistic import finite
@@ -58,19 +58,8 @@ class Evaluator:
         match expression:
             case Load():
                 return self.source(expression).detach()
-            case FoldBatchNorm(part, weight, bias, mean, var, gamma, beta, eps, transpose, groups):
-                folded = fold_batch_norm(
-                    self.tensor(weight),
-                    self._optional(bias),
-                    self.tensor(mean),
-                    self.tensor(var),
-                    eps,
-                    self._optional(gamma),
-                    self._optional(beta),
-                    transpose=transpose,
-                    groups=groups,
-                )
-                return folded[0] if part == "weight" else folded[1]
+            case FoldBatchNorm():
+                return self._folded(expression)
             case DequantizeWeight(quantized):
                 codes = self.quantized(quantized)
                 q = codes.qparams
@@ -78,6 +67,20 @@ class Evaluator:
                 return floats.to(self.tensor(quantized.value).dtype)
             case _:
                 raise TypeError(f"no rule to compute {expression!r}")
+
+    def _folded(self, fold: FoldBatchNorm) -> Tensor:
+        """The weight or bias with the norm in it; both are computed, and the other is kept for its turn."""
+        parts = (fold.weight, fold.bias, fold.mean, fold.var)
+        weight, bias, mean, var = (self._optional(part) for part in parts)
+        assert weight is not None and mean is not None and var is not None
+        norm = (mean, var, fold.eps, self._optional(fold.gamma), self._optional(fold.beta))
+        if fold.before:
+            both = fold_batch_norm_before(weight, bias, *norm, groups=fold.groups)
+        else:
+            both = fold_batch_norm(weight, bias, *norm, transpose=fold.transpose, groups=fold.groups)
+        for part, value in zip(("weight", "bias"), both, strict=True):
+            self._tensors[replace(fold, part=part)] = value  # type: ignore[arg-type]
+        return self._tensors[fold]
 
     def _optional(self, expression: Expression | None) -> Tensor | None:
         return None if expression is None else self.tensor(expression)
@@ -113,9 +116,10 @@ class Evaluator:
 def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
     """Every parameter expression of a graph, with the node that holds it."""
     for node in graph:
-        for _, value in node.args:
-            if isinstance(value, Expression):
-                yield node.id, value
+        for args in (node.args, *(post.args for post in node.post)):
+            for _, value in args:
+                if isinstance(value, Expression):
+                    yield node.id, value
 
 
 def check_sources(graph: Graph) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from returns.result import Failure, Success
@@ -109,9 +110,36 @@ def _keep_attributes(module: fx.GraphModule, graph: Graph, memo: dict[int, Any])
                 kept[name] = value.copy()
             elif name not in _INTERNAL and not hasattr(module, name):
                 kept[name] = _copied(value, memo)
+        kept.update(_preserved(model, graph.preserved, memo))
+        if methods := _methods(model, graph.preserved):
+            give = partial(_give_methods, methods=methods)
+            give(module)
+            module._register_deepcopy_hook(give)
     module.meta[_KEEP] = kept
     for name, value in kept.items():
         setattr(module, name, value)
+
+
+def _preserved(model: nn.Module, names: tuple[str, ...], memo: dict[int, Any]) -> dict[str, Any]:
+    """The attributes that the user asked for, copied; methods of the model are not among them."""
+    values = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    return {name: _copied(value, memo) for name, value in values.items() if not _is_method(value, model)}
+
+
+def _methods(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """The methods that the user asked for, as functions of the module."""
+    values: list[tuple[str, Any]] = [(name, getattr(model, name, None)) for name in names]
+    return {name: value.__func__ for name, value in values if _is_method(value, model)}
+
+
+def _is_method(value: object, model: nn.Module) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is model
+
+
+def _give_methods(module: nn.Module, methods: dict[str, Any]) -> None:
+    """Make functions methods of the module, whose class is its own."""
+    for name, function in methods.items():
+        setattr(type(module), name, function)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -16,6 +16,7 @@ from qfunc.ir import (
     Arg,
     DictArg,
     ListArg,
+    ModuleFact,
     Name,
     Node,
     Note,
@@ -131,12 +132,11 @@ class Reader:
         self.as_written[node.name] = plain
         known = FORMS.get((node.op, target if module is None else type_name(type(module))))
         bound = None
-        if known is not None and (module is None or _is_plain(module)):
+        own = "" if module is None else own_behaviour(module)
+        if known is not None and not own:
             bound = bind(*known, args, kwargs, attribute)
-        elif module is not None and known is not None:
-            self.notes.append(
-                Note(node.name, "kept as it is: the module has hooks, parametrizations or an own forward")
-            )
+        elif known is not None:
+            self.notes.append(Note(node.name, f"kept as it is: the module {own}"))
         write = _write(node, target, module, plain)
         if write is None and bound is not None and bound.inplace:
             write = Write(tuple(refs(bound.args[0][1])))
@@ -182,10 +182,31 @@ class Reader:
         return Node(node.name, kind, positional + named, origin=self._origin(node, target, written))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but its class's `forward`."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (hooks or "forward" in vars(module) or parametrize.is_parametrized(module))
+def module_fact(module: nn.Module) -> ModuleFact:
+    """What a graph is to know of a module."""
+    known = [type_name(cls) for cls in type(module).__mro__[:-1] if cls.__module__.startswith("torch.nn.")]
+    bases = [name for name in known if ("call_module", name) in FORMS]
+    name = type_name(type(module))
+    base = bases[0] if bases and bases[0] != name else ""
+    return ModuleFact(name, module.training, base, own_behaviour(module))
+
+
+def own_behaviour(module: nn.Module) -> str:
+    """What calling the module does beside its class's `forward`; empty where that is all."""
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    kinds = [kind for kind, table in _HOOKS if getattr(module, table)]
+    return f"has {' and '.join(kinds)}" if kinds else ""
+
+
+_HOOKS = (
+    ("forward hooks", "_forward_hooks"),
+    ("forward pre-hooks", "_forward_pre_hooks"),
+    ("backward hooks", "_backward_hooks"),
+    ("backward pre-hooks", "_backward_pre_hooks"),
+)
 
 
 def _write(node: fx.Node, target: str, module: nn.Module | None, plain: Node) -> Write | None:

@@ -18,13 +18,12 @@ from qfunc.config.custom_config import CustomConfig
 from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
-from qfunc.edge.read import Reader
+from qfunc.edge.read import Reader, module_fact
 from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
 from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, Untraceable, several
 from qfunc.ir import Graph, Note, Source
-from qfunc.ops import type_name
 from qfunc.result import R
 
 NOTHING = CustomConfig()
@@ -87,6 +86,7 @@ class _Recorded:
     source: Source
     attributes: Mapping[str, Any]
     notes: tuple[Note, ...]
+    preserved: tuple[str, ...]
 
     def graph(self, frozen: Collection[str] = ()) -> tuple[Graph, Mapping[str, str]]:
         """The graph, with the in-place operators in `frozen` kept; and those not kept, with what each writes to."""
@@ -100,7 +100,8 @@ class _Recorded:
             training=self.model.training,
             sources=pmap({"model": self.source}),
             objects=pmap(reader.objects),
-            modules=pmap({path: type_name(type(module)) for path, module in self.modules.items()}),
+            modules=pmap({path: module_fact(module) for path, module in self.modules.items()}),
+            preserved=self.preserved,
             notes=(*self.notes, *reader.notes),
         )
         return graph, settled.converted
@@ -128,7 +129,8 @@ def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCo
                 last = Untraceable(type(model).__name__, "", *_WRITTEN)
             else:
                 source = source_of(model, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
-                return _Recorded(model, modules, fx_graph, tracer.node_name_to_scope, source, attributes, notes)
+                scopes, preserved = tracer.node_name_to_scope, custom.preserved_attributes
+                return _Recorded(model, modules, fx_graph, scopes, source, attributes, notes, preserved)
         if not any(True for _ in model.buffers()):
             break
     assert isinstance(last, Untraceable)
@@ -157,6 +159,11 @@ def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> QuantError | None:
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
+    ]
+    errors += [
+        UnknownName(name, "attribute", tuple(vars(model)))
+        for name in custom.preserved_attributes
+        if not hasattr(model, name)
     ]
     if custom.concrete_args:
         inputs = signature(model.forward).parameters

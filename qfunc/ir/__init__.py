@@ -1,7 +1,7 @@
 """The immutable intermediate representation: values, nodes, graphs; functions that edit, check and print them."""
 
 from qfunc.ir.edit import Draft, fresh_id, users
-from qfunc.ir.graph import Graph, Note, Opaque, Source, Step
+from qfunc.ir.graph import Graph, ModuleFact, Note, Opaque, Source, Step
 from qfunc.ir.node import Node, Origin, PostOp, TensorFact, Written
 from qfunc.ir.text import digest, to_text
 from qfunc.ir.value import Arg, DictArg, Expression, ListArg, Name, RecordArg, Ref, SliceArg, Token, map_arg, refs
@@ -14,6 +14,7 @@ __all__ = [
     "Expression",
     "Graph",
     "ListArg",
+    "ModuleFact",
     "Name",
     "Node",
     "Note",

@@ -75,6 +75,20 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleFact:
+    """A module of a source: the canonical name of its type, and whether it was in training mode.
+
+    `base` names the type of `torch.nn` that its type is a subclass of, where it is one; `own` says, in words, what a
+    call of it does beside its class's forward: hooks, parametrizations.
+    """
+
+    type: str
+    training: bool = False
+    base: str = ""
+    own: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
     """An immutable program. Equality looks at nodes, order, inputs' sources and mode; not at history and notes."""
 
@@ -84,8 +98,10 @@ class Graph:
     training: bool = False
     sources: PMap[str, Source] = pmap()
     objects: PMap[str, Opaque] = pmap()
-    modules: PMap[str, str] = pmap()
-    """Every module path of the source and the canonical name of its type."""
+    modules: PMap[str, ModuleFact] = pmap()
+    """Every module path of the source, and what is known of the module."""
+    preserved: tuple[str, ...] = ()
+    """Attributes of the model that materialized modules are to have."""
     history: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     notes: tuple[Note, ...] = field(default=(), compare=False, repr=False)
     _digest: str | None = field(default=None, init=False, compare=False, repr=False)

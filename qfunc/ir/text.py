@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 
 from qfunc.ir.graph import Graph, Step
-from qfunc.ir.node import Node
+from qfunc.ir.node import NamedArgs, Node
 from qfunc.ir.value import Arg, Expression
 
 
@@ -35,10 +35,13 @@ def _text(value: Arg, full: bool) -> str:
     return str(value) if isinstance(value, Expression) and not full else repr(value)
 
 
+def _args(args: NamedArgs, full: bool) -> str:
+    return ", ".join(f"{key}={_text(value, full)}" for key, value in args)
+
+
 def _line(node: Node, full: bool) -> str:
-    args = ", ".join(f"{key}={_text(value, full)}" for key, value in node.args)
-    post = "".join(f" + {p!r}" for p in node.post)
-    text = f"  %{node.id} = {node.kind}({args}){post}"
+    post = "".join(f" + {p.kind}" + (f"({_args(p.args, full)})" if p.args else "") for p in node.post)
+    text = f"  %{node.id} = {node.kind}({_args(node.args, full)}){post}"
     if node.fact is not None:
         text += f" : {node.fact!r}"
     if full:

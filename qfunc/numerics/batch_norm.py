@@ -1,10 +1,18 @@
-"""Batch norm in evaluation mode, folded into the convolution or linear layer before it.
+"""Batch norm in evaluation mode, folded into the convolution or linear layer before it, or behind it.
 
     y  = gamma * (W x + b - mean) / sqrt(var + eps) + beta
        = W' x + b'
     f  = gamma / sqrt(var + eps)                              per output channel
     W' = f * W
     b' = f * (b - mean) + beta
+
+Before the layer, where every product that the layer sums up is of a normed value (no zero padding):
+
+    y  = W (gamma * (x - mean) / sqrt(var + eps) + beta) + b
+       = W' x + b'
+    c  = beta - f * mean                                      per input channel
+    W' = W * f
+    b' = b + sum(W * c)
 
 A weight holds its output channels in axis 0. A transposed convolution's has shape `(in, out / groups, ...)`: output
 channel `g * (out / groups) + j` of group g is column j of the g-th block of rows.
@@ -51,6 +59,43 @@ def fold_batch_norm(
             shift = shift + beta.double()
         folded = _scaled(weight.double(), factor, transpose, groups).to(weight.dtype)
         return folded, shift.to(weight.dtype if bias is None else bias.dtype)
+
+
+def fold_batch_norm_before(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one layer that computes a batch norm and the convolution or linear layer behind it.
+
+    `weight` is `[out_channels, in_channels / groups, *kernel]`, the batch norm has `in_channels` features. Computed in
+    float64 and rounded once, as `fold_batch_norm`; the convolution must not pad with zeros, which are not normed.
+
+    >>> one = torch.ones(1)
+    >>> w, b = fold_batch_norm_before(torch.full((1, 1), 2.0), None, 3 * one, 4 * one, 0.0, one, one)
+    >>> w.item(), b.item()
+    (1.0, -1.0)
+    """
+    with torch.no_grad():
+        factor = torch.rsqrt(running_var.double() + eps)
+        if gamma is not None:
+            factor = factor * gamma.double()
+        shift = -running_mean.double() * factor
+        if beta is not None:
+            shift = shift + beta.double()
+        outputs, inputs, *kernel = weight.shape
+        per_input = (groups, 1, inputs, *[1] * len(kernel))
+        blocks = weight.double().reshape(groups, -1, inputs, *kernel)
+        offset = (blocks * shift.view(per_input)).flatten(2).sum(2).flatten()
+        folded = (blocks * factor.view(per_input)).reshape(outputs, inputs, *kernel).to(weight.dtype)
+        if bias is None:
+            return folded, offset.to(weight.dtype)
+        return folded, (bias.double() + offset).to(bias.dtype)
 
 
 def _scaled(weight: Tensor, factor: Tensor, transpose: bool, groups: int) -> Tensor:

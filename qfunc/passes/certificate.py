@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qfunc.passes.columns import aligned
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -63,9 +65,4 @@ class Certificate:
             head += "\nweights are limited so that two products fit 16 bits: this host has no VNNI"
         titles = ("node", "module", "operator", "kernel", "output", "why not")
         rows = [(e.node, e.module, e.operator, e.kernel or "-", e.output, e.reason) for e in self.entries]
-        widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (titles, *rows)
-        ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *aligned([titles, *rows])])

@@ -17,8 +17,9 @@ from qfunc.ir import Expression, Graph, Node, Ref, TensorFact, fresh_id, refs, u
 from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.observers import FixedQParams, Observer
 from qfunc.numerics.qparams import QuantSpec
-from qfunc.ops import BY_NAME, FORMS, KINDS
+from qfunc.ops import BY_NAME, KINDS
 from qfunc.params import loads
+from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Edge, Prepared, Site
 from qfunc.result import R
@@ -73,7 +74,7 @@ class _Plan:
         for id, qconfig in resolve_qconfigs(mapping, graph).items():
             row = backend.operator(graph[id]) if graph[id].kind in BY_NAME else None
             if row is None:
-                self._keep(graph[id], "" if qconfig is None else _hindrance(graph[id], backend))
+                self._keep(graph[id], "" if qconfig is None else _hindrance(graph[id], graph, backend))
             elif qconfig is None:
                 self.floats[id] = "the configuration keeps it float"
             elif self._can_quantize(graph[id], row, qconfig):
@@ -103,7 +104,7 @@ class _Plan:
     def _keep(self, node: Node, reason: str) -> None:
         """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
         self.floats[node.id] = reason or "the configuration keeps it float"
-        if reason and _kind_as_written(node) in _WEIGHTED:
+        if reason and kind_as_written(node, self.graph) in _WEIGHTED:
             self.refused.add(node.id)
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
@@ -292,22 +293,10 @@ _WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights) - {"
 """The layers whose weight is quantized; a batch norm's and a PReLU's are factors of single channels."""
 
 
-def _kind_as_written(node: Node) -> str:
-    """The kind of the call that the user wrote, also where it is kept as it is."""
-    written = node.origin.written
-    if node.kind in BY_NAME or written is None:
-        return node.kind
-    target = node.origin.type if written.op == "call_module" else written.target
-    known = FORMS.get((written.op, target))
-    return known[0].name if known else node.kind
-
-
-def _hindrance(node: Node, backend: BackendConfig) -> str:
+def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:
     """Why a node that is configured has no row of the backend's."""
-    if node.aliased:
-        return "its memory is changed in place"
-    if _kind_as_written(node) != node.kind:
-        return "it is kept as written: its module has hooks or is parametrized, or the call is unusual"
+    if node.aliased or kind_as_written(node, graph) != node.kind:
+        return why_kept(node, graph)
     return f"the {backend.name} backend has no rule for it"
 
 

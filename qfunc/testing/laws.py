@@ -22,10 +22,9 @@ from qfunc.edge.materialize import materialize
 from qfunc.errors import render
 from qfunc.ir import Graph, digest, verify
 from qfunc.passes.convert import convert
-from qfunc.passes.fuse import fuse
 from qfunc.passes.observe import erase_observers, with_observers
 from qfunc.passes.prepare import prepare
-from qfunc.quantize import lower
+from qfunc.quantize import fuse, lower
 from qfunc.testing.configurations import reordered
 from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.metrics import same_bits, sqnr

@@ -23,11 +23,10 @@ from qfunc.edge.trace import NOTHING, trace
 from qfunc.errors import QuantError, render
 from qfunc.ir import Graph, Opaque, Source, to_text
 from qfunc.passes.convert import convert
-from qfunc.passes.fuse import fuse
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
 from qfunc.passes.stages import Calibrated, Converted, Prepared
-from qfunc.quantize import lower
+from qfunc.quantize import fuse, lower
 from qfunc.result import R
 
 

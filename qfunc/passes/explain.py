@@ -1,0 +1,153 @@
+"""`explain_fusion`: what `fuse` makes one node, and for each operator that starts a pattern and stays alone, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from returns.result import Failure, Success
+
+from qfunc.backends.cpu import CPU
+from qfunc.config.arguments import wrong_arguments
+from qfunc.config.backend_config import BackendConfig
+from qfunc.config.custom_config import CustomConfig
+from qfunc.errors import WrongStage, several
+from qfunc.ir import Graph, Node
+from qfunc.match import WRONG_KIND, NoMatch
+from qfunc.params import FoldBatchNorm
+from qfunc.passes.columns import aligned
+from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
+from qfunc.passes.fusing import Fused, Fusing, patterns_by_root
+from qfunc.passes.kept import kind_as_written, why_kept
+from qfunc.result import R
+
+
+@dataclass(frozen=True, slots=True)
+class FusedChain:
+    """Operators that become one node: the pattern's name, where they stand, and the module they amount to."""
+
+    node: str
+    pattern: str
+    places: tuple[str, ...]
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unfused:
+    """An operator that starts a pattern and is not fused."""
+
+    node: str
+    place: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FusionReport:
+    """What fusion does to a graph; prints as two tables."""
+
+    backend: str
+    fused: tuple[FusedChain, ...]
+    unfused: tuple[Unfused, ...]
+
+    def __str__(self) -> str:
+        plural = "" if len(self.fused) == 1 else "s"
+        head = f"{self.backend}: {len(self.fused)} fusion{plural}, {len(self.unfused)} left alone"
+        fused = [(f.node, " + ".join(f.places), f.pattern, f.module) for f in self.fused]
+        unfused = [(u.node, u.place, u.operator, u.reason) for u in self.unfused]
+        done = [("node", "fused", "pattern", "becomes"), *fused] if fused else []
+        left = [("node", "left", "operator", "why"), *unfused] if unfused else []
+        return "\n".join([head, *aligned(done), *aligned(left)])
+
+
+def explain_fusion(
+    graph: Graph, *, backend: BackendConfig = CPU, qat: bool = False, custom: CustomConfig = NOTHING
+) -> R[FusionReport]:
+    """What `fuse` with the same arguments does to a graph, and why it does no more; no fuser of the user's is called.
+
+    Of a graph that is fused already, what was fused is told of as well.
+
+    Returns:
+        The report, or `UnknownName`, `BadConfig`, `WrongStage`. A model in training mode is no error here: it is the
+        reason why nothing is fused for evaluation.
+    """
+    if not isinstance(graph, Graph):
+        return Failure(WrongStage(type(graph).__name__, "Graph"))
+    problems = wrong_arguments(backend=backend, qat=qat, custom=custom) or [*unknown_names(graph, backend, custom)]
+    if problems:
+        return Failure(several(problems))
+    fusing = Fusing(graph, backend, custom, qat=qat, call_fuser=None)
+    fusing.run()
+    blocked = {} if qat else {problem.node: problem.reason for problem in training_modules(graph)}
+    position = {id: index for index, id in enumerate(graph.order)}
+    fused = [*_earlier(graph), *([] if blocked else fusing.fused)]
+    missed = {id: _reason(graph, id, miss) for id, miss in fusing.missed.items()}
+    missed |= {id: why for node in graph for id, why in _kept(node, graph, backend)}
+    if blocked:
+        roots = patterns_by_root(backend)
+        reason = "it is in training mode: call model.eval() and trace again, or fuse for training with qat=True"
+        missed |= {node.id: reason for node in graph if node.kind in roots and not _is_fused(node)}
+    unfused = sorted((id for id in missed if id in position), key=position.__getitem__)
+    return Success(
+        FusionReport(
+            backend.name,
+            tuple(_row(chain, qat=qat) for chain in sorted(fused, key=lambda f: position.get(f.parts[0].id, -1))),
+            tuple(Unfused(id, graph[id].place, graph[id].kind, missed[id]) for id in unfused),
+        )
+    )
+
+
+def _is_fused(node: Node) -> bool:
+    return bool(node.post) or (node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm))
+
+
+def _earlier(graph: Graph) -> list[Fused]:
+    """What an earlier run has fused, as its nodes tell."""
+    found = []
+    for node in graph:
+        if _is_fused(node):
+            kinds = ["batch_norm"] * (node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm))
+            found.append(Fused(node, " + ".join([node.kind, *kinds, *(post.kind for post in node.post)]), (node,)))
+    return found
+
+
+def _kept(node: Node, graph: Graph, backend: BackendConfig) -> list[tuple[str, str]]:
+    """An operator that would start a pattern, were it not kept as it was written."""
+    written = kind_as_written(node, graph)
+    return [(node.id, why_kept(node, graph))] if written != node.kind and written in patterns_by_root(backend) else []
+
+
+def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
+    place = graph[miss.node].place if miss.node in graph.nodes else miss.node
+    if miss.reason == WRONG_KIND:
+        return f"{place} follows ({graph[miss.node].kind}), where patterns go on with {' or '.join(miss.wanted)}"
+    return miss.reason if miss.node == root else f"{place}: {miss.reason}"
+
+
+def _row(fused: Fused, *, qat: bool) -> FusedChain:
+    kinds = [part.kind for part in fused.parts] if len(fused.parts) > 1 else fused.pattern.split(" + ")
+    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat)
+    return FusedChain(fused.node.id, fused.pattern, tuple(part.place for part in fused.parts), module)
+
+
+_NAMES = {
+    "linear": "Linear", "batch_norm": "Bn", "relu": "ReLU", "add": "Add", "mul": "Mul", "clamp": "Clamp",
+    "hardswish": "Hardswish", "silu": "SiLU", "leaky_relu": "LeakyReLU", "tanh": "Tanh", "gelu": "GELU",
+}  # fmt: skip
+
+
+def module_name(kinds: list[str], *, qat: bool) -> str:
+    """The field's name of the module that a chain of kinds amounts to; for training its batch norm stays in it.
+
+    >>> kinds = ["conv2d", "batch_norm", "relu"]
+    >>> module_name(kinds, qat=False), module_name(kinds, qat=True)
+    ('ConvReLU2d', 'ConvBnReLU2d')
+    """
+    root, *rest = kinds
+    if root in ("dropout", "identity"):
+        return "-"
+    stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, "")
+    first = {"conv": "Conv", "conv_transpose": "ConvTranspose", "batch_norm": "BN"}.get(stem) or _NAMES.get(stem, stem)
+    kept = [kind for kind in rest if qat or kind != "batch_norm"]
+    if root == "linear" and "batch_norm" in kept:
+        rank = "1d"
+    return first + "".join(_NAMES.get(kind, kind) for kind in kept) + rank

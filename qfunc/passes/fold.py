@@ -1,0 +1,220 @@
+"""Batch norms folded into the weights of their neighbours, as parameter expressions; nothing reads a weight here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact
+from qfunc.ir.node import Fact, NamedArgs
+from qfunc.params import FoldBatchNorm, Load
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_REAL = ("float32", "float64", "float16", "bfloat16")
+
+Allowed: TypeAlias = Callable[[str, tuple[Node, ...]], bool]
+"""Whether a pattern may be applied to nodes, as the user has it."""
+Report: TypeAlias = Callable[[Node, str, tuple[Node, ...]], None]
+"""Called for each norm that is moved or folded: the resulting node, the pattern's name, the nodes concerned."""
+
+
+def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
+    """The arguments of a layer with the batch norm behind it folded in, or why that is not possible.
+
+    `root` is the layer as it stands in the graph, `args` its arguments after earlier folds.
+    """
+    weight = root.get("weight")
+    reason = _unfit(norm, weight, root.get("bias")) or misaligned(root, norm)
+    return reason or _with_norm(args, norm, transpose=root.kind in TRANSPOSED, groups=_groups(root))
+
+
+def misaligned(root: Node, norm: Node) -> str:
+    """Why a batch norm does not act on the output channels of the layer before it; empty where it does."""
+    features, channels = features_of(norm), out_channels(root)
+    if root.kind == "linear":
+        if not isinstance(root.fact, TensorFact):
+            return "a batch norm acts on axis 1, and the linear's shape is unknown: trace with example_inputs"
+        if len(root.fact.shape) != 2:
+            return f"a batch norm acts on axis 1, and the linear's output has its features in the last of {_rank(root)}"
+    elif isinstance(root.fact, TensorFact) and len(root.fact.shape) != int(root.kind[-2]) + 2:
+        return "a batch norm acts on axis 1, and the convolution's output has no batch axis"
+    if features is not None and channels is not None and features != channels:
+        return f"the batch norm has {features} features, the layer {channels} output channels"
+    return ""
+
+
+def _rank(node: Node) -> str:
+    assert isinstance(node.fact, TensorFact)
+    return f"{len(node.fact.shape)} axes"
+
+
+def out_channels(layer: Node) -> int | None:
+    """How many output channels a layer has, where its weight is a parameter."""
+    shape = _shape(layer.get("weight"))
+    if shape is None:
+        return None
+    return shape[1] * _groups(layer) if layer.kind in TRANSPOSED else shape[0]
+
+
+def features_of(norm: Node) -> int | None:
+    """How many features a batch norm has, where its statistics are buffers."""
+    shape = _shape(norm.get("running_mean"))
+    return None if shape is None else shape[0]
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    while isinstance(value, FoldBatchNorm):
+        value = value.weight
+    return value.shape if isinstance(value, Load) else None
+
+
+def _groups(layer: Node) -> int:
+    groups = layer.get("groups") if layer.has("groups") else 1
+    assert isinstance(groups, int)
+    return groups
+
+
+def _unfit(norm: Node, weight: object, bias: object) -> str:
+    """Why a batch norm or the layer it is to be folded into cannot be folded, whatever their shapes."""
+    mean, var = norm.get("running_mean"), norm.get("running_var")
+    if mean is None or var is None or norm.get("training"):
+        return "the batch norm uses the statistics of the batch"
+    tensors, optional = (weight, mean, var), (bias, norm.get("weight"), norm.get("bias"))
+    present = [value for value in (*tensors, *optional) if value is not None]
+    if len(present) < len(tensors) or not all(isinstance(value, Expression) for value in present):
+        return "a weight is computed by the graph"
+    wrong = {load.dtype for load in present if isinstance(load, Load)} - {*_REAL}
+    return f"a weight is {min(wrong)}" if wrong else ""
+
+
+def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, before: bool = False) -> NamedArgs:
+    values = dict(args)
+    mean, var, gamma, beta = (norm.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
+    weight, bias, eps = values["weight"], values["bias"], norm.get("eps")
+    for part in ("weight", "bias"):
+        fold = FoldBatchNorm(part, weight, bias, mean, var, gamma, beta, eps, transpose, groups, before)  # type: ignore[arg-type]
+        values[part] = fold
+    return tuple(values.items())
+
+
+# A norm before a layer ------------------------------------------------------------------------------------------------
+
+
+def fold_norms_before(graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
+    """Fold each batch norm that stands before a convolution or linear layer into that layer, where this is exact."""
+    draft = Draft(graph)
+    for node in graph:
+        if node.kind not in (*CONVOLUTIONS, "linear") or node.aliased:
+            continue
+        norm = _producer(graph, node)
+        if (
+            norm is None
+            or norm.kind != "batch_norm"
+            or norm.post
+            or not allowed(f"batch_norm + {node.kind}", (norm, node))
+        ):
+            continue
+        reason = hindrance_before(norm, node, len(users[norm.id]))
+        if reason:
+            draft.note(norm.id, f"not folded into {node.place}: {reason}")
+            continue
+        args = _with_norm(node.args, norm, transpose=False, groups=_groups(node), before=True)
+        turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
+        made = Node(node.id, node.kind, turned, node.post, node.origin, node.fact)
+        draft.put(made)
+        draft.erase([norm.id])
+        report(made, f"batch_norm + {node.kind}", (norm, node))
+    return draft.commit()
+
+
+def hindrance_before(norm: Node, layer: Node, readers: int) -> str:
+    """Why a batch norm cannot be folded into the layer that reads it; empty where it can."""
+    weight = layer.get("weight")
+    if norm.aliased:
+        return "it shares memory with a value that is changed in place"
+    if readers != 1:
+        return f"its value has {readers} users"
+    reason = _unfit(norm, weight, layer.get("bias"))
+    if reason:
+        return reason
+    shape, fact = _shape(weight), norm.fact
+    channels = None if shape is None else shape[1] * _groups(layer)
+    rank = 2 if layer.kind == "linear" else int(layer.kind[-2]) + 2
+    if layer.kind != "linear" and _pads_zeros(layer):
+        return "the convolution pads with zeros, which the batch norm does not see"
+    if not (isinstance(fact, TensorFact) and len(fact.shape) == rank) and (fact is not None or layer.kind == "linear"):
+        return "a batch norm acts on axis 1, which is not known to be the layer's input channels"
+    return "" if features_of(norm) == channels else "its features are not the layer's input channels"
+
+
+def _pads_zeros(convolution: Node) -> bool:
+    padding = convolution.get("padding")
+    none = padding == "valid" or (isinstance(padding, tuple) and not any(padding))
+    return not none and convolution.get("padding_mode") == "zeros"
+
+
+# A norm behind an average pool ----------------------------------------------------------------------------------------
+
+
+def move_norms_before_pools(
+    graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report
+) -> Graph:
+    """Have each batch norm behind an average change places with it, where a layer then stands before the norm.
+
+    An average over positions whose weights sum to 1 commutes with what is affine in each channel.
+    """
+    draft = Draft(graph)
+    for norm in graph:
+        pool = _producer(graph, norm) if norm.kind == "batch_norm" else None
+        before = None if pool is None else _producer(graph, pool)
+        if pool is None or before is None or norm.aliased or pool.aliased:
+            continue
+        if not allowed(f"{pool.kind} + batch_norm", (pool, norm)):
+            continue
+        layer = _layer_before(graph, users, pool)
+        moves = layer is not None and len(users[pool.id]) == 1 and _averages(pool, before)
+        if layer is None or not moves or isinstance(folded(layer, layer.args, norm), str):
+            continue
+        early = draft.fresh(f"{norm.id}_{pool.kind}")
+        moved = Node(early, "batch_norm", norm.args, origin=norm.origin, fact=before.fact)
+        draft.insert_before(pool.id, moved.with_args(input=Ref(before.id)))
+        made = Node(norm.id, pool.kind, pool.args, origin=pool.origin, fact=norm.fact).with_args(input=Ref(early))
+        draft.put(made)
+        draft.erase([pool.id])
+        report(made, f"{pool.kind} + batch_norm", (pool, norm))
+    return draft.commit()
+
+
+def _layer_before(graph: Graph, users: Mapping[str, tuple[str, ...]], pool: Node) -> Node | None:
+    """The layer that a norm before the pool would be folded into: nothing but norms lies between."""
+    node = _producer(graph, pool)
+    while node is not None and len(users[node.id]) == 1 and not (node.aliased or node.post):
+        if node.kind in (*CONVOLUTIONS, *TRANSPOSED):
+            return node
+        node = _producer(graph, node) if node.kind == "batch_norm" else None
+    return None
+
+
+def _averages(pool: Node, averaged: Node) -> bool:
+    """Whether a node averages over positions of each channel, with weights that sum to 1."""
+    if pool.kind.startswith("adaptive_avg_pool"):
+        return True
+    if pool.kind.startswith("avg_pool"):
+        padded = pool.get("padding") not in (0, (0,) * int(pool.kind[-2])) and pool.get("count_include_pad")
+        return not padded and not (pool.has("divisor_override") and pool.get("divisor_override") is not None)
+    return pool.kind == "mean" and pool.get("dtype") is None and _keeps_channels(pool, averaged.fact)
+
+
+def _keeps_channels(mean: Node, fact: Fact) -> bool:
+    """Whether a mean is over axes behind the channels; negative ones tell where the shape is known."""
+    dim = mean.get("dim")
+    dims = dim.items if isinstance(dim, ListArg) else dim if isinstance(dim, tuple) else (dim,)
+    rank = len(fact.shape) if isinstance(fact, TensorFact) else 0
+    return all(isinstance(axis, int) and (axis if axis >= 0 else axis + rank) >= 2 for axis in dims)
+
+
+def _producer(graph: Graph, node: Node) -> Node | None:
+    """The node that computes the input of a node."""
+    given = node.get("input") if node.has("input") else None
+    return graph[given.id] if isinstance(given, Ref) else None
