@@ -15,6 +15,7 @@ from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
+from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.kernels.quantized import (
     QUANTIZED_CONV,
     DequantizeTensor,
@@ -85,7 +86,7 @@ def _onednn_conv(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> n
         given.dilation,
         given.groups,
         given.padding_mode,
-        given.post_op,
+        read_post_op(given.post_op),
     )
     if node.kind.endswith("_add"):
         return OnednnConvAdd(*_weights(node, evaluator), call, given.other, overwrite=given.overwrite)
@@ -96,7 +97,8 @@ def _onednn_linear(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) ->
     given: Any = _Literals(node)
     scale, zero_point, dtype = _output(given.output)
     source: Affine = given.input
-    call = LinearCall(source.scale, source.zero_point, scale, zero_point, dtype, source.dtype, given.post_op)
+    post_op = read_post_op(given.post_op)
+    call = LinearCall(source.scale, source.zero_point, scale, zero_point, dtype, source.dtype, post_op)
     return OnednnLinear(*_weights(node, evaluator), call)
 
 
@@ -116,7 +118,9 @@ def _table(given: Any) -> nn.Module:
 
 def _compute(kind: str, values: Mapping[str, Any]) -> Tensor:
     target, names = BY_NAME[kind].call
-    result: Tensor = resolve(target)(*(values[name] for name in names))
+    positional = [values[name] for name in names if not name.endswith("=")]
+    keywords = {name[:-1]: values[name[:-1]] for name in names if name.endswith("=")}
+    result: Tensor = resolve(target)(*positional, **keywords)
     return result
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
-from qfunc.ir import Expression, PostOp, Ref
+from qfunc.engines.post_op import breach, contract_name, post_op
+from qfunc.ir import Expression, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.numerics.saturation import PairLayout, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight
@@ -36,33 +37,6 @@ def clips(output: Affine | None) -> str:
     return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
 
 
-def absorbs(post: PostOp, output: Affine | None) -> bool:
-    """Whether saturation at the ends of the output's codes does the clamping of a ReLU or clamp.
-
-    It does when the range of the codes ends at the bounds, or before: up to half a step, since the zero point is
-    rounded, and what is clamped then gets a value no further off than rounding may leave any other.
-    """
-    if output is None:
-        return False
-    low, high = (0.0, None) if post.kind == "relu" else (post.get("min"), post.get("max"))
-    least, most = ((code - output.zero_point) * output.scale for code in output.bounds)
-    slack = output.scale * 0.501
-    holds_low = low is None or (isinstance(low, (int, float)) and least >= low - slack)
-    holds_high = high is None or (isinstance(high, (int, float)) and most <= high + slack)
-    return holds_low and holds_high
-
-
-def post_op(posts: tuple[PostOp, ...], output: Affine | None) -> str | None:
-    """The kernel's post-op for what is fused behind it: `"none"` or `"relu"`; None where it has none for that."""
-    left = [post.kind for post in posts if not absorbs(post, output)]
-    return {(): "none", ("relu",): "relu"}.get(tuple(left))
-
-
-def no_post_op(posts: tuple[PostOp, ...]) -> str:
-    """Why a call is declined for its post-ops."""
-    return f"the kernel has no post-op for {' + '.join(post.kind for post in posts)}"
-
-
 def _conv(call: Call) -> Plan:
     node = call.node
     weight = weight_of(call, call.host.onednn_layout)
@@ -72,26 +46,29 @@ def _conv(call: Call) -> Plan:
         return "the kernel takes uint8 activations"
     if clips(call.output):
         return clips(call.output)
-    sums = node.post[:1] if node.post and node.post[0].kind == "add" else ()
-    after = node.post[len(sums) :]
     bias = node.get("bias")
     if not (bias is None or isinstance(bias, Expression)):
         return "its bias is computed by the graph"
-    post = post_op(after, call.output)
-    if post is None:
-        return no_post_op(node.post)
+    sums = node.post[:1] if node.post and node.post[0].kind == "add" else ()
+    if sums and node.kind == "conv3d":
+        return "the kernel adds in one and two dimensions"
+    if sums and call.output is None:
+        return "the kernel that adds writes uint8, and the result is read in float"
+    kernel = f"onednn.{node.kind}{'_add' * len(sums)}"
+    post = post_op(kernel, node.post[len(sums) :], call.output)
+    if isinstance(post, str):
+        return post
+    broken = breach(call.host, contract_name(kernel, str(post[0])))
+    if broken:
+        return broken
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     args: dict[str, Any] = {name: node.get(name) for name in names}
     args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
     if not sums:
-        return kernel_node(call, f"onednn.{node.kind}", (call.input.codes,), **args)
-    if node.kind == "conv3d":
-        return "the kernel adds in one and two dimensions"
-    if call.output is None:
-        return "the kernel that adds writes uint8, and the result is read in float"
+        return kernel_node(call, kernel, (call.input.codes,), **args)
     other = call.operands["post.0.other"][0]
     args |= {"other": other.affine, "overwrite": other.codes in call.dead_after}
-    return kernel_node(call, f"onednn.{node.kind}_add", (call.input.codes, other.codes), **args)
+    return kernel_node(call, kernel, (call.input.codes, other.codes), **args)
 
 
 def _linear(call: Call) -> Plan:
@@ -101,9 +78,12 @@ def _linear(call: Call) -> Plan:
         return weight
     if clips(call.output):
         return clips(call.output)
-    post = post_op(node.post, call.output)
-    if post is None:
-        return no_post_op(node.post)
+    post = post_op("onednn.linear", node.post, call.output)
+    if isinstance(post, str):
+        return post
+    broken = breach(call.host, contract_name("onednn.linear", str(post[0])))
+    if broken:
+        return broken
     bias = node.get("bias")
     if not (bias is None or isinstance(bias, Expression)):
         return "its bias is computed by the graph"
@@ -118,14 +98,18 @@ def _arithmetic(call: Call) -> Plan:
         return "the result is read in float"
     if node.kind == "add" and node.get("alpha") != 1:
         return "the sum is scaled by alpha"
-    post = post_op(node.post, call.output)
-    if post is None:
-        return no_post_op(node.post)
     codes = tuple(operand.codes for operand in operands)
-    if len(operands) == 2:
-        left, right = (operand.affine for operand in operands)
-        return kernel_node(call, f"codes.{node.kind}", codes, left=left, right=right, output=call.output, post_op=post)
-    return kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
+    if len(operands) == 1:
+        return kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
+    kernel = f"codes.{node.kind}"
+    post = post_op(kernel, node.post, call.output)
+    if isinstance(post, str):
+        return post
+    broken = breach(call.host, f"{node.kind}[relu]") if post == ("relu",) else ""
+    if broken:
+        return broken
+    left, right = (operand.affine for operand in operands)
+    return kernel_node(call, kernel, codes, left=left, right=right, output=call.output, post_op=post[0])
 
 
 def _unary(call: Call) -> dict[str, Any]:
@@ -141,8 +125,8 @@ def _unary(call: Call) -> dict[str, Any]:
 def _table(call: Call) -> Plan:
     if call.output is None:
         return "the result is read in float"
-    numeric = all(value is None or isinstance(value, (int, float)) for name, value in call.node.args if name != "input")
-    if not numeric:
+    literal = (type(None), int, float, str)
+    if not all(isinstance(value, literal) for name, value in call.node.args if name != "input"):
         return "an option is computed by the graph"
     return kernel_node(call, "codes.table", (call.input.codes,), function=call.node.kind, **_unary(call))
 
@@ -180,11 +164,17 @@ def rearrange(call: Call) -> Plan:
     return on_codes(call)
 
 
+TABULATED = (
+    *("relu", "clamp", "leaky_relu", "elu", "hardswish", "silu", "gelu"),
+    *("sigmoid", "hardsigmoid", "tanh"),
+)
+"""Elementwise functions that run as tables of 256 codes where no kernel has them as a post-op."""
+
 ONEDNN: tuple[KernelRow, ...] = (
     *(KernelRow(f"onednn.conv{rank}d", (f"conv{rank}d",), _conv) for rank in (1, 2, 3)),
     KernelRow("onednn.linear", ("linear",), _linear),
     *(KernelRow(name, (name,), _arithmetic) for name in ("add", "mul")),
-    KernelRow("table", ("relu", "clamp", "sigmoid", "hardsigmoid", "tanh", "hardswish"), _table),
+    KernelRow("table", TABULATED, _table),
     *(KernelRow(f"max_pool{rank}d", (f"max_pool{rank}d",), _max_pool) for rank in (1, 2, 3)),
     *(
         KernelRow(name, (name,), _average)

@@ -6,7 +6,8 @@ from typing import Any
 
 from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
-from qfunc.engines.onednn import clips, no_post_op, post_op, weight_of
+from qfunc.engines.onednn import clips, weight_of
+from qfunc.engines.post_op import PostOpLiteral, breach, post_op
 from qfunc.ir import Expression, Node, Origin, Ref, TensorFact, Written
 from qfunc.ir.node import NamedArgs
 
@@ -23,23 +24,23 @@ def _weighted(call: Call) -> Plan:
         return weight
     if call.output is None:
         return "the kernel writes quantized tensors only"
-    declined = clips(call.output) or _no_sum(node) or _no_batch(node)
+    declined = clips(call.output) or _no_batch(node)
     if declined:
         return declined
-    post = post_op(node.post, call.output)
-    if post is None:
-        return no_post_op(node.post)
+    post = _post_op(call)
+    if isinstance(post, str):
+        return post
     bias = node.get("bias")
     if not (bias is None or isinstance(bias, Expression)):
         return "its bias is computed by the graph"
-    verdict = call.host.verdict(f"quantized.{node.kind}[{engine}]")
-    if not verdict.ok:
-        return f"the kernel fails its contract on this host: {verdict.reason}"
+    broken = breach(call.host, f"quantized.{node.kind}[{engine}]")
+    if broken:
+        return broken
     args: dict[str, Any] = {
         "weight": weight,
         "bias": bias,
         "output": call.output,
-        "relu": post == "relu",
+        "relu": post == ("relu",),
         "engine": engine,
     }
     if node.kind == "linear":
@@ -50,9 +51,9 @@ def _weighted(call: Call) -> Plan:
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args, **options)
 
 
-def _no_sum(node: Node) -> str:
-    summed = any(post.kind == "add" for post in node.post)
-    return "the kernel has no sum post-op: prepare with backend=X86 for this engine" if summed else ""
+def _post_op(call: Call) -> PostOpLiteral | str:
+    post = post_op(f"quantized.{call.node.kind}", call.node.post, call.output)
+    return f"{post}: prepare with backend=X86 for this engine" if isinstance(post, str) else post
 
 
 def _no_batch(node: Node) -> str:
@@ -73,11 +74,14 @@ def _arithmetic(call: Call) -> Plan:
         return clips(call.output)
     if node.kind == "add" and node.get("alpha") != 1:
         return "the sum is scaled by alpha"
-    post = post_op(node.post, call.output)
-    if post is None:
-        return no_post_op(node.post)
+    post = _post_op(call)
+    if isinstance(post, str):
+        return post
+    broken = breach(call.host, f"quantized.{node.kind}[relu]") if post == ("relu",) else ""
+    if broken:
+        return broken
     codes = tuple(operand.codes for operand in operands)
-    return kernel_node(call, f"quantized.{node.kind}", codes, output=call.output, relu=post == "relu")
+    return kernel_node(call, f"quantized.{node.kind}", codes, output=call.output, relu=post == ("relu",))
 
 
 def _cat(call: Call) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,13 +13,11 @@ from qfunc.edge.kernels.affine import Clamp, Dequantize, Quantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
 from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, output_for, real_values
-from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
-from qfunc.edge.kernels.linear import LinearCall, LinearPostOp, OnednnLinear
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
+from qfunc.edge.kernels.weighted_contracts import weighted_contracts
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.saturation import PairLayout, limit_pair_sums
+from qfunc.numerics.saturation import PairLayout
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
@@ -29,164 +26,6 @@ _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
     3: F.adaptive_avg_pool3d,
 }
 _ZERO_POINTS = (0, 128, 255)
-_INPUT = Affine(0.04, 7)
-_OTHER = Affine(0.7, 131)
-
-
-@dataclass(frozen=True, slots=True)
-class ConvShape:
-    """A convolution worth checking; `weight` is `[out_channels, in_channels / groups]`."""
-
-    in_channels: int
-    out_channels: int
-    kernel: int
-    groups: int = 1
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    size: int = 6
-
-
-CONV_SHAPES = (
-    ConvShape(3, 16, 3, padding=1),
-    ConvShape(16, 24, 1),
-    ConvShape(16, 16, 3, groups=16, padding=1),
-    ConvShape(12, 8, 3, groups=4, stride=2, padding=2, dilation=2),
-    ConvShape(5, 7, 2, stride=2),
-)
-
-
-def weights(shape: tuple[int, ...], layout: PairLayout, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random `int8` weights with their scales, as large as the host's kernels bear; one channel is all maximal."""
-    real = torch.randn(shape, generator=generator)
-    real[0] = 1.0
-    peak = real.abs().flatten(1).amax(1)
-    scale = limit_pair_sums(real, peak / 127, layout)
-    codes = (real / scale.reshape(-1, *[1] * (len(shape) - 1))).round().clamp(-128, 127)
-    return codes.to(torch.int8), scale
-
-
-@dataclass(frozen=True, slots=True)
-class ConvSetup:
-    """Everything of a convolution but its input."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    call: ConvCall
-
-
-def conv_reference(sample: Sample) -> Tensor:
-    """Float64 convolution of the dequantized codes (+ the second operand) (+ ReLU)."""
-    setup: ConvSetup = sample.setup
-    call, weight = setup.call, setup.weight
-    dims = weight.dim() - 2
-    real = real_values(sample.tensors[0], Affine(call.input_scale, call.input_zero_point))
-    scaled = weight.double() * setup.scale.double().reshape(-1, *[1] * (dims + 1))
-    bias = None if setup.bias is None else setup.bias.double()
-    assert not isinstance(call.padding, str)
-    result = _CONV[dims](real, scaled, bias, call.stride, call.padding, call.dilation, call.groups)
-    if len(sample.tensors) > 1:
-        result = result + real_values(sample.tensors[1], _OTHER)
-    return result.relu() if call.post_op == "relu" else result
-
-
-def conv_kernel(sample: Sample) -> Tensor:
-    """The convolution kernel on a sample."""
-    setup: ConvSetup = sample.setup
-    parts = (setup.weight, setup.scale, setup.bias, setup.call)
-    if len(sample.tensors) > 1:
-        return OnednnConvAdd(*parts, _OTHER)(*sample.tensors)  # type: ignore[no-any-return]
-    return OnednnConv(*parts)(*sample.tensors)  # type: ignore[no-any-return]
-
-
-def conv_samples(dims: int, layout: PairLayout, *, add: bool) -> Iterator[Sample]:
-    """Each shape with each awkward input; zero points, bias and post-op take turns."""
-    generator = torch.Generator().manual_seed(dims)
-    turn = 0
-    for shape in CONV_SHAPES:
-        kernel = (shape.kernel,) * dims
-        weight, scale = weights((shape.out_channels, shape.in_channels // shape.groups, *kernel), layout, generator)
-        bias = torch.randn(shape.out_channels, generator=generator)
-        full = (2, shape.in_channels, *(shape.size - axis for axis in range(dims)))
-        for label, codes in adversarial_codes(full, generator):
-            turn += 1
-            call = ConvCall(
-                _INPUT.scale, _ZERO_POINTS[turn % 3], 1.0, 0, "float32",
-                (shape.stride,) * dims, (shape.padding,) * dims, (shape.dilation,) * dims, shape.groups,
-                post_op=("none", "relu")[turn % 2],
-            )  # fmt: skip
-            setup = ConvSetup(weight, scale, bias if turn % 4 else None, call)
-            sample = Sample(f"{shape}, {label}", (codes,), setup, None)
-            size = conv_reference(sample).shape
-            if add:
-                other = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-                sample = replace(sample, tensors=(codes, other))
-            elif turn % 5 == 0:
-                yield sample
-                continue
-            output = output_for(conv_reference(sample))
-            call = replace(call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8")
-            yield replace(sample, setup=replace(setup, call=call), output=output)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearSetup:
-    """Everything of a linear layer but its input."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    call: LinearCall
-
-
-_POST: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-def linear_reference(sample: Sample) -> Tensor:
-    """Float64 linear map of the dequantized codes."""
-    setup: LinearSetup = sample.setup
-    call = setup.call
-    real = real_values(sample.tensors[0], Affine(call.input_scale, call.input_zero_point, call.input_dtype))
-    scaled = setup.weight.double() * setup.scale.double()[:, None]
-    return _POST[call.post_op](F.linear(real, scaled, None if setup.bias is None else setup.bias.double()))
-
-
-def linear_kernel(sample: Sample) -> Tensor:
-    """The linear kernel on a sample."""
-    setup: LinearSetup = sample.setup
-    layer = OnednnLinear(setup.weight, setup.scale, setup.bias, setup.call)
-    return layer(*sample.tensors)  # type: ignore[no-any-return]
-
-
-def linear_samples(layout: PairLayout, post_ops: tuple[LinearPostOp, ...]) -> Iterator[Sample]:
-    """Several ranks and sizes, `uint8` and `int8` activations, code and float32 output."""
-    generator = torch.Generator().manual_seed(4)
-    turn = 0
-    for shape, outs in (((3, 8), 5), ((1, 64), 32), ((2, 5, 33), 7), ((16, 3), 16)):
-        weight, scale = weights((outs, shape[-1]), layout, generator)
-        bias = torch.randn(outs, generator=generator)
-        for label, codes in adversarial_codes(shape, generator):
-            turn += 1
-            signed = turn % 3 == 0
-            x = codes.to(torch.int16).sub_(128).to(torch.int8) if signed else codes
-            zero_point = _ZERO_POINTS[turn % 3] if not signed else (0, -128, 127)[turn % 3]
-            call = LinearCall(
-                0.01, zero_point, 1.0, 0, "float32", "int8" if signed else "uint8", post_ops[turn % len(post_ops)]
-            )
-            setup = LinearSetup(weight, scale, bias if turn % 4 else None, call)
-            sample = Sample(f"{shape} -> {outs}, {label}", (x,), setup, None)
-            if turn % 5 == 0:
-                yield sample
-                continue
-            output = output_for(linear_reference(sample))
-            call = replace(call, output_scale=output.scale, output_zero_point=output.zero_point, output_dtype="uint8")
-            yield replace(sample, setup=replace(setup, call=call), output=output)
 
 
 def every_code(label: str, *shape: int) -> Iterator[tuple[str, Tensor]]:
@@ -310,24 +149,8 @@ def _pools(dims: int) -> Iterator[Contract]:
 
 def onednn_contracts(layout: PairLayout) -> tuple[Contract, ...]:
     """The contracts of engine `"onednn"`, with weights that a host with this pair layout bears."""
-    convs = [
-        Contract(f"onednn.conv{dims}d", conv_kernel, conv_reference, partial(conv_samples, dims, layout, add=False))
-        for dims in (1, 2, 3)
-    ]
-    sums = [
-        Contract(f"onednn.conv{dims}d_add", conv_kernel, conv_reference, partial(conv_samples, dims, layout, add=True))
-        for dims in (1, 2)
-    ]
     return (
-        *convs,
-        *sums,
-        Contract("onednn.linear", linear_kernel, linear_reference, partial(linear_samples, layout, ("none", "relu"))),
-        Contract(
-            "onednn.linear_gelu",
-            linear_kernel,
-            linear_reference,
-            partial(linear_samples, layout, ("gelu", "gelu_tanh")),
-        ),
+        *weighted_contracts(layout),
         *plain_contracts(),
         _binary("onednn.qadd.tensor", partial(_OnednnBinary, "qadd"), torch.add, same_shape=True),
         _binary("onednn.qmul.tensor", partial(_OnednnBinary, "qmul"), torch.mul, same_shape=True),
@@ -349,9 +172,14 @@ def plain_contracts() -> tuple[Contract, ...]:
         ),
         *(contract for dims in (1, 2, 3) for contract in _pools(dims)),
         _unary("mean", lambda a, b: Mean((-1,), a, b), lambda x: x.mean(-1), shapes, all_codes=False),
-        _binary("add", Add, torch.add),
-        _binary("add_relu", partial(Add, post_op="relu"), lambda x, y: torch.relu(x + y)),
-        _binary("mul", Mul, torch.mul),
+        *(
+            contract
+            for name, make, function in (("add", Add, torch.add), ("mul", Mul, torch.mul))
+            for contract in (
+                _binary(name, make, function),
+                _binary(f"{name}[relu]", partial(make, post_op="relu"), partial(_relu_of, function)),
+            )
+        ),
         _binary(
             "cat",
             lambda a, b, o: _Call(Cat((a, b), o, -1)),
@@ -359,6 +187,10 @@ def plain_contracts() -> tuple[Contract, ...]:
             same_shape=True,
         ),
     )
+
+
+def _relu_of(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return function(x, y).relu()
 
 
 class _Call(torch.nn.Module):

@@ -6,23 +6,31 @@ The weight is packed for the exact spatial size it runs at, because oneDNN other
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
+from qfunc.edge.kernels.affine import clamp_codes
 from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator, outside_compile
+from qfunc.edge.kernels.post_op import NO_POST_OP, KernelPostOp, PostOpName
 from qfunc.numerics.grid import Affine
 
-PostOp: TypeAlias = Literal["none", "relu"]
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 
 _prepack = operator("onednn", "qconv_prepack")
 _pointwise = operator("onednn", "qconv_pointwise")
 _binary = operator("onednn", "qconv2d_pointwise", "binary")
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+# What the operators compute, by dimensions: in 1d they run with height 1, since the 1d operator has ReLU only.
+_PLAIN_POST_OPS: tuple[PostOpName, ...] = ("none", "relu", "hardtanh", "hardswish", "silu")
+_HAS: Mapping[int, tuple[PostOpName, ...]] = MappingProxyType({1: _PLAIN_POST_OPS, 2: _PLAIN_POST_OPS, 3: ("none",)})
+_SUM_HAS: Mapping[int, tuple[PostOpName, ...]] = MappingProxyType({1: ("none", "relu"), 2: ("none", "relu")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +51,9 @@ class ConvCall:
     dilation: tuple[int, ...]
     groups: int = 1
     padding_mode: PaddingMode = "zeros"
-    post_op: PostOp = "none"
+    post_op: KernelPostOp = NO_POST_OP
 
     def __post_init__(self) -> None:
-        assert self.post_op in ("none", "relu"), self.post_op
         Affine(self.input_scale, self.input_zero_point)
         output_affine(self.output_scale, self.output_zero_point, self.output_dtype)
 
@@ -66,7 +73,11 @@ class OnednnConv(Kernel):
     (`float32 [out_channels]`); `bias` is `float32 [out_channels]` or None. Input is plain `uint8` in any memory
     format, batched or not; output is plain codes or float32. Within one step of the float convolution of the
     dequantized codes, as long as no pair of products saturates int16 (`qfunc.numerics.saturation`).
+
+    Post-ops: relu, hardtanh, hardswish and silu; in 3d relu and hardtanh.
     """
+
+    _operator_has = _HAS
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, call: ConvCall) -> None:
         super().__init__()
@@ -76,9 +87,10 @@ class OnednnConv(Kernel):
         assert weight.shape[0] % call.groups == 0, "out_channels is a multiple of groups"
         assert len(call.stride) == len(call.dilation) == dims, f"{dims} spatial dimensions"
         self._pad, self._padding = _padding(call, tuple(weight.shape[2:]))
-        # oneDNN has no post-op in 3d, and loses the output's shape on an empty 1d batch.
-        self._finish = dims == 3 and call.post_op == "relu"
-        self._plain = self._pad is None and not self._finish and dims == 2
+        fused = call.post_op.name in self._operator_has[dims]
+        self._clamp = None if fused else _clamp_behind(call)
+        self._post_op = call.post_op if fused else NO_POST_OP
+        self._plain = self._pad is None and self._clamp is None and dims == 2
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of the codes `x`."""
@@ -99,15 +111,19 @@ class OnednnConv(Kernel):
             return self._run(x.unsqueeze(0)).squeeze(0)
         if self._pad is not None:
             x = pad_codes(x, self._pad, self.call)
+        if x.shape[:1] == (0,):
+            return self._empty(x)
+        if self._dims != 1:
+            return self._convolve(x)
+        self._check(x)
+        return self._convolve(x.unsqueeze(2)).squeeze(2)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         entry = self._packs.get(x.shape[2:])
         if entry is None:
             entry = self._packed(x.shape[2:], lambda: self._pack(x))
-        if not x.shape[0]:
-            return self._empty(x)
         out: Tensor = _pointwise(x, *entry)
-        if self._finish:
-            out.clamp_(min=self.call.output_zero_point)
-        return out
+        return out if self._clamp is None else out.clamp_(*self._clamp)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         call, kernel = self.call, self.weight.shape[2:]
@@ -127,29 +143,35 @@ class OnednnConv(Kernel):
                 f"padding {self._padding} cannot take an input of shape {tuple(x.shape)}"
             )
 
-    def _lists(self) -> tuple[list[int], list[int], list[int]]:
-        return list(self.call.stride), list(self._padding), list(self.call.dilation)
+    def _operands(self, x: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The operator's arguments about input and weight, packed for `x` as the operator takes it; then the rest's."""
+        self._check(x.squeeze(2) if self._dims == 1 else x)
+        call, weight = self.call, self.weight
+        stride, padding, dilation = list(call.stride), list(self._padding), list(call.dilation)
+        if self._dims == 1:
+            weight, stride, padding, dilation = weight.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
+        geometry = (stride, padding, dilation, call.groups)
+        scale, zero_point = call.input_scale, call.input_zero_point
+        packed = _prepack(weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        output = (call.output_scale, call.output_zero_point, TORCH_DTYPE[call.output_dtype])
+        return (scale, zero_point, packed, self.weight_scale, zeros), (self.bias, *geometry, *output)
 
     def _pack(self, x: Tensor) -> tuple[Any, ...]:
         """All arguments of the operator after `x`, so that a call is one look-up and one dispatch."""
-        self._check(x)
-        call = self.call
-        geometry = (*self._lists(), call.groups)
-        scale, zero_point = call.input_scale, call.input_zero_point
-        packed = _prepack(self.weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
-        zeros = torch.zeros(self.weight.shape[0], dtype=torch.int64)
-        post_op = "none" if self._finish else call.post_op
-        output = (call.output_scale, call.output_zero_point, TORCH_DTYPE[call.output_dtype])
-        return (scale, zero_point, packed, self.weight_scale, zeros, self.bias, *geometry, *output, post_op, [], "")
+        head, tail = self._operands(x)
+        return (*head, *tail, *self._post_op.operator)
 
     def _empty(self, x: Tensor) -> Tensor:
+        """The result of an empty batch, without asking the operator."""
+        self._check(x)
         shape = (0, self.weight.shape[0], *self._output_size(x))
         return torch.empty(shape, dtype=TORCH_DTYPE[self.call.output_dtype])
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         call, shape = self.call, tuple(self.weight.shape)
-        post_op = "" if call.post_op == "none" else f", {call.post_op}"
+        post_op = "" if call.post_op == NO_POST_OP else f", {call.post_op}"
         mode = "" if call.padding_mode == "zeros" else f" ({call.padding_mode})"
         return (
             f"{shape[1] * call.groups}, {shape[0]}, kernel={shape[2:]}, stride={call.stride}, "
@@ -159,12 +181,14 @@ class OnednnConv(Kernel):
 
 
 class OnednnConvAdd(OnednnConv):
-    """`conv(x) + other`, then ReLU if asked, in one kernel: 1d and 2d, `uint8` output and `uint8` accumulator.
+    """`conv(x) + other`, then a post-op, in one kernel: 1d and 2d, `uint8` output and `uint8` accumulator.
 
     The kernel writes into its accumulator. `overwrite=True` lets it write into `other` itself: only for a caller who
     knows that nobody reads `other` afterwards; else a copy is made. `other` has the shape of the output, or broadcasts
-    to it. In 3d the operator does not exist: use `OnednnConv` and `Add`.
+    to it. In 3d the operator does not exist: use `OnednnConv` and `Add`. Post-ops: relu and hardtanh.
     """
+
+    _operator_has = _SUM_HAS
 
     def __init__(
         self,
@@ -176,8 +200,8 @@ class OnednnConvAdd(OnednnConv):
         *,
         overwrite: bool = False,
     ) -> None:
+        assert weight.dim() - 2 in (1, 2), "1d and 2d only"
         super().__init__(weight, weight_scale, bias, call)
-        assert self._dims in (1, 2), "1d and 2d only"
         assert call.output_dtype == other.dtype == "uint8", "the accumulator is read as uint8"
         self.other = other
         self.overwrite = overwrite
@@ -214,29 +238,31 @@ class OnednnConvAdd(OnednnConv):
             accumulator = other.clone()
         if not x.shape[0]:
             return accumulator
-        return _binary(x, *head, accumulator, *tail)  # type: ignore[no-any-return]
+        out: Tensor = _binary(x, *head, accumulator, *tail)
+        return out if self._clamp is None else out.clamp_(*self._clamp)
 
     def _pack(self, x: Tensor) -> tuple[Any, ...]:
-        flat = x.squeeze(2) if self._dims == 1 else x
-        self._check(flat)
-        call, weight = self.call, self.weight
-        stride, padding, dilation = self._lists()
-        if self._dims == 1:
-            weight, stride, padding, dilation = weight.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
-        geometry = (stride, padding, dilation, call.groups)
-        scale, zero_point = call.input_scale, call.input_zero_point
-        packed = _prepack(weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
-        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
-        head = (scale, zero_point, packed, self.weight_scale, zeros)
-        output = (call.output_scale, call.output_zero_point, torch.uint8, self.other.scale, self.other.zero_point)
-        relu = "relu" if call.post_op == "relu" else None
-        tail: tuple[Any, ...] = (self.bias, *geometry, *output, "sum", 1.0, relu, [], None)
-        size = self._output_size(flat)
-        return head, tail, (weight.shape[0], *((1, *size) if self._dims == 1 else size))
+        head, tail = self._operands(x)
+        name, scalars, _ = self._post_op.operator
+        unary = None if self._post_op == NO_POST_OP else name
+        added = (self.other.scale, self.other.zero_point, "sum", 1.0, unary, scalars, None)
+        size = self._output_size(x.squeeze(2) if self._dims == 1 else x)
+        return head, (*tail, *added), (self.weight.shape[0], *((1, *size) if self._dims == 1 else size))
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{super().extra_repr()}, other={self.other}, overwrite={self.overwrite}"
+
+
+def _clamp_behind(call: ConvCall) -> tuple[float | None, float | None]:
+    """The bounds, in units of the output, of a clamp that does the post-op after rounding: rounding keeps order."""
+    assert call.post_op.name in ("relu", "hardtanh"), f"the kernel has no post-op {call.post_op}"
+    low, high = (0.0, None) if call.post_op.name == "relu" else call.post_op.scalars
+    output = output_affine(call.output_scale, call.output_zero_point, call.output_dtype)
+    if output is None:
+        return low, high
+    codes = clamp_codes(low, high, output)
+    return codes.low, codes.high
 
 
 def _padding(call: ConvCall, kernel: tuple[int, ...]) -> tuple[list[int] | None, tuple[int, ...]]:

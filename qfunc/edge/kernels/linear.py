@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator, outside_compile
 from qfunc.edge.kernels.conv import output_affine
+from qfunc.edge.kernels.post_op import NO_POST_OP, KernelPostOp
 from qfunc.numerics.grid import Affine, CodeDType
-
-LinearPostOp: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh"]
 
 _prepack = operator("onednn", "qlinear_prepack")
 _pointwise = operator("onednn", "qlinear_pointwise")
-
-# (post-op, algorithm): an unknown algorithm string ends the process, so none but these ever reaches the operator.
-_POST_OPS: dict[str, tuple[str, str]] = {
-    "none": ("none", ""),
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +27,9 @@ class LinearCall:
     output_zero_point: int
     output_dtype: OutputDType
     input_dtype: CodeDType = "uint8"
-    post_op: LinearPostOp = "none"
+    post_op: KernelPostOp = NO_POST_OP
 
     def __post_init__(self) -> None:
-        assert self.post_op in _POST_OPS, self.post_op
         Affine(self.input_scale, self.input_zero_point, self.input_dtype)
         output_affine(self.output_scale, self.output_zero_point, self.output_dtype)
 
@@ -48,7 +38,8 @@ class OnednnLinear(Kernel):
     """`linear` over the last dimension of plain codes of any rank of at least 1.
 
     `weight` is `int8 [out_features, in_features]`, symmetric per row with `weight_scale` (`float32 [out_features]`).
-    Packed once: its speed does not depend on the batch it is packed for. Exactness as for `OnednnConv`.
+    Packed once: its speed does not depend on the batch it is packed for. Exactness as for `OnednnConv`. It
+    takes every post-op there is.
     """
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, call: LinearCall) -> None:
@@ -80,15 +71,14 @@ class OnednnLinear(Kernel):
         call = self.call
         packed = _prepack(self.weight, None)
         zeros = torch.zeros(self.weight.shape[0], dtype=torch.int64)
-        post_op, algorithm = _POST_OPS[call.post_op]
         given = (call.input_scale, call.input_zero_point, packed, self.weight_scale, zeros, self.bias)
         output = (call.output_scale, call.output_zero_point, TORCH_DTYPE[call.output_dtype])
-        return (*given, *output, post_op, [], algorithm)
+        return (*given, *output, *call.post_op.operator)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         call = self.call
-        post_op = "" if call.post_op == "none" else f", {call.post_op}"
+        post_op = "" if call.post_op == NO_POST_OP else f", {call.post_op}"
         return (
             f"{self.weight.shape[1]}, {self.weight.shape[0]}{post_op}, scale={call.output_scale:.6g}, "
             f"zero_point={call.output_zero_point}, dtype={call.output_dtype}"

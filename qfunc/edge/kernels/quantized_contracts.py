@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, output_for, real_values
-from qfunc.edge.kernels.contracts import CONV_SHAPES, weights
 from qfunc.edge.kernels.quantized import (
     QUANTIZED_CONV,
     QConvCall,
@@ -20,6 +19,7 @@ from qfunc.edge.kernels.quantized import (
     QuantizedMul,
     TorchEngine,
 )
+from qfunc.edge.kernels.weighted_contracts import CONV_SHAPES, weights
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import PairLayout
 
@@ -38,6 +38,7 @@ class _Layer:
     scale: Tensor
     bias: Tensor | None
     call: QConvCall | None  # None for a linear layer
+    relu: bool
 
 
 def _real(sample: Sample) -> Tensor:
@@ -47,9 +48,10 @@ def _real(sample: Sample) -> Tensor:
     weight = layer.weight.double() * layer.scale.double().reshape(-1, *[1] * (layer.weight.dim() - 1))
     bias = None if layer.bias is None else layer.bias.double()
     if call is None:
-        return F.linear(x, weight, bias)
-    result = _CONV[dims](x, weight, bias, call.stride, call.padding, call.dilation, call.groups)
-    return result.relu() if call.relu else result
+        result = F.linear(x, weight, bias)
+    else:
+        result = _CONV[dims](x, weight, bias, call.stride, call.padding, call.dilation, call.groups)
+    return result.relu() if layer.relu else result
 
 
 def _run(engine: TorchEngine, sample: Sample) -> Tensor:
@@ -58,7 +60,7 @@ def _run(engine: TorchEngine, sample: Sample) -> Tensor:
     assert sample.output is not None
     module: torch.nn.Module
     if layer.call is None:
-        module = QuantizedLinear(*parts, sample.output, engine)
+        module = QuantizedLinear(*parts, sample.output, engine, relu=layer.relu)
     else:
         module = QUANTIZED_CONV[layer.weight.dim() - 2](*parts, layer.call, engine)
     return module(as_quantized(sample.tensors[0], _GIVEN)).int_repr()  # type: ignore[no-any-return]
@@ -78,23 +80,26 @@ def _conv_samples(dims: int, layout: PairLayout) -> Iterator[Sample]:
                 continue
             turn += 1
             relu = turn % 2 == 0
-            layer = _Layer(weight, scale, bias if turn % 3 else None, QConvCall(1.0, 0, *geometry, relu))
+            layer = _Layer(weight, scale, bias if turn % 3 else None, QConvCall(1.0, 0, *geometry, relu), relu)
             sample = Sample(f"{shape}, {label}", (codes,), layer, None)
             output = output_for(_real(sample))
             call = QConvCall(output.scale, output.zero_point, *geometry, relu)
-            layer = _Layer(weight, scale, layer.bias, call)
+            layer = replace(layer, call=call)
             yield Sample(sample.label, (codes,), layer, output)
 
 
 def _linear_samples(layout: PairLayout) -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(4)
+    turn = 0
     for shape, outs in (((3, 8), 5), ((1, 64), 32), ((2, 5, 33), 7)):
         weight, scale = weights((outs, shape[-1]), layout, generator)
         bias = torch.randn(outs, generator=generator)
         for label, codes in adversarial_codes(shape, generator):
             if label == "empty batch":
                 continue
-            sample = Sample(f"{shape} -> {outs}, {label}", (codes,), _Layer(weight, scale, bias, None), None)
+            turn += 1
+            layer = _Layer(weight, scale, bias, None, relu=turn % 2 == 0)
+            sample = Sample(f"{shape} -> {outs}, {label}", (codes,), layer, None)
             yield Sample(sample.label, (codes,), sample.setup, output_for(_real(sample)))
 
 
@@ -109,12 +114,13 @@ def _pairs() -> Iterator[tuple[Tensor, Tensor]]:
     yield x[:, :, :1, :1], y
 
 
-def _binary(name: str, make: type[QuantizedAdd | QuantizedMul]) -> Contract:
+def _binary(name: str, make: type[QuantizedAdd | QuantizedMul], *, relu: bool = False) -> Contract:
     function = torch.add if make is QuantizedAdd else torch.mul
     left, right = Affine(0.05, 128), Affine(0.037, 3)
 
     def reference(sample: Sample) -> Tensor:
-        return function(real_values(sample.tensors[0], left), real_values(sample.tensors[1], right))
+        real = function(real_values(sample.tensors[0], left), real_values(sample.tensors[1], right))
+        return real.relu() if relu else real
 
     def samples() -> Iterator[Sample]:
         for x, y in _pairs():
@@ -124,7 +130,7 @@ def _binary(name: str, make: type[QuantizedAdd | QuantizedMul]) -> Contract:
     def kernel(sample: Sample) -> Tensor:
         assert sample.output is not None
         x, y = as_quantized(sample.tensors[0], left), as_quantized(sample.tensors[1], right)
-        return make(sample.output)(x, y).int_repr()  # type: ignore[no-any-return]
+        return make(sample.output, relu=relu)(x, y).int_repr()  # type: ignore[no-any-return]
 
     return Contract(name, kernel, reference, samples)
 
@@ -166,7 +172,9 @@ def quantized_contracts(layouts: tuple[tuple[TorchEngine, PairLayout], ...]) -> 
             ),
         )
     ]
-    return (*packed, _binary("quantized.add", QuantizedAdd), _binary("quantized.mul", QuantizedMul), _cat())
+    pairs = (("quantized.add", QuantizedAdd), ("quantized.mul", QuantizedMul))
+    plain = (_binary(name, make) for name, make in pairs)
+    return (*packed, *plain, *(_binary(f"{name}[relu]", make, relu=True) for name, make in pairs), _cat())
 
 
 def _conv_contract(engine: TorchEngine, dims: int, layout: PairLayout) -> Contract:
