@@ -43,13 +43,11 @@ def group_problems(model: nn.Module, groups: Groups) -> Iterator[Problem]:
     listed = [name for group in groups for name in group]
     yield from _sizes(groups)
     yield from (UnknownName(name, "module", tuple(known)) for name in dict.fromkeys(listed) if name not in known)
-    repeated = list(_repeated(listed, known))
-    yield from repeated
+    yield from _repeated(listed, known)
     held = _held(model, {id(known[name]) for name in listed if name in known})
     for group in groups:
         if all(name in known for name in group):
-            if not repeated:
-                yield from _shared(group, {"": model, **known}, paths)
+            yield from _shared(group, {"": model, **known}, paths)
             yield from _bound(group, {"": model, **known}, held)
             yield from unmovable([known[name] for name in group], group)
 

@@ -640,7 +640,6 @@ LISTS = (
     ("tensor", ["a.weight", "relu"], UnknownName, ("a.weight",)),
     ("twice in a group", ["a", "relu", "relu"], BadConfig, ("relu", "listed 2 times")),
     ("in two groups", [["a", "relu"], ["b", "relu"]], BadConfig, ("relu", "listed 2 times")),
-    ("part", [["a", "relu"], ["stem", "stem.0"]], BadConfig, ("stem.0", "a part of 'stem'")),
 )
 
 
@@ -656,6 +655,20 @@ def test_one_module_listed_under_two_names():
         (BadConfig, "also.0"),
         (BadConfig, "also.1"),
     ]
+
+
+def test_a_part_of_a_listed_module_is_told():
+    model = sequence(chain((nn.Conv2d, nn.ReLU)), nn.ReLU())
+    told = found_in(fuse_modules(model, [["0", "1"], ["0.0", "0.1"]]))
+    assert [(type(p), p.node) for p in told] == [(BadConfig, "0.0"), (BadConfig, "0.1")]
+    assert told[0].reason == "it is a part of '0', which is listed too"
+
+
+def test_one_relu_for_two_layers():
+    relu = nn.ReLU()
+    told = found_in(fuse_modules(sequence(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu), [["0", "1"], ["2", "3"]]))
+    assert [(type(p), p.node) for p in told] == [(BadConfig, "3"), (CannotFuse, "0 + 1"), (CannotFuse, "2 + 3")]
+    assert "1 is the same module as 3" in told[1].reason
 
 
 def test_all_problems_of_all_groups_are_told_at_once():
