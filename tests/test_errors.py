@@ -27,6 +27,7 @@ from qfunc import (
     convert,
     errors,
     fuse,
+    fuse_modules,
     lower,
     materialize,
     prepare,
@@ -410,6 +411,12 @@ ENGINES = (
     ),
 )
 
+EAGER = (
+    row("order", lambda m: fuse_modules(m.model, ["1", "0"]), ("CannotFuse", "1 + 0", "no fuser is known")),
+    row("training", lambda _: fuse_modules(training(), ["0", "1"]), ("InTrainingMode", "0 + 1", "training mode")),
+    row("in part", lambda _: fuse_modules(partly_training(), ["0", "1"]), ("CannotFuse", "0 + 1", "different modes")),
+)
+
 MAPPING = QConfigMapping()
 ARGUMENTS = (
     row("mapping text", lambda m: quantize(m.model, [X], qconfig_mapping="x"), ("BadConfig", "qconfig_mapping", "'x'")),
@@ -447,7 +454,7 @@ ARGUMENTS = (
     row("fixed", lambda m: trace(m.model, custom=CustomConfig((), (), 3)), ("BadConfig", "concrete_args", "got 3")),
 )
 
-ROWS = (*MODELS, *EXAMPLES, *BATCHES, *CONFIGURATIONS, *ENGINES, *ARGUMENTS)
+ROWS = (*MODELS, *EXAMPLES, *BATCHES, *CONFIGURATIONS, *ENGINES, *EAGER, *ARGUMENTS)
 
 
 def snapshot(made: Stages) -> Any:
@@ -482,6 +489,7 @@ FUNCTIONS: tuple[tuple[str, Callable[[Any], Any], tuple[str, ...]], ...] = (
     ("lower", lower, ("converted",)),
     ("materialize", materialize, ("graph", "prepared", "calibrated", "converted", "lowered")),
     ("quantize", lambda model: quantize(model, [X]), ("model",)),
+    ("fuse_modules", lambda model: fuse_modules(model, ["0", "1"]), ("model",)),
 )
 
 

@@ -131,7 +131,7 @@ class ConvAdd2d(FusedModule):
         super().__init__(conv)
         self.add = add
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """`conv(x) + other`."""
         return self.add(self[0](x), other)
 
@@ -148,6 +148,7 @@ class ConvAddReLU2d(FusedModule):
         self.add = add
         self.relu = relu
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """`relu(conv(x) + other)`."""
-        return self.relu(self.add(self[0](x), other))
+        fused: Tensor = self.relu(self.add(self[0](x), other))
+        return fused

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from qfunc.config.arguments import shown
@@ -42,19 +43,33 @@ def group_problems(model: nn.Module, groups: Groups) -> Iterator[Problem]:
     listed = [name for group in groups for name in group]
     yield from _sizes(groups)
     yield from (UnknownName(name, "module", tuple(known)) for name in dict.fromkeys(listed) if name not in known)
-    repeated = list(_repeated(listed, known))
-    yield from repeated
+    yield from _repeated(listed, known)
     held = _held(model, {id(known[name]) for name in listed if name in known})
     for group in groups:
         if all(name in known for name in group):
-            modules = [known[name] for name in group]
-            if not repeated:
-                yield from _shared(group, {"": model, **known}, paths)
-            for name, module in zip(group, modules, strict=True):
-                for place in held.get(id(module), ()):
-                    reason = f"{name} is also held by the attribute {place}, which would not be replaced"
-                    yield CannotFuse(" + ".join(group), reason, "leave it out, or keep the module in one place only")
-            yield from unmovable(modules, group)
+            yield from _shared(group, {"": model, **known}, paths)
+            yield from _bound(group, {"": model, **known}, held)
+            yield from unmovable([known[name] for name in group], group)
+
+
+def _bound(
+    group: Sequence[str], known: Mapping[str, nn.Module], held: Mapping[int, Sequence[str]]
+) -> Iterator[Problem]:
+    """References to the modules that would not be replaced: compiled code, plain attributes."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in (known[""], *_on_the_way(group, known))):
+        remedy = "fuse the model before it is scripted"
+        yield CannotFuse(" + ".join(group), "it is compiled by TorchScript: no part can be replaced", remedy)
+    for name in group:
+        for place in held.get(id(known[name]), ()):
+            reason = f"{name} is also held by the attribute {place}, which would not be replaced"
+            yield CannotFuse(" + ".join(group), reason, "leave it out, or keep the module in one place only")
+
+
+def _on_the_way(group: Sequence[str], known: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """The modules of the group and all that contain them, but for the model."""
+    for name in group:
+        parts = name.split(".")
+        yield from (known[".".join(parts[: end + 1])] for end in range(len(parts)))
 
 
 def _sizes(groups: Groups) -> Iterator[Problem]:

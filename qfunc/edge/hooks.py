@@ -32,11 +32,14 @@ def unmovable(modules: Sequence[nn.Module], names: Sequence[str]) -> Iterator[Pr
 
     Forward pre-hooks of the first module and forward hooks of the last one have: the fused module takes the same input
     and gives the same output. Those of torch's own weight norms and pruning have not: they make the module's weight.
+    What a parametrization registers is left to whoever fuses a parametrized module.
     """
     for index, (module, name) in enumerate(zip(modules, names, strict=True)):
         for attribute, kind in _KINDS.items():
             at_edge = (attribute in _BEFORE and index == 0) or (attribute in _AFTER and index == len(modules) - 1)
             for hook in getattr(module, attribute, {}).values():
+                if getattr(hook, "__module__", "").startswith("torch.nn.utils.parametriz"):
+                    continue
                 if not at_edge or type(hook).__module__.startswith("torch.nn.utils."):
                     yield CannotFuse(
                         " + ".join(names),

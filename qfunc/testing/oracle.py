@@ -94,7 +94,8 @@ def fuse_modules(
         from torch.ao.quantization import fuse_modules as evaluated
         from torch.ao.quantization import fuse_modules_qat as trained
 
-        fused: nn.Module = (trained if qat else evaluated)(copy.deepcopy(model), modules_to_fuse, **options)
+        function: Any = trained if qat else evaluated
+        fused: nn.Module = function(copy.deepcopy(model), modules_to_fuse, **options)
         return fused
 
 
