@@ -154,6 +154,9 @@ def _features(program: Program) -> set[str]:
             "padding mode": "'reflect'" in text or "'circular'" in text,
             "same padding": "'same'" in text,
             "block": "nn.Sequential" in text,
+            "transposed module": "nn.ConvTranspose" in text,
+            "transposed function": "F.conv_transpose" in text,
+            "output size": "output_size=[" in text,
         }.items()
         if present
     }
@@ -166,6 +169,7 @@ def test_a_hundred_programs_have_every_feature() -> None:
     missing = {
         "in place", "tied", "shared module", "default input", "dict input", "nested output", "size",
         "functional weights", "depthwise", "padding mode", "same padding", "block",
+        "transposed module", "transposed function", "output size",
     } - seen  # fmt: skip
     assert not missing
 

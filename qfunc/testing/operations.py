@@ -83,6 +83,30 @@ def _convolution(draft: Draft, x: str, pick: Pick) -> str:
     return draft.call(f"nn.Conv{n}d({channels}, {outputs}, {kernel}, {options})", x)
 
 
+def _transposed(draft: Draft, x: str, pick: Pick) -> str:
+    _, channels, *sides = draft.shape(x)
+    n = len(sides)
+    groups = pick([g for g in (1, channels, 2) if channels % g == 0])
+    outputs = pick([o for o in (channels, 4, 6) if o % groups == 0])
+    kernel, stride, dilation = pick([2, 3, 1]), pick([1, 2, 3]), pick([1, 2])
+    reach = dilation * (kernel - 1)
+    padding = pick([p for p in (0, 1) if 2 * p <= reach])
+    extra = pick(range(max(stride, dilation)))
+    bias = pick([True, False])
+    options = f"stride={stride}, padding={padding}, output_padding={extra}, groups={groups}, dilation={dilation}"
+    form = pick(["module", "function", "normalized", "output size"])
+    if form == "function":
+        weight = draft.attribute("w", _parameter(channels, outputs // groups, *(kernel for _ in sides)))
+        offset = draft.attribute("b", f"nn.Parameter(torch.randn({outputs}))") if bias else "None"
+        return f"F.conv_transpose{n}d({pick(_WEIGHTED).format(x, weight, offset)}, {options})"
+    layer = f"nn.ConvTranspose{n}d({channels}, {outputs}, {kernel}, {options}, bias={bias})"
+    if form == "normalized":
+        return draft.call(f"nn.Sequential({layer}, nn.BatchNorm{n}d({outputs}))", x)
+    call = draft.call(layer, x)
+    sizes = [(side - 1) * stride - 2 * padding + reach + 1 + min(extra, stride - 1) for side in sides]
+    return call.replace(f"({x})", f"({x}, output_size={sizes})") if form == "output size" else call
+
+
 def _padding_modes(padding: str, reach: int, side: int) -> list[str]:
     widest = (reach + 1) // 2 if padding == "'same'" else int(padding)
     return ["reflect", "replicate", "circular"] if widest < side else []
@@ -245,13 +269,13 @@ def _block(draft: Draft, x: str, pick: Pick) -> str:
 
 _FLOAT_FORMS = (
     "torch.tanh({x})",
-    "F.gelu({x})",
+    "F.mish({x})",
     "torch.softmax({x}, -1)",
     "{x}.softmax(dim=-1)",
-    "F.leaky_relu({x}, 0.1)",
-    "nn.ELU()",
-    "nn.SiLU()",
+    "F.celu({x}, 0.5)",
+    "nn.Softsign()",
     "nn.PReLU()",
+    "nn.PReLU({c})",
     "torch.sin({x})",
     "F.layer_norm({x}, ({last},))",
     "nn.LayerNorm({last})",
@@ -267,13 +291,13 @@ _SPATIAL_FORMS = (
     "F.interpolate({x}, scale_factor=2)",
     "torch.matmul({x}, {x}.transpose(-1, -2))",
     "{x} @ {y}.transpose(-2, -1)",
-    "nn.ConvTranspose{n}d({c}, 4, 2, stride=2)",
     "{x}[:, :, 1:]",
     "{x}[..., 0]",
 )
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("convolution", "conv", _SPATIAL, _convolution),
+    Operation("transposed convolution", "conv_transpose", _SPATIAL, _transposed),
     Operation("linear", "linear", _ANY, _linear),
     Operation("batch_norm", "norm", _ANY, _batch_norm),
     Operation("block", "block", _rank(2, 3, 4, 5), _block),
@@ -287,6 +311,24 @@ OPERATIONS: tuple[Operation, ...] = (
         "{x}.clamp(min=0.0)",
         "{x}.clamp(0, 6)",
         "torch.clip({x}, max=1)",
+    ),
+    _unary(
+        "leaky",
+        "activation",
+        "nn.LeakyReLU(0.1)",
+        "F.leaky_relu({x}, 0.2)",
+        "F.leaky_relu({x}, negative_slope=0.3)",
+        "nn.ELU()",
+        "F.elu({x}, 0.5)",
+    ),
+    _unary(
+        "smooth",
+        "activation",
+        "nn.SiLU()",
+        "F.silu({x})",
+        "nn.GELU()",
+        "F.gelu({x})",
+        "F.gelu({x}, approximate='tanh')",
     ),
     _unary("sigmoid", "sigmoid", "nn.Sigmoid()", "torch.sigmoid({x})", "{x}.sigmoid()", "F.sigmoid({x})"),
     _unary("hardsigmoid", "sigmoid", "nn.Hardsigmoid()", "F.hardsigmoid({x})"),
@@ -340,6 +382,9 @@ IN_PLACE: tuple[str, ...] = (
     "nn.Hardtanh(-0.5, 2.0, inplace=True)",
     "{x}.clamp_(-1, 1)",
     "nn.Hardswish(inplace=True)",
+    "nn.SiLU(inplace=True)",
+    "F.leaky_relu_({x}, 0.1)",
+    "F.elu({x}, inplace=True)",
     "{x}.sigmoid_()",
     "{x}.add_({y})",
     "{x}.mul_(0.5)",

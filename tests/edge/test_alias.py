@@ -55,13 +55,13 @@ SOURCES = {
     "view of the input": "y = x.view(-1)\ny.add_(1)\nreturn x",
     "input augmented": "y = x\ny += 1\nreturn x",
     "read before a write": "y = x * 2\na = y + 1\nb = y.t()\nb.add_(1)\nreturn a, F.relu(a), y",
-    "function switched on": "y = x * 2\nz = y.view(-1)\nF.leaky_relu(y, 0.1, True)\nreturn z",
-    "function switched on by keyword": "y = x * 2\nF.elu(y, inplace=True)\nreturn y",
+    "function switched on": "y = x * 2\nz = y.view(-1)\nF.celu(y, 0.1, True)\nreturn z",
+    "function switched on by keyword": "y = x * 2\nF.selu(y, inplace=True)\nreturn y",
     "function in another order": "y = x * 2\nF.relu(inplace=True, input=y)\nreturn y",
     "positional switch": "y = x * 2\nz = y.t()\nF.relu(y, True)\nreturn z",
     "out": "y = x * 2\nz = y.t()\ntorch.add(x, 1, out=y)\nreturn z, y",
     "two outs": "a, b = x[0] * 2, x[0].long()\ntorch.max(x, 0, out=(a, b))\nreturn a, b",
-    "unknown module": "y = x * 2\nz = y.t()\nself.silu(y)\nreturn z, y",
+    "unknown module": "y = x * 2\nz = y.t()\nself.mish(y)\nreturn z, y",
     "unknown method": "y = x * 2\ny.sub_(1)\nreturn y",
     "fill": "y = x * 2\nz = y[0]\nz.zero_()\nreturn y",
     "dropout is an alias": "y = x * 2\nz = self.drop(y)\nz.add_(1)\nreturn y",
@@ -93,7 +93,7 @@ SOURCES = {
 def _attributes() -> dict[str, object]:
     return {
         "relu": nn.ReLU(inplace=True),
-        "silu": nn.SiLU(inplace=True),
+        "mish": nn.Mish(inplace=True),
         "drop": nn.Dropout(0.5),
         "alpha": nn.AlphaDropout(0.5),
         "same": nn.Identity(),
@@ -145,8 +145,8 @@ def test_what_is_kept_is_marked() -> None:
 
 
 def test_an_unknown_in_place_module_in_a_chain_disturbs_nobody() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU(inplace=True), nn.Conv2d(4, 2, 1)).eval()
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Mish(inplace=True), nn.Conv2d(4, 2, 1)).eval()
     graph = unwrap(trace(net))
-    assert kinds(graph)[1:-1] == ["conv2d", "batch_norm", "torch.nn.SiLU", "conv2d"]
+    assert kinds(graph)[1:-1] == ["conv2d", "batch_norm", "torch.nn.Mish", "conv2d"]
     assert not any(node.aliased for node in graph)
     holds(net, (torch.randn(2, 3, 4, 4),))

@@ -114,8 +114,6 @@ SAMPLES: dict[str, list[Sample]] = {
 for _row in KINDS:
     SAMPLES.setdefault(_row.name, [X])
 
-_CHANNELS = {"Conv": ("weight", 1, 0), "Linear": ("weight", 1, 0)}
-
 
 def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
     """The module of a form with the sample's options and tensors; `None` where it cannot have them."""
@@ -128,21 +126,8 @@ def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
     for key, value in form.fixed:
         if options.pop(key, value) != value or key not in sample:
             return None
-    if "Conv" in form.target:
-        weight, groups = tensors["weight"], options.get("groups", 1)
-        outs, ins = len(weight), weight.shape[1] * groups
-        options |= {
-            "in_channels": outs if "Transpose" in form.target else ins,
-            "out_channels": ins if "Transpose" in form.target else outs,
-            "kernel_size": tuple(weight.shape[2:]),
-            "bias": "bias" in tensors,
-        }
-        options["dilation"] = tuple(v) if isinstance(v := options.get("dilation", 1), list) else v
-    elif "Linear" in form.target:
-        options |= {"in_features": tensors["weight"].shape[1], "out_features": len(tensors["weight"])}
-        options |= {"bias": "bias" in tensors}
-    elif "PReLU" in form.target:
-        options |= {"num_parameters": len(tensors["weight"])}
+    if "weight" in tensors and "BatchNorm" not in form.target:
+        options |= _sizes(form.target, tensors, options)
     elif "BatchNorm" in form.target:
         if sample["input"].dim() not in {1: (2, 3), 2: (4,), 3: (5,)}[int(form.target[-2])]:
             return None
@@ -160,6 +145,26 @@ def constructed(row: Kind, form: Form, sample: Sample) -> nn.Module | None:
         for name, tensor in tensors.items():
             getattr(made, name).copy_(tensor)
     return made
+
+
+def _sizes(target: str, tensors: dict[str, Tensor], options: Sample) -> Sample:
+    """The sizes that the constructor of a layer wants, of its weight's."""
+    outs, *rest = tensors["weight"].shape
+    if "PReLU" in target:
+        return {"num_parameters": outs}
+    if "Linear" in target:
+        return {"in_features": rest[0], "out_features": outs, "bias": "bias" in tensors}
+    ins = rest[0] * options.get("groups", 1)
+    if "Transpose" in target:
+        ins, outs = outs, ins
+    dilation = options.get("dilation", 1)
+    return {
+        "in_channels": ins,
+        "out_channels": outs,
+        "kernel_size": tuple(rest[1:]),
+        "bias": "bias" in tensors,
+        "dilation": tuple(dilation) if isinstance(dilation, list) else dilation,
+    }
 
 
 def _defaults_differ(row: Kind, names: dict[str, str], options: Sample, known: Any) -> bool:
@@ -406,3 +411,25 @@ def test_what_means_something_else_is_left_alone(call) -> None:
     x = t(1, 2, 4, 4)
     graph = unwrap(trace(model, (x,)))
     assert same_bits(unwrap(materialize(graph))(x), model(x))
+
+
+class Upscale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+    def forward(self, x: Tensor, size: list[int] | None) -> Tensor:
+        return self.up(x, size) + self.up(x, output_size=size)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(None, "conv_transpose2d"), ([10, 9], "torch.nn.ConvTranspose2d")], ids=str)
+def test_a_transposed_convolution_to_a_given_size_is_left_alone(size: list[int] | None, kind: str) -> None:
+    class Sized(Upscale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, size)
+
+    model, x = Sized(), t(2, 4, 4, 4)
+    graph = unwrap(trace(model, (x,)))
+    assert [node.kind for node in graph][1:-1] == [kind, kind, "add"]
+    with torch.no_grad():
+        assert same_bits(unwrap(materialize(graph))(x), model(x))
