@@ -136,7 +136,7 @@ class OnednnConv(Kernel):
         )
 
     def _check(self, x: Tensor) -> None:
-        """Refuse another rank or channel count, and what the primitives answer with garbage: they check less than `torch.nn.functional.conv2d`."""
+        """Refuse other ranks, and what the primitives answer with garbage: they check less than `F.conv2d`."""
         channels = self.weight.shape[1] * self.call.groups
         if x.dim() != self._dims + 2 or x.shape[1] != channels or min(self._output_size(x)) < 1:
             raise RuntimeError(
