@@ -151,8 +151,8 @@ def _explained(probe: _Probe, saturates: Callable[[Tensor], Tensor]) -> set[Pair
 
 def _narrowest(explanations: list[set[PairLayout] | None]) -> PairLayout:
     known = [layouts for layouts in explanations if layouts is not None]
-    held = (layout for layout in _NARROWEST_FIRST if all(layout in layouts for layouts in known))
-    return next(held) if known else "any"
+    held: list[PairLayout] = [layout for layout in _NARROWEST_FIRST if all(layout in layouts for layouts in known)]
+    return held[0] if known else _NARROWEST_FIRST[-1]
 
 
 def _saturates(conv: ConvRun, probe: _Probe, rows: Tensor) -> Tensor:

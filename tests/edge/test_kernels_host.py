@@ -1,5 +1,6 @@
 """The host report, and the limits on weights that follow from it."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -66,7 +67,7 @@ print(repr(report))
             capture_output=True,
             text=True,
             check=True,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."},
         ).stdout
         for seed in ("1", "2")
     }
