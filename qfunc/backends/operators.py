@@ -20,7 +20,9 @@ _SIGMOID_METHODS = frozenset({".hardsigmoid", ".hardsigmoid_", ".sigmoid", ".sig
 _SHARED_KINDS = ("clamp", "relu", "cat", "flatten", "mean", "permute", "reshape", "squeeze")
 _SHARED_METHODS = ("clamp", "mean", "permute", "reshape", "relu", "relu_", "squeeze")
 
-LAYERS = OperatorConfig(("conv1d", "conv2d", "conv3d", "linear"), Observation.OWN)
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+LAYERS = OperatorConfig(("conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED), Observation.OWN)
 BINARIES = OperatorConfig(("add", "mul"), Observation.BY_TENSORS, forms=ADDS | MULS)
 SHARED = OperatorConfig(
     (*_POOLS, *_SHARED_KINDS, "identity", "transpose", "unsqueeze", "contiguous"),
@@ -36,9 +38,10 @@ NATIVE_OPERATORS = (
     LAYERS,
     BINARIES,
     OperatorConfig(
-        ("hardswish", "dropout"),
+        ("elu", "hardswish", "leaky_relu", "dropout"),
         Observation.OWN,
-        forms=modules("Hardswish", "Dropout") | {f"{F}.hardswish", f"{F}.dropout"},
+        forms=modules("ELU", "Hardswish", "LeakyReLU", "Dropout")
+        | {f"{F}.{name}" for name in ("elu", "hardswish", "leaky_relu", "dropout")},
     ),
     OperatorConfig(("batch_norm",), Observation.OWN, forms=modules("BatchNorm2d", "BatchNorm3d")),
     OperatorConfig(
@@ -71,10 +74,11 @@ EXECUTORCH_OPERATORS = with_dtypes(
     BINARIES,
     OperatorConfig(("batch_norm",), Observation.OWN, forms=modules("BatchNorm2d")),
     OperatorConfig(
-        ("adaptive_avg_pool2d", "max_pool2d", *_SHARED_KINDS),
+        ("adaptive_avg_pool2d", "max_pool2d", "elu", "leaky_relu", *_SHARED_KINDS),
         Observation.SHARED,
-        forms=modules("AdaptiveAvgPool2d", "Flatten", "Hardtanh", "MaxPool2d", "ReLU6")
-        | {f"{F}.{name}" for name in ("adaptive_avg_pool2d", "hardtanh", "max_pool2d", "relu", "relu6")}
+        forms=modules("AdaptiveAvgPool2d", "ELU", "Flatten", "Hardtanh", "LeakyReLU", "MaxPool2d", "ReLU6")
+        | {f"{F}.{name}" for name in ("adaptive_avg_pool2d", "elu", "hardtanh", "leaky_relu", "leaky_relu_")}
+        | {f"{F}.{name}" for name in ("max_pool2d", "relu", "relu6")}
         | {
             f"torch.{name}"
             for name in ("cat", "concat", "concatenate", "clamp", "flatten", "mean", "permute", "squeeze")

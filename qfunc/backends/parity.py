@@ -1,13 +1,17 @@
 """The reference's backends and their default configurations, for parity.
 
-Only the ways of writing that the reference lists are fused and quantized. Of what it quantizes, these leave float what
-the vocabulary does not know (layer norms, softmax, embeddings, ...), the transposed convolutions and the activations
-ELU, leaky ReLU and PReLU where they are not fused.
+Only the ways of writing that the reference lists are fused and quantized. Left float, unlike there, are PReLU and what
+the vocabulary does not know: layer, group and instance norms, softmax, matmul, embeddings, recurrent layers and more.
+Transposed convolutions are quantized as there, and no engine has a kernel for them yet. The reference's bounds on the
+scales and ranges of `int8` activations and their weights (qnnpack, executorch) are not checked.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
+from torch.nn import functional
 
 from qfunc.backends.fusions import EXECUTORCH_FUSIONS, NATIVE_FUSIONS, ONEDNN_FUSIONS, TENSORRT_FUSIONS
 from qfunc.backends.operators import (
@@ -22,11 +26,20 @@ from qfunc.config.qconfig import QConfig, QConfigMapping
 from qfunc.numerics.observers import Histogram, MinMax, Observer, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED, QuantSpec
 
+_TRANSPOSED = (
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+)
 _LEAST_SCALE = 2.0**-12
 
 
 def _mapping(activation: QuantSpec, weight: Observer[Any]) -> QConfigMapping:
-    return QConfigMapping().set_global(QConfig(Histogram(activation), weight))
+    """One configuration for all, but one scale for the weight of a transposed convolution."""
+    mapping, per_tensor = QConfigMapping().set_global(QConfig(Histogram(activation), weight)), MinMax(INT8_SYMMETRIC)
+    if isinstance(weight, PerChannelMinMax):
+        for form in _TRANSPOSED:
+            mapping = mapping.set_object_type(form, QConfig(Histogram(activation), per_tensor))
+    return mapping
 
 
 _SEVEN_BITS = _mapping(UINT8_REDUCED, PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL))
