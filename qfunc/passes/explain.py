@@ -125,7 +125,7 @@ def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
 
 def _row(fused: Fused, *, qat: bool) -> FusedChain:
     kinds = [part.kind for part in fused.parts] if len(fused.parts) > 1 else fused.pattern.split(" + ")
-    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat, rank=_rank(fused.parts[0]))
+    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat, rank=_rank(fused.node))
     return FusedChain(fused.node.id, fused.pattern, tuple(part.place for part in fused.parts), module)
 
 
