@@ -19,7 +19,7 @@ names of source tensors, which are read at materialization and refused if they c
 shares their memory until either side writes (copy on write).
 """
 
-from qfunc.backends import CPU, X86
+from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -51,6 +51,12 @@ from qfunc.result import QuantException, R, unwrap
 
 __all__ = [
     "CPU",
+    "EXECUTORCH",
+    "FBGEMM",
+    "NATIVE",
+    "ONEDNN",
+    "QNNPACK",
+    "TENSORRT",
     "X86",
     "Calibrated",
     "Comparison",

@@ -125,7 +125,7 @@ def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
 
 def _row(fused: Fused, *, qat: bool) -> FusedChain:
     kinds = [part.kind for part in fused.parts] if len(fused.parts) > 1 else fused.pattern.split(" + ")
-    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat)
+    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat, rank=_rank(fused.node))
     return FusedChain(fused.node.id, fused.pattern, tuple(part.place for part in fused.parts), module)
 
 
@@ -135,8 +135,15 @@ _NAMES = {
 }  # fmt: skip
 
 
-def module_name(kinds: list[str], *, qat: bool) -> str:
+def _rank(root: Node) -> str:
+    """How a batch norm's module is called after its rank, which its kind does not tell."""
+    return root.origin.type[-2:] if root.origin.type.startswith("torch.nn.BatchNorm") else ""
+
+
+def module_name(kinds: list[str], *, qat: bool, rank: str = "") -> str:
     """The field's name of the module that a chain of kinds amounts to; for training its batch norm stays in it.
+
+    `rank` is that of a root whose kind is the same for every rank.
 
     >>> kinds = ["conv2d", "batch_norm", "relu"]
     >>> module_name(kinds, qat=False), module_name(kinds, qat=True)
@@ -145,7 +152,7 @@ def module_name(kinds: list[str], *, qat: bool) -> str:
     root, *rest = kinds
     if root in ("dropout", "identity"):
         return "-"
-    stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, "")
+    stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, rank)
     first = {"conv": "Conv", "conv_transpose": "ConvTranspose", "batch_norm": "BN"}.get(stem) or _NAMES.get(stem, stem)
     kept = [kind for kind in rest if qat or kind != "batch_norm"]
     if root == "linear" and "batch_norm" in kept:
