@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact
+from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, users
 from qfunc.ir.node import Fact, NamedArgs
 from qfunc.params import FoldBatchNorm, Load
 
@@ -101,9 +101,9 @@ def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, bef
 # A norm before a layer ------------------------------------------------------------------------------------------------
 
 
-def fold_norms_before(graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
+def fold_norms_before(graph: Graph, allowed: Allowed, report: Report) -> Graph:
     """Fold each batch norm that stands before a convolution or linear layer into that layer, where this is exact."""
-    draft = Draft(graph)
+    draft, used = Draft(graph), users(graph)
     for node in graph:
         if node.kind not in (*CONVOLUTIONS, "linear") or node.aliased:
             continue
@@ -115,7 +115,7 @@ def fold_norms_before(graph: Graph, users: Mapping[str, tuple[str, ...]], allowe
             or not allowed(f"batch_norm + {node.kind}", (norm, node))
         ):
             continue
-        reason = hindrance_before(norm, node, len(users[norm.id]))
+        reason = hindrance_before(norm, node, len(used[norm.id]))
         if reason:
             draft.note(norm.id, f"not folded into {node.place}: {reason}")
             continue
@@ -157,24 +157,33 @@ def _pads_zeros(convolution: Node) -> bool:
 # A norm behind an average pool ----------------------------------------------------------------------------------------
 
 
-def move_norms_before_pools(
-    graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report
-) -> Graph:
-    """Have each batch norm behind an average change places with it, where a layer then stands before the norm.
+def move_norms_before_pools(graph: Graph, allowed: Allowed, report: Report) -> Graph:
+    """Have each batch norm behind an average change places with it, where it is then folded into the layer before.
 
     An average over positions whose weights sum to 1 commutes with what is affine in each channel.
     """
+    while (moved := _moved_once(graph, users(graph), allowed, report)) is not graph:
+        graph = moved  # a norm behind the one that moved now follows the pool itself
+    return graph
+
+
+def _moved_once(graph: Graph, used: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
     draft = Draft(graph)
     for norm in graph:
         pool = _producer(graph, norm) if norm.kind == "batch_norm" else None
         before = None if pool is None else _producer(graph, pool)
         if pool is None or before is None or norm.aliased or pool.aliased:
             continue
-        if not allowed(f"{pool.kind} + batch_norm", (pool, norm)):
+        if (
+            len(used[pool.id]) != 1
+            or not _averages(pool, before)
+            or not allowed(f"{pool.kind} + batch_norm", (pool, norm))
+        ):
             continue
-        layer = _layer_before(graph, users, pool)
-        moves = layer is not None and len(users[pool.id]) == 1 and _averages(pool, before)
-        if layer is None or not moves or isinstance(folded(layer, layer.args, norm), str):
+        layer, *norms = _chain_before(graph, used, pool) or (None,)
+        if layer is None or any(isinstance(folded(layer, layer.args, each), str) for each in (*norms, norm)):
+            continue
+        if not allowed(f"{layer.kind} + batch_norm", (layer, *norms, norm)):
             continue
         early = draft.fresh(f"{norm.id}_{pool.kind}")
         moved = Node(early, "batch_norm", norm.args, origin=norm.origin, fact=before.fact)
@@ -186,14 +195,16 @@ def move_norms_before_pools(
     return draft.commit()
 
 
-def _layer_before(graph: Graph, users: Mapping[str, tuple[str, ...]], pool: Node) -> Node | None:
-    """The layer that a norm before the pool would be folded into: nothing but norms lies between."""
+def _chain_before(graph: Graph, used: Mapping[str, tuple[str, ...]], pool: Node) -> tuple[Node, ...]:
+    """The layer that a norm before the pool would be folded into, and the norms between; empty where there is none."""
+    norms: tuple[Node, ...] = ()
     node = _producer(graph, pool)
-    while node is not None and len(users[node.id]) == 1 and not (node.aliased or node.post):
+    while node is not None and len(used[node.id]) == 1 and not (node.aliased or node.post):
         if node.kind in (*CONVOLUTIONS, *TRANSPOSED):
-            return node
+            return (node, *norms) if isinstance(node.get("weight"), Load) else ()
+        norms = (node, *norms)
         node = _producer(graph, node) if node.kind == "batch_norm" else None
-    return None
+    return ()
 
 
 def _averages(pool: Node, averaged: Node) -> bool:

@@ -47,7 +47,7 @@ class Fused:
 class Fusing:
     """One run over one graph.
 
-    Without `call_fuser` the user's fusions are matched and not made. What is `allowed` by the user's switches is tried:
+    Without `call_fuser` the user's modules are not made. What the user's switches allow is tried:
     the user's patterns first, in their order, then the longest of the backend's.
     """
 
@@ -64,18 +64,21 @@ class Fusing:
         self.missed: dict[str, NoMatch] = {}
         self.problems: list[Problem] = []
         self._graph, self._backend, self._custom, self._qat, self._call_fuser = graph, backend, custom, qat, call_fuser
+        self._names = frozenset(pattern_names(backend, custom))
 
     def run(self) -> Graph:
         """The fused graph."""
-        graph, backend = self._graph, self._backend
+        graph, backend = self._owned(self._graph), self._backend
         if backend.drop_identities:
-            graph = self._without_identities(graph)
+            whole, graph = graph, self._without_identities(graph)
+            # What an identity parted is one chain now, for the user's patterns as well.
+            graph = graph if graph is whole else self._owned(graph)
         move = backend.move_norms and not self._qat
         if move and any(node.kind == "batch_norm" for node in graph):
-            graph = move_norms_before_pools(graph, users(graph), self._allowed, self._report)
+            graph = move_norms_before_pools(graph, self._allowed, self._report)
         graph = self._chains(graph)
         if move and any(node.kind == "batch_norm" for node in graph):
-            graph = fold_norms_before(graph, users(graph), self._allowed, self._report)
+            graph = fold_norms_before(graph, self._allowed, self._report)
         return graph
 
     def _report(self, node: Node, pattern: str, parts: tuple[Node, ...], *, own: bool = False) -> None:
@@ -85,7 +88,7 @@ class Fusing:
 
     def _allowed(self, pattern: str, nodes: Sequence[Node]) -> bool:
         custom = self._custom
-        if pattern in custom.unfused_patterns:
+        if pattern not in self._names or pattern in custom.unfused_patterns:
             return False
         names = custom.unfused_names
         return not names or not any(_within(node.origin.module, name) for node in nodes for name in names)
@@ -94,7 +97,10 @@ class Fusing:
         """The graph without identity, and for evaluation without dropout, so that they part no chain."""
         draft = Draft(graph)
         for node in graph:
-            if node.kind in _DROPPED[self._qat :] and not node.aliased and self._allowed(node.kind, (node,)):
+            if node.kind not in _DROPPED[self._qat :] or node.aliased or not self._allowed(node.kind, (node,)):
+                continue
+            # Whether a dropout drops may be an input of the model.
+            if node.kind == "identity" or node.get("training") is False:
                 draft.redirect(node.id, next(node.uses()))
                 draft.erase([node.id])
                 self._report(node, node.kind, (node,))
@@ -104,21 +110,11 @@ class Fusing:
 
     def _chains(self, graph: Graph) -> Graph:
         draft, used, taken = Draft(graph), users(graph), set[str]()
-        objects = dict[str, Opaque]()
-        for fusion in custom_fusions(self._backend, self._custom):
-            pattern = compiled(fusion)
-            for node in graph:
-                found = match(graph, used, pattern, node)
-                if not isinstance(found, Match) or not taken.isdisjoint(n.id for n in found.nodes):
-                    continue
-                if self._allowed(pattern.name, found.nodes) and self._own(draft, graph, found, fusion, objects):
-                    taken.update(n.id for n in found.nodes)
         by_root = patterns_by_root(self._backend)
         for node in graph:
             if node.id not in taken and node.kind in by_root and not node.post and not _is_folded(node):
                 taken.update(self._chain(draft, graph, by_root[node.kind], used, taken, node))
-        made = draft.commit()
-        return replace(made, objects=made.objects.update(objects)) if objects else made
+        return draft.commit()
 
     def _chain(
         self,
@@ -203,6 +199,21 @@ class Fusing:
 
     # the user's own ---------------------------------------------------------------------------------------------------
 
+    def _owned(self, graph: Graph) -> Graph:
+        """The graph with the matches of the user's patterns made one node each."""
+        draft, used, taken = Draft(graph), users(graph), set[str]()
+        objects = dict[str, Opaque]()
+        for fusion in custom_fusions(self._backend, self._custom):
+            pattern = compiled(fusion)
+            for node in graph:
+                found = match(graph, used, pattern, node)
+                if not isinstance(found, Match) or not taken.isdisjoint(n.id for n in found.nodes):
+                    continue
+                if self._allowed(pattern.name, found.nodes) and self._own(draft, graph, found, fusion, objects):
+                    taken.update(n.id for n in found.nodes)
+        made = draft.commit()
+        return replace(made, objects=made.objects.update(objects)) if objects else made
+
     def _own(self, draft: Draft, graph: Graph, found: Match, fusion: CustomFusion, objects: dict[str, Opaque]) -> bool:
         """Put the module that a user's fuser makes in place of a match; `False` when it cannot be."""
         nodes, last = nested(graph, found), found.nodes[-1]
@@ -217,21 +228,20 @@ class Fusing:
             self.problems.append(problem)
             return False
         self._report(last, found.pattern.name, found.nodes, own=True)
-        if self._call_fuser is None:
-            return True
-        made = self._call_fuser(graph, fusion, nodes, root, self._qat)
-        if isinstance(made, Failure):
-            self.problems.append(made.failure())
-            return False
-        token = Token(f"fused:{last.id}")
-        objects[token.id] = made.unwrap()
+        token, origin = Token(f"fused:{last.id}"), root.origin
+        if self._call_fuser is not None:
+            made = self._call_fuser(graph, fusion, nodes, root, self._qat)
+            if isinstance(made, Failure):
+                self.problems.append(made.failure())
+                return False
+            objects[token.id] = made.unwrap()
+            origin = Origin(root.origin.module, type_name(type(made.unwrap().value)), line=root.origin.line)
         written = root.origin.written
         assert written is not None
         inputs = tuple(root.get(name) for name in written.args) + tuple(Ref(node.id) for node in extra)
         keywords = tuple((keyword, root.get(name)) for keyword, name in written.kwargs)
         args: NamedArgs = (("module", token), ("inputs", inputs), ("keywords", keywords))
         draft.erase(n.id for n in found.nodes if n.id != last.id)
-        origin = Origin(root.origin.module, type_name(type(made.unwrap().value)), line=root.origin.line)
         draft.put(Node(last.id, "owned", args, origin=origin, fact=last.fact))
         return True
 
@@ -280,6 +290,11 @@ def _wrong_root(
     if root.origin.written.op != "call_module":
         reason = f"its root {root.id!r} is no call of a module"
         return CannotFuse(root.place, reason, f"give {fusion.name} a root_node_getter that returns a call of a module")
+    if not matched.isdisjoint(root.uses()):
+        reason = "its root is called with a value that is a part of the match"
+        return CannotFuse(
+            root.place, reason, f"give {fusion.name} a root_node_getter that returns where a chain starts"
+        )
     position = {id: index for index, id in enumerate(graph.order)}
     last = position[found.nodes[-1].id]
     if not all(isinstance(n, Node) and n.id not in matched and position.get(n.id, last) < last for n in extra):
