@@ -11,6 +11,7 @@ from qfunc.params import FoldBatchNorm, Load
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+NOT_FOLDED = "not folded into"
 _REAL = ("float32", "float64", "float16", "bfloat16")
 
 Allowed: TypeAlias = Callable[[str, tuple[Node, ...]], bool]
@@ -37,11 +38,20 @@ def misaligned(root: Node, norm: Node) -> str:
             return "a batch norm acts on axis 1, and the linear's shape is unknown: trace with example_inputs"
         if len(root.fact.shape) != 2:
             return f"a batch norm acts on axis 1, and the linear's output has its features in the last of {_rank(root)}"
-    elif isinstance(root.fact, TensorFact) and len(root.fact.shape) != int(root.kind[-2]) + 2:
+    elif not _is_batched(root.fact, root, norm):
         return "a batch norm acts on axis 1, and the convolution's output has no batch axis"
     if features is not None and channels is not None and features != channels:
         return f"the batch norm has {features} features, the layer {channels} output channels"
     return ""
+
+
+def _is_batched(fact: Fact, convolution: Node, norm: Node) -> bool:
+    """Whether a convolution's value, of which `fact` tells, has a batch axis; else a norm's module tells its rank."""
+    rank = int(convolution.kind[-2])
+    if isinstance(fact, TensorFact):
+        return len(fact.shape) == rank + 2
+    written = norm.origin.written
+    return written is None or written.op != "call_module" or norm.origin.type == f"torch.nn.BatchNorm{rank}d"
 
 
 def _rank(node: Node) -> str:
@@ -117,7 +127,7 @@ def fold_norms_before(graph: Graph, allowed: Allowed, report: Report) -> Graph:
             continue
         reason = hindrance_before(norm, node, len(used[norm.id]))
         if reason:
-            draft.note(norm.id, f"not folded into {node.place}: {reason}")
+            draft.note(norm.id, f"{NOT_FOLDED} {node.place}: {reason}")
             continue
         args = _with_norm(node.args, norm, transpose=False, groups=_groups(node), before=True)
         turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
@@ -140,10 +150,10 @@ def hindrance_before(norm: Node, layer: Node, readers: int) -> str:
         return reason
     shape, fact = _shape(weight), norm.fact
     channels = None if shape is None else shape[1] * _groups(layer)
-    rank = 2 if layer.kind == "linear" else int(layer.kind[-2]) + 2
     if layer.kind != "linear" and _pads_zeros(layer):
         return "the convolution pads with zeros, which the batch norm does not see"
-    if not (isinstance(fact, TensorFact) and len(fact.shape) == rank) and (fact is not None or layer.kind == "linear"):
+    known = isinstance(fact, TensorFact) and len(fact.shape) == 2
+    if not (known if layer.kind == "linear" else _is_batched(fact, layer, norm)):
         return "a batch norm acts on axis 1, which is not known to be the layer's input channels"
     return "" if features_of(norm) == channels else "its features are not the layer's input channels"
 
@@ -218,10 +228,12 @@ def _averages(pool: Node, averaged: Node) -> bool:
 
 
 def _keeps_channels(mean: Node, fact: Fact) -> bool:
-    """Whether a mean is over axes behind the channels; negative ones tell where the shape is known."""
+    """Whether a mean is over axes that are known to stand behind the channels."""
     dim = mean.get("dim")
     dims = dim.items if isinstance(dim, ListArg) else dim if isinstance(dim, tuple) else (dim,)
-    rank = len(fact.shape) if isinstance(fact, TensorFact) else 0
+    if not isinstance(fact, TensorFact):
+        return False
+    rank = len(fact.shape)
     return all(isinstance(axis, int) and (axis if axis >= 0 else axis + rank) >= 2 for axis in dims)
 
 

@@ -29,6 +29,7 @@ from qfunc.passes.fold import (
 from qfunc.result import R
 
 _DROPPED = ("dropout", "identity")
+FUSED_ELSEWHERE = "is fused with the other operator that it reads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Fused:
 class Fusing:
     """One run over one graph.
 
+    `problems` are the user's functions' faults, `unfit` the parts that cannot be trained together as they stand.
     Without `call_fuser` the user's modules are not made. What the user's switches allow is tried:
     the user's patterns first, in their order, then the longest of the backend's.
     """
@@ -63,6 +65,7 @@ class Fusing:
         self.fused: list[Fused] = []
         self.missed: dict[str, NoMatch] = {}
         self.problems: list[Problem] = []
+        self.unfit: list[Problem] = []
         self._graph, self._backend, self._custom, self._qat, self._call_fuser = graph, backend, custom, qat, call_fuser
         self._names = frozenset(pattern_names(backend, custom))
 
@@ -111,6 +114,8 @@ class Fusing:
     def _chains(self, graph: Graph) -> Graph:
         draft, used, taken = Draft(graph), users(graph), set[str]()
         by_root = patterns_by_root(self._backend)
+        if self._qat:  # two norms in a row train apart
+            by_root = {kind: [_once(pattern) for pattern in patterns] for kind, patterns in by_root.items()}
         for node in graph:
             if node.id not in taken and node.kind in by_root and not node.post and not _is_folded(node):
                 taken.update(self._chain(draft, graph, by_root[node.kind], used, taken, node))
@@ -126,7 +131,7 @@ class Fusing:
         root: Node,
     ) -> tuple[str, ...]:
         """Apply the first pattern that fits; gives the ids of its nodes."""
-        misses: list[NoMatch] = []
+        misses, declined = list[NoMatch](), list[NoMatch]()
         for pattern in patterns:
             found = match(graph, used, pattern, root)
             if isinstance(found, NoMatch):
@@ -138,31 +143,31 @@ class Fusing:
                 draft.put(made)
                 self._report(made, pattern.name, found.nodes)
                 return tuple(n.id for n in found.nodes)
-            misses.append(NoMatch(found.nodes[-1].id, made, len(found.parts)))
-        self.missed[root.id] = _deepest(misses)
+            declined.append(made)
+        # Only what matched whole was looked at closely: its reason says more.
+        self.missed[root.id] = _deepest(declined or misses)
         return ()
 
-    def _made(self, graph: Graph, found: Match, taken: set[str]) -> Node | str:
-        """The fused node, or why a part of the match declines."""
-        if self._qat and not found.pattern.trains:
-            return "this pattern is for evaluation only"
-        if not taken.isdisjoint(n.id for n in found.nodes):
-            return "a part of it is fused with another operator"
-        if not self._allowed(found.pattern.name, found.nodes):
-            return "the custom configuration leaves it unfused"
+    def _made(self, graph: Graph, found: Match, taken: set[str]) -> Node | NoMatch:
+        """The fused node, or which part of the match declines and why."""
         root, last = found.nodes[0], found.nodes[-1]
+        if self._qat and not found.pattern.trains:
+            return NoMatch(root.id, f"{found.pattern.name} is fused for evaluation only", len(found.parts))
+        if not self._allowed(found.pattern.name, found.nodes):
+            reason = f"the custom configuration leaves {found.pattern.name} unfused here"
+            return NoMatch(root.id, reason, len(found.parts))
         args, post = root.args, root.post
-        for part in found.parts[1:]:
+        for depth, part in enumerate(found.parts[1:], 1):
+            if part.node.id in taken:
+                return NoMatch(part.node.id, FUSED_ELSEWHERE, depth)
             behind = self._behind(graph, root, args, part)
             match behind:
                 case str():
-                    return behind
+                    return NoMatch(part.node.id, behind, depth)
                 case PostOp():
                     post = (*post, behind)
                 case _:
                     args = behind
-        if self._qat and sum(p.kind == "batch_norm" for p in post) > 1:
-            return "two batch norms in a row train apart"
         return Node(last.id, root.kind, args, post, root.origin, last.fact)
 
     def _behind(self, graph: Graph, root: Node, args: NamedArgs, part: Matched) -> NamedArgs | PostOp | str:
@@ -187,15 +192,16 @@ class Fusing:
         place = f"{root.place} + {norm.place}"
         if reason:
             remedy = "give the batch norm as many features as the layer has output channels"
-            self.problems.append(CannotFuse(place, reason, remedy))
+            self.unfit.append(CannotFuse(place, reason, remedy))
         if _trains(graph, root) is not (norm.get("training") is True):
             modes = tuple(
                 "training" if trains else "evaluation" for trains in (_trains(graph, root), norm.get("training"))
             )
             why = f"the layer is in {modes[0]} mode, the batch norm in {modes[1]} mode"
             remedy = "put both in one mode before tracing, or leave them apart: CustomConfig(unfused_names=...)"
-            self.problems.append(CannotFuse(place, why, remedy))
-        return ""
+            self.unfit.append(CannotFuse(place, why, remedy))
+            return reason or why
+        return reason
 
     # the user's own ---------------------------------------------------------------------------------------------------
 
@@ -261,6 +267,10 @@ def patterns_by_root(backend: BackendConfig) -> dict[str, list[Pattern]]:
     return by_root
 
 
+def _once(pattern: Pattern) -> Pattern:
+    return replace(pattern, steps=tuple(replace(step, repeats=False) for step in pattern.steps))
+
+
 def pattern_names(backend: BackendConfig, custom: CustomConfig) -> tuple[str, ...]:
     """The names of all patterns that may apply."""
     names = [fusion.name for fusion in (*custom.fusions, *backend.fusions)]
@@ -285,7 +295,8 @@ def _wrong_root(
     """Why the nodes that a user's getters gave cannot be the fused module's root and inputs."""
     matched = {node.id for node in found.nodes}
     if not isinstance(root, Node) or root.id not in matched or root.origin.written is None:
-        reason = f"the root must be one of the matched nodes, not {root!r}"
+        given = repr(root.id) if isinstance(root, Node) else repr(root)
+        reason = f"the root must be one of the matched nodes, not {given}"
         return CannotFuse(found.nodes[-1].place, reason, f"give {fusion.name} a root_node_getter that returns one")
     if root.origin.written.op != "call_module":
         reason = f"its root {root.id!r} is no call of a module"
