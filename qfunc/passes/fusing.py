@@ -199,7 +199,9 @@ class Fusing:
             )
             why = f"the layer is in {modes[0]} mode, the batch norm in {modes[1]} mode"
             remedy = "put both in one mode before tracing, or leave them apart: CustomConfig(unfused_names=...)"
-            self.unfit.append(CannotFuse(place, why, remedy))
+            # A function is told its mode where it is called, and may well mean it.
+            if norm.origin.written is not None and norm.origin.written.op == "call_module":
+                self.unfit.append(CannotFuse(place, why, remedy))
             return reason or why
         return reason
 
