@@ -163,7 +163,7 @@ def module_name(kinds: list[str], *, qat: bool) -> str:
         return "nothing"
     if rest == ["batch_norm"] and not root.startswith(("conv", "linear")):
         return f"batch_norm, then {root}"
-    if root == "batch_norm" and rest[0].startswith(("conv", "linear")):
+    if root == "batch_norm" and any(kind.startswith(("conv", "linear")) for kind in rest):
         return module_name(rest, qat=qat)
     stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, "")
     first = {"conv": "Conv", "conv_transpose": "ConvTranspose", "batch_norm": "BN"}.get(stem) or _NAMES.get(stem, stem)

@@ -114,27 +114,24 @@ def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, bef
 def fold_norms_before(graph: Graph, allowed: Allowed, report: Report) -> Graph:
     """Fold each batch norm that stands before a convolution or linear layer into that layer, where this is exact."""
     draft, used = Draft(graph), users(graph)
-    for node in graph:
-        if node.kind not in (*CONVOLUTIONS, "linear") or node.aliased:
-            continue
-        norm = _producer(graph, node)
-        if (
-            norm is None
-            or norm.kind != "batch_norm"
-            or norm.post
-            or not allowed(f"batch_norm + {node.kind}", (norm, node))
-        ):
-            continue
-        reason = hindrance_before(norm, node, len(used[norm.id]))
-        if reason:
-            draft.note(norm.id, f"{NOT_FOLDED} {node.place}: {reason}")
-            continue
-        args = _with_norm(node.args, norm, transpose=False, groups=_groups(node), before=True)
-        turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
-        made = Node(node.id, node.kind, turned, node.post, node.origin, node.fact)
-        draft.put(made)
-        draft.erase([norm.id])
-        report(made, f"batch_norm + {node.kind}", (norm, node))
+    for layer in graph:
+        made = layer
+        while made.kind in (*CONVOLUTIONS, "linear") and not made.aliased:
+            norm, pattern = _producer(graph, made), f"batch_norm + {made.kind}"
+            if norm is None or norm.kind != "batch_norm" or norm.post or not allowed(pattern, (norm, made)):
+                break
+            reason = hindrance_before(norm, made, len(used[norm.id]))
+            if reason:
+                draft.note(norm.id, f"{NOT_FOLDED} {made.place}: {reason}")
+                break
+            args = _with_norm(made.args, norm, transpose=False, groups=_groups(made), before=True)
+            turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
+            parts = (norm, made)
+            made = Node(made.id, made.kind, turned, made.post, made.origin, made.fact)
+            draft.erase([norm.id])
+            report(made, pattern, parts)
+        if made is not layer:
+            draft.put(made)
     return draft.commit()
 
 
@@ -145,6 +142,8 @@ def hindrance_before(norm: Node, layer: Node, readers: int) -> str:
         return "it shares memory with a value that is changed in place"
     if readers != 1:
         return f"its value has {readers} users"
+    if sum(used == norm.id for used in layer.uses()) != 1:
+        return "what is added behind the layer reads it as well"
     reason = _unfit(norm, weight, layer.get("bias"))
     if reason:
         return reason

@@ -85,6 +85,11 @@ class Fusing:
         return graph
 
     def _report(self, node: Node, pattern: str, parts: tuple[Node, ...], *, own: bool = False) -> None:
+        earlier = next((chain for chain in self.fused if chain.node.id == node.id == parts[-1].id), None)
+        if earlier is not None:  # a norm before a chain joins it
+            self.fused.remove(earlier)
+            whole = (*parts[:-1], *earlier.parts)
+            pattern, parts = " + ".join(part.kind for part in whole), whole
         self.fused.append(Fused(node, pattern, parts, own))
         for part in parts:
             self.missed.pop(part.id, None)
