@@ -33,6 +33,13 @@ def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
 def misaligned(root: Node, norm: Node) -> str:
     """Why a batch norm does not act on the output channels of the layer before it; empty where it does."""
     features, channels = features_of(norm), out_channels(root)
+    differ = features is not None and channels is not None and features != channels
+    of_them = f"the batch norm has {features} features, the layer {channels} output channels"
+    return off_axis(root, norm) or (of_them if differ else "")
+
+
+def off_axis(root: Node, norm: Node) -> str:
+    """Why axis 1, on which a batch norm acts, may not be that of the output channels of the layer before it."""
     if root.kind == "linear":
         if not isinstance(root.fact, TensorFact):
             return "a batch norm acts on axis 1, and the linear's shape is unknown: trace with example_inputs"
@@ -40,8 +47,6 @@ def misaligned(root: Node, norm: Node) -> str:
             return f"a batch norm acts on axis 1, and the linear's output has its features in the last of {_rank(root)}"
     elif not _is_batched(root.fact, root, norm):
         return "a batch norm acts on axis 1, and the convolution's output has no batch axis"
-    if features is not None and channels is not None and features != channels:
-        return f"the batch norm has {features} features, the layer {channels} output channels"
     return ""
 
 

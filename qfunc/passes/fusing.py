@@ -19,12 +19,11 @@ from qfunc.ops import type_name
 from qfunc.params import Load
 from qfunc.passes.fold import (
     CONVOLUTIONS,
-    features_of,
     fold_norms_before,
     folded,
     misaligned,
     move_norms_before_pools,
-    out_channels,
+    off_axis,
 )
 from qfunc.result import R
 
@@ -191,9 +190,10 @@ class Fusing:
         """Why a batch norm cannot be fused with the layer before it for training; modes must agree, and features."""
         if norm.get("running_mean") is None:
             return "the batch norm has no running statistics, which training with folded weights needs"
-        reason = misaligned(root, norm)
-        if reason and features_of(norm) == out_channels(root):
+        reason = off_axis(root, norm)
+        if reason:
             return reason
+        reason = misaligned(root, norm)
         place = f"{root.place} + {norm.place}"
         if reason:
             remedy = "give the batch norm as many features as the layer has output channels"
