@@ -74,11 +74,11 @@ def _trained_otherwise(case: Case) -> str:
     fused = fuse(graph.unwrap(), backend=case.backend, qat=True)
     if isinstance(fused, Failure):
         return f"a model in training mode is not fused for training: {render(fused.failure())}"
+    module = made(fused.unwrap())
     try:
         expected = _trained(model, case.inputs)
     except RuntimeError:
         return ""  # it overwrites what the way back needs
-    module = made(fused.unwrap())
     actual = _trained(module, case.inputs)
     if not same_bits(expected, actual):
         return "fused for training, it computes something else in training"
