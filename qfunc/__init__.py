@@ -41,6 +41,7 @@ from qfunc.numerics.observers import (
 )
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.passes.convert import convert
+from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
@@ -58,9 +59,11 @@ __all__ = [
     "TENSORRT",
     "X86",
     "Calibrated",
+    "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "Description",
     "FixedQParams",
     "FusionReport",
     "Histogram",
@@ -79,7 +82,9 @@ __all__ = [
     "R",
     "calibrate",
     "check_host",
+    "compare",
     "convert",
+    "describe",
     "explain_fusion",
     "fuse",
     "fuse_known_modules",

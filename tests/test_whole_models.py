@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from returns.result import Failure
 from torch import Tensor, nn
 
-from qfunc import materialize, quantize, render, unwrap
+from qfunc import CPU, materialize, prepare, quantize, render, trace, unwrap
+from qfunc.config.backend_config import Observation, OperatorConfig
 from qfunc.testing import sqnr
 
 
@@ -92,6 +95,34 @@ def test_strict_tells_layers_kept_float_by_in_place_writes(place):
 
     failure = quantize(Two(function).eval(), [torch.randn(2, 3, 8, 8)], strict=True).failure()
     assert "its memory is changed in place" in render(failure)
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (nn.Conv2d(4, 4, 1), True),
+        (nn.ConvTranspose2d(4, 4, 2), True),
+        (nn.Linear(8, 8), True),
+        (nn.BatchNorm2d(4), False),
+        (nn.PReLU(4), False),
+        (nn.GELU(), False),
+    ],
+    ids=lambda given: str(given).split("(")[0],
+)
+def test_strict_tells_layers_that_the_backend_has_no_rule_for(layer, told):
+    ruleless = replace(CPU, operators=(), fusions=())
+    result = quantize(nn.Sequential(layer).eval(), [torch.randn(2, 4, 8, 8)], backend=ruleless, strict=True)
+    assert isinstance(result, Failure) == told
+    assert not told or "the cpu backend has no rule for it" in render(result.failure())
+
+
+def test_the_weight_of_a_prelu_is_not_quantized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 1)).eval()
+    listed = replace(CPU, operators=(*CPU.operators, OperatorConfig(("prelu",), Observation.OWN)))
+    for backend in (CPU, listed):
+        prepared = unwrap(prepare(unwrap(trace(model)), backend=backend))
+        assert set(prepared.weights) == {"_0", "_2"}
+        assert not prepared.refused
 
 
 def test_weights_without_data_are_a_failure():

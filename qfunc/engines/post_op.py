@@ -80,7 +80,7 @@ def _leaky_relu(post: PostOp) -> PostOpLiteral | None:
 
 def _gelu(post: PostOp) -> PostOpLiteral | None:
     algorithm = post.get("approximate")
-    return ("gelu", algorithm) if algorithm in ("none", "tanh") else None
+    return ("gelu", algorithm) if isinstance(algorithm, str) and algorithm in ("none", "tanh") else None
 
 
 _READ: Mapping[str, Callable[[PostOp], PostOpLiteral | None]] = MappingProxyType(

@@ -20,7 +20,7 @@ def torch_engine(call: Call) -> str:
 
 def _weighted(call: Call) -> Plan:
     node, engine = call.node, torch_engine(call)
-    weight = weight_of(call, call.host.layout(engine))
+    weight = weight_of(call, call.host.layouts(engine))
     if isinstance(weight, str):
         return weight
     if call.output is None:

@@ -295,19 +295,6 @@ _SPATIAL_FORMS = (
     "{x}[..., 0]",
 )
 
-_CURVED_FORMS = (
-    "nn.LeakyReLU(0.1)",
-    "F.leaky_relu({x}, 0.2)",
-    "F.leaky_relu({x}, negative_slope=0.3)",
-    "nn.ELU()",
-    "F.elu({x}, 0.5)",
-    "nn.SiLU()",
-    "F.silu({x})",
-    "nn.GELU()",
-    "F.gelu({x})",
-    "F.gelu({x}, approximate='tanh')",
-)
-
 OPERATIONS: tuple[Operation, ...] = (
     Operation("convolution", "conv", _SPATIAL, _convolution),
     Operation("transposed convolution", "conv_transpose", _SPATIAL, _transposed),
@@ -325,7 +312,24 @@ OPERATIONS: tuple[Operation, ...] = (
         "{x}.clamp(0, 6)",
         "torch.clip({x}, max=1)",
     ),
-    _unary("curved", "activation", *_CURVED_FORMS),
+    _unary(
+        "leaky",
+        "activation",
+        "nn.LeakyReLU(0.1)",
+        "F.leaky_relu({x}, 0.2)",
+        "F.leaky_relu({x}, negative_slope=0.3)",
+        "nn.ELU()",
+        "F.elu({x}, 0.5)",
+    ),
+    _unary(
+        "smooth",
+        "activation",
+        "nn.SiLU()",
+        "F.silu({x})",
+        "nn.GELU()",
+        "F.gelu({x})",
+        "F.gelu({x}, approximate='tanh')",
+    ),
     _unary("sigmoid", "sigmoid", "nn.Sigmoid()", "torch.sigmoid({x})", "{x}.sigmoid()", "F.sigmoid({x})"),
     _unary("hardsigmoid", "sigmoid", "nn.Hardsigmoid()", "F.hardsigmoid({x})"),
     _unary("hardswish", "sigmoid", "nn.Hardswish()", "F.hardswish({x})"),

@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -16,11 +18,36 @@ from qfunc.edge.kernels.base import PACKS_KEPT
 from qfunc.edge.kernels.contract import disagreement, real_values
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
+from qfunc.edge.kernels.post_op import NO_POST_OP, KernelPostOp
+from qfunc.edge.kernels.weighted_contracts import apply_post_op
+from qfunc.engines.post_op import POST_OPS
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import limit_pair_sums
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 MODES = ("zeros", "reflect", "replicate", "circular")
+RELU = KernelPostOp("relu")
+EXAMPLES = {
+    "relu": (RELU,),
+    "hardtanh": tuple(
+        KernelPostOp("hardtanh", b)
+        for b in ((0.0, 6.0), (-1.5, 2.25), (0.7, 2.0), (-3.0, -3.0), (-2.0, inf), (-inf, 1.0))
+    ),
+    "hardswish": (KernelPostOp("hardswish"),),
+    "silu": (KernelPostOp("silu"),),
+    "leaky_relu": (KernelPostOp("leaky_relu", (0.01,)), KernelPostOp("leaky_relu", (-0.5,))),
+    "tanh": (KernelPostOp("tanh"),),
+    "gelu": (KernelPostOp("gelu", (), "none"), KernelPostOp("gelu", (), "tanh")),
+}
+
+
+def post_ops(*kernels):
+    """Each kernel with nothing and with each of its post-ops."""
+    return [
+        (kernel, post)
+        for kernel in kernels
+        for post in (NO_POST_OP, *(post for name in POST_OPS[kernel] for post in EXAMPLES[name]))
+    ]
 
 
 def codes(*shape, seed=0, dtype=torch.uint8):
@@ -55,7 +82,7 @@ def float_conv(module, x):
         if module.bias is not None:
             conv.bias.copy_(module.bias)
         y = conv(real_values(x, Affine(call.input_scale, call.input_zero_point)))
-    return y.relu() if call.post_op == "relu" else y
+    return apply_post_op(call.post_op, y)
 
 
 def output_of(call):
@@ -64,11 +91,19 @@ def output_of(call):
     return Affine(call.output_scale, call.output_zero_point, call.output_dtype)
 
 
+def written_as(output):
+    """The literals of a call whose result has these qparams; None is float32."""
+    scale, zero_point, dtype = (
+        (1.0, 0, "float32") if output is None else (output.scale, output.zero_point, output.dtype)
+    )
+    return {"output_scale": scale, "output_zero_point": zero_point, "output_dtype": dtype}
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
-@pytest.mark.parametrize("post_op", ["none", "relu"])
+@pytest.mark.parametrize("post_op", [NO_POST_OP, RELU], ids=str)
 def test_padding_of_every_mode_means_what_nn_conv_means(dims, mode, padding, post_op):
     padding = (padding,) * dims if isinstance(padding, int) else padding
     module = make_conv(dims, padding_mode=mode, padding=padding, post_op=post_op, kernel=4, dilation=(1,) * dims)
@@ -91,6 +126,64 @@ def test_output_dtypes_and_groups(dims, dtype, channels, outs, groups):
         y = module(x)
         assert y.dtype == getattr(torch, dtype)
         assert disagreement(y, float_conv(module, x), output_of(module.call)) == ""
+
+
+@pytest.mark.parametrize(("kernel", "post_op"), post_ops(*(f"onednn.conv{dims}d" for dims in (1, 2, 3))), ids=str)
+@pytest.mark.parametrize("output", [Affine(0.04, 90), Affine(0.04, -20, "int8"), None], ids=str)
+def test_convolutions_with_every_post_op(kernel, post_op, output):
+    dims = int(kernel[-2])
+    for groups, padding, input_scale in ((1, 1, 0.004), (8, 0, 0.03), (2, "same", 0.004)):
+        module = make_conv(
+            dims, 8, 16, groups, input_scale=input_scale, input_zero_point=121, post_op=post_op,
+            padding=padding if isinstance(padding, str) else (padding,) * dims, **written_as(output),
+        )  # fmt: skip
+        for batch in (0, 1, 3):
+            x = codes(batch, 8, *(7, 6, 5)[:dims], seed=batch)
+            y = module(x)
+            assert y.dtype == (torch.float32 if output is None else getattr(torch, output.dtype))
+            assert disagreement(y, float_conv(module, x), output) == ""
+        assert torch.equal(module(x[0]), module(x)[0])
+        assert (str(post_op) in repr(module)) == (post_op != NO_POST_OP)
+
+
+LACKS = [
+    *((dims, name) for dims in (1, 2, 3) for name in ("leaky_relu", "tanh", "gelu")),
+    *((3, name) for name in ("hardswish", "silu")),
+]
+
+
+@pytest.mark.parametrize(("dims", "name"), LACKS)
+def test_a_convolution_is_not_made_with_a_post_op_that_it_lacks(dims, name):
+    with pytest.raises(AssertionError, match="no post-op"):
+        make_conv(dims, post_op=EXAMPLES[name][0])
+
+
+@pytest.mark.parametrize("name", ["hardswish", "silu", "leaky_relu", "tanh", "gelu"])
+def test_a_sum_is_not_made_with_a_post_op_that_it_lacks(name):
+    module = make_conv()
+    call = replace(module.call, post_op=EXAMPLES[name][0])
+    with pytest.raises(AssertionError, match="no post-op"):
+        OnednnConvAdd(module.weight, module.weight_scale, module.bias, call, Affine(0.2, 99))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bogus",), ("relu", (1.0,)), ("hardtanh",), ("hardtanh", (0.0,)), ("hardtanh", (2.0, 1.0)),
+        ("hardtanh", (0.0, float("nan"))), ("leaky_relu",), ("gelu",), ("gelu", (), "bogus"), ("silu", (), "tanh"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_post_op_is_one_of_the_table(arguments):
+    with pytest.raises(AssertionError):
+        KernelPostOp(*arguments)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 8, 1), (8,), (2, 8, 1, 7, 6, 5), ()])
+def test_a_convolution_takes_no_input_of_another_rank(dims, shape):
+    with pytest.raises(RuntimeError):
+        make_conv(dims)(codes(*(shape if len(shape) not in (dims + 1, dims + 2) else (2, 9, *[7] * dims))))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -180,16 +273,15 @@ def make_sum(module, **options):
     return OnednnConvAdd(module.weight, module.weight_scale, module.bias, module.call, other, **options)
 
 
-@pytest.mark.parametrize("dims", [1, 2])
-@pytest.mark.parametrize("post_op", ["none", "relu"])
+@pytest.mark.parametrize(("kind", "post_op"), post_ops("onednn.conv1d_add", "onednn.conv2d_add"), ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_conv_add(dims, post_op, batch):
+def test_conv_add(kind, post_op, batch):
+    dims = int(kind[-6])
     module = make_conv(dims, post_op=post_op)
     kernel = make_sum(module)
     x, other = codes(batch, 8, *(7, 6)[:dims]), codes(batch, 8, *(7, 6)[:dims], seed=1)
     plain = make_conv(dims)
-    real = float_conv(plain, x) + real_values(other, kernel.other)
-    real = real.relu() if post_op == "relu" else real
+    real = apply_post_op(post_op, float_conv(plain, x) + real_values(other, kernel.other))
     assert disagreement(kernel(x, other), real, output_of(module.call)) == ""
     if batch:
         assert torch.equal(kernel(x[0], other[0]), kernel(x, other)[0])
@@ -232,10 +324,11 @@ def make_linear(inputs, outs, *, bias=True, **call):
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (4, 9), (2, 3, 9), (2, 3, 4, 9), (0, 9), (2, 0, 9)])
-@pytest.mark.parametrize("post_op", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("post_op", [post for _, post in post_ops("onednn.linear")], ids=str)
 @pytest.mark.parametrize("input_dtype", ["uint8", "int8"])
-def test_linear(shape, post_op, input_dtype):
-    module = make_linear(9, 6, post_op=post_op, input_dtype=input_dtype, bias=len(shape) > 1)
+@pytest.mark.parametrize("output", [Affine(0.03, 120), Affine(0.03, 9, "int8"), None], ids=str)
+def test_linear(shape, post_op, input_dtype, output):
+    module = make_linear(9, 6, post_op=post_op, input_dtype=input_dtype, bias=len(shape) > 1, **written_as(output))
     x = codes(*shape, dtype=getattr(torch, input_dtype))
     bias = None if module.bias is None else module.bias.double()
     real = F.linear(
@@ -243,16 +336,12 @@ def test_linear(shape, post_op, input_dtype):
         module.weight.double() * module.weight_scale.double()[:, None],
         bias,
     )
-    approximate = "tanh" if post_op == "gelu_tanh" else "none"
-    real = F.gelu(real, approximate=approximate) if "gelu" in post_op else real.relu() if post_op == "relu" else real
-    assert disagreement(module(x), real, output_of(module.call)) == ""
+    assert disagreement(module(x), apply_post_op(post_op, real), output) == ""
 
 
 def test_linear_refuses_what_would_end_the_process():
     with pytest.raises(AssertionError):
         make_linear(0, 5)
-    with pytest.raises(AssertionError):
-        make_linear(5, 5, post_op="bogus")
     with pytest.raises(RuntimeError):
         make_linear(5, 5)(codes(2, 5, dtype=torch.int8))
     with pytest.raises(RuntimeError):
@@ -284,7 +373,8 @@ def test_limited_weights_never_saturate_a_convolution(case):
     generator = torch.Generator().manual_seed(seed)
     real = torch.randn(outs, inputs // groups, *[kernel] * dims, generator=generator).abs_()
     real *= torch.randint(0, 2, (outs, 1, *[1] * dims), generator=generator) * 2 - 1
-    scale = limit_pair_sums(real, real.abs().flatten(1).amax(1) / 127, check_host().layout("onednn"))
+    layout = check_host().onednn_layouts.of(real.shape, groups)
+    scale = limit_pair_sums(real, real.abs().flatten(1).amax(1) / 127, layout)
     weight = (real / scale.reshape(-1, *[1] * (dims + 1))).round().clamp(-128, 127).to(torch.int8)
     call = ConvCall(1.0, 0, 1.0, 0, "float32", (stride,) * dims, (0,) * dims, (1,) * dims, groups)
     module = OnednnConv(weight, torch.ones(outs), None, call)
@@ -304,7 +394,7 @@ def test_limited_weights_never_saturate_a_convolution(case):
 def test_limited_weights_never_saturate_a_linear_layer(inputs, outs, batch, seed):
     real = torch.randn(outs, inputs, generator=torch.Generator().manual_seed(seed)).abs_()
     real[::2] *= -1
-    scale = limit_pair_sums(real, real.abs().amax(1) / 127, check_host().layout("onednn"))
+    scale = limit_pair_sums(real, real.abs().amax(1) / 127, check_host().onednn_layouts.dense)
     weight = (real / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
     module = OnednnLinear(weight, torch.ones(outs), None, LinearCall(1.0, 0, 1.0, 0, "float32"))
     for x in (torch.full((batch, inputs), 255, dtype=torch.uint8), codes(batch, inputs, seed=seed)):

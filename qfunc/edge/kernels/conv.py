@@ -115,7 +115,8 @@ class OnednnConv(Kernel):
             return self._empty(x)
         if self._dims != 1:
             return self._convolve(x)
-        self._check(x)
+        if x.dim() != 3:
+            self._check(x)
         return self._convolve(x.unsqueeze(2)).squeeze(2)
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class OnednnConv(Kernel):
         )
 
     def _check(self, x: Tensor) -> None:
-        """Refuse what the primitives answer with garbage: they check less than `torch.nn.functional.conv2d`."""
+        """Refuse other ranks, and what the primitives answer with garbage: they check less than `F.conv2d`."""
         channels = self.weight.shape[1] * self.call.groups
         if x.dim() != self._dims + 2 or x.shape[1] != channels or min(self._output_size(x)) < 1:
             raise RuntimeError(
