@@ -349,7 +349,7 @@ def _trains(graph: Graph, node: Node) -> bool:
 def _declines(graph: Graph, node: Node) -> str:
     """Why a sum or clamp cannot be a post-op here; empty when it can."""
     if node.kind == "clamp" and not _holds_zero(node):
-        return "the clamp has no room for zero, or its bounds are computed by the graph"
+        return "zero is not within its bounds, or they are computed by the graph"
     if node.kind != "add":
         return ""
     if node.has("alpha") and node.get("alpha") != 1:
