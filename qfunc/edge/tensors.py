@@ -36,7 +36,7 @@ _COUNTED = ("running_mean", "running_var")
 
 
 def _state(model: nn.Module, name: str, tensor: Tensor) -> object:
-    """What changes with a tensor's values; of a batch norm's statistics, whose updates leave their version, the count."""
+    """What changes with a tensor's values; of a batch norm's statistics, which are updated unnoticed, their count."""
     path, _, leaf = name.rpartition(".")
     count = _attribute(model, f"{path}.num_batches_tracked" if path else "num_batches_tracked")
     counted = leaf in _COUNTED and isinstance(count, Tensor)
