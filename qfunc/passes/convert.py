@@ -7,15 +7,16 @@ from typing import Any
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
+from qfunc.config.annotation import Edge, used
 from qfunc.errors import Problem, Unobserved, UserFunctionFailed, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg, refs
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, fact_in
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.record import recorded
-from qfunc.passes.stages import Calibrated, Converted, Edge, Prepared
+from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.result import R
 
 
@@ -102,7 +103,8 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
     for edge, site in sorted(
         prepared.inputs.items(), key=lambda item: (position[item[0].user], item[0].slot, item[0].index)
     ):
-        value = _used(graph[edge.user], edge)
+        value = used(graph[edge.user], edge)
+        assert value is not None, edge
         if (value, site) not in pairs:
             pairs[value, site] = _quantized(draft, graph[value], qparams[site])
         turned.setdefault(edge.user, {})[edge] = pairs[value, site]
@@ -123,18 +125,6 @@ def _quantized(draft: Draft, node: Node, affine: Affine) -> str:
     taken: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
     draft.insert_after(node.id, Node(floats, "dequantize", taken, fact=node.fact, origin=Origin(floats)))
     return floats
-
-
-def _used(node: Node, edge: Edge) -> str:
-    """The value that an edge carries."""
-    return list(refs(_slot(node, edge.slot)))[edge.index]
-
-
-def _slot(node: Node, slot: str) -> Arg:
-    if slot.startswith("post."):
-        _, position, name = slot.split(".")
-        return node.post[int(position)].get(name)
-    return node.get(slot)
 
 
 def _turn(node: Node, edges: dict[Edge, str]) -> Node:

@@ -1,4 +1,4 @@
-"""`prepare`: decide which values are quantized and what observes them. The graph itself is not changed."""
+"""`prepare`: make observation sites of what is to be quantized. The graph itself is not changed."""
 
 from __future__ import annotations
 
@@ -9,298 +9,172 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
+from qfunc.config.annotation import Annotations, Edge, Point, SharedWith, Spec, used, wrong_annotations
 from qfunc.config.arguments import wrong_arguments
-from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, resolve_qconfigs
-from qfunc.errors import BadConfig, Problem, UnsupportedDType, WrongStage, several
-from qfunc.ir import Expression, Graph, Node, Ref, TensorFact, fresh_id, refs, users
-from qfunc.numerics.grid import CODE_RANGE
+from qfunc.config.backend_config import BackendConfig
+from qfunc.config.qconfig import QConfigMapping
+from qfunc.errors import BadConfig, Problem, WrongStage, several
+from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams, Observer
-from qfunc.numerics.qparams import QuantSpec
-from qfunc.ops import BY_NAME, KINDS
-from qfunc.params import loads
-from qfunc.passes.kept import kind_as_written, why_kept
-from qfunc.passes.numbers import non_tensors
-from qfunc.passes.stages import Edge, Prepared, Site
+from qfunc.passes.annotate import annotate
+from qfunc.passes.stages import Prepared, Site
 from qfunc.result import R
 
 
 def prepare(
-    graph: Graph, qconfig_mapping: QConfigMapping | None = None, *, backend: BackendConfig = CPU
+    graph: Graph, qconfig_mapping: QConfigMapping | Annotations | None = None, *, backend: BackendConfig = CPU
 ) -> R[Prepared]:
-    """The graph with observation sites for static quantization, by the rules of `backend` and the configuration.
+    """The graph with observation sites for static quantization.
 
-    The operands of a quantized operator are observed, and its result, unless it shares its input's qparams (then one
-    site serves both; sites that share a value through `cat` become one, transitively). A value whose memory is changed
-    in place, or that is not floating point, is never observed.
+    What is quantized, and how, is told by annotations: those given, or those that `annotate` makes of a configuration.
+    Points that share qparams become one site, transitively (two `cat`s that share an operand agree).
 
     Args:
         graph: a traced, usually fused graph.
-        qconfig_mapping: what to quantize, and how; by default the backend's own.
+        qconfig_mapping: what to quantize, and how: a mapping (by default the backend's own), or annotations.
         backend: what can be quantized.
 
     Returns:
-        The prepared graph, or all of: `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig`
-        for impossible observers, `UnsupportedDType` for dtypes that the backend does not list for an operator.
+        The prepared graph, or what `annotate` reports; for annotations `UnknownName` for nodes that do not exist,
+        `BadConfig` for uses that do not, and for impossible observers.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
-    problems = wrong_arguments(
-        backend=backend, qconfig_mapping=QConfigMapping() if qconfig_mapping is None else qconfig_mapping
-    )
-    if problems:
-        return Failure(several(problems))
-    mapping = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
-    problems = problems_of(mapping, graph.modules)
-    if problems:
-        return Failure(several(problems))
-    plan = _Plan(graph, mapping, backend)
-    if plan.problems:
-        return Failure(several(plan.problems))
-    return Success(plan.prepared())
-
-
-class _Plan:
-    """The decisions about one graph, made in two walks: what is quantized, then with which site."""
-
-    def __init__(self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig) -> None:
-        self.graph = graph
-        self.backend = backend
-        self.problems: list[Problem] = []
-        self.floats: dict[str, str] = {}
-        self.refused: set[str] = set()
-        self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
-        self._numbers = non_tensors(graph)
-        for id, qconfig in resolve_qconfigs(mapping, graph).items():
-            row = backend.operator(graph[id]) if graph[id].kind in BY_NAME else None
-            if row is None:
-                self._keep(graph[id], "" if qconfig is None else _hindrance(graph[id], graph, backend))
-            elif qconfig is None:
-                self.floats[id] = "the configuration keeps it float"
-            elif self._can_quantize(graph[id], row, qconfig):
-                self._chosen[id] = (row, qconfig)
-        self._read_quantized = self._keep_useful() if backend.lazy else None
-        self._sites = _Sites()
-        self._outputs: dict[str, int] = {}
-        self._inputs: dict[Edge, int] = {}
-        for node in graph:
-            if node.id in self._chosen:
-                self._place(node, *self._chosen[node.id])
-
-    def prepared(self) -> Prepared:
-        """The decisions as a value."""
-        names, sites = self._sites.named(self.graph.order)
-        return Prepared(
-            self.graph,
-            pmap(sites),
-            pmap({value: names[self._sites.root(site)] for value, site in self._outputs.items()}),
-            pmap({edge: names[self._sites.root(site)] for edge, site in self._inputs.items()}),
-            pmap({id: q.weight for id, (_, q) in self._chosen.items() if _has_weight(self.graph[id])}),
-            self.backend.name,
-            pmap(self.floats),
-            frozenset(self.refused),
+    if not isinstance(qconfig_mapping, Annotations):
+        return annotate(graph, qconfig_mapping, backend=backend).bind(
+            lambda found: _prepared(graph, found, backend.name)
         )
-
-    def _keep(self, node: Node, reason: str) -> None:
-        """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
-        self.floats[node.id] = reason or "the configuration keeps it float"
-        if reason and kind_as_written(node, self.graph) in _WEIGHTED:
-            self.refused.add(node.id)
-
-    def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
-        operands = list(self._operands(node))
-        reason = ""
-        if node.aliased or any(self.graph[value].aliased for _, value in operands):
-            reason = "its memory is changed in place"
-        elif not operands or any(_not_float(self.graph[value]) for _, value in operands):
-            self.problems += _weight_problems(node)
-            reason = "an operand is no floating-point tensor"
-        elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
-            reason = "an operand is neither a tensor nor a number"
-        elif node.kind == "add" and node.get("alpha") != 1:
-            reason = "the sum is scaled by alpha"
-        elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
-            reason = "its weight is computed by the graph"
-        if reason:
-            self._keep(node, reason)
-            return False
-        dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
-        if _has_weight(node):
-            dtypes.append(("weight", qconfig.weight.spec.dtype, row.dtypes.weight))
-            self.problems += [*_weight_problems(node), *_axis_problems(node, qconfig.weight.spec)]
-        for what, dtype, allowed in dtypes:
-            held = allowed if what == "weight" else tuple(name for name in allowed if name in CODE_RANGE)
-            if dtype not in held:
-                plural = {"activation": "activations", "weight": "weights"}[what]
-                text = f"the {self.backend.name} backend runs it with {' or '.join(held) or 'no'} {plural}, not {dtype}"
-                self.problems.append(UnsupportedDType(node.place, text))
-        return True
-
-    def _operands(self, node: Node) -> Iterator[tuple[Edge, str]]:
-        """The activation operands that are tensors, with their edges."""
-        for slot in BY_NAME[node.kind].tensors:
-            for index, value in enumerate(refs(node.get(slot))):
-                if value not in self._numbers:
-                    yield Edge(node.id, slot, index), value
-        for position, post in enumerate(node.post):
-            for name, arg in post.args:
-                for index, value in enumerate(refs(arg)):
-                    yield Edge(node.id, f"post.{position}.{name}", index), value
-
-    def _numeric_rest(self, node: Node) -> bool:
-        """Whether the operands that are not tensors are plain numbers."""
-        rest = [node.get(slot) for slot in ("input", "other") if not isinstance(node.get(slot), Ref)]
-        refs_ok = all(v not in self._numbers for slot in ("input", "other") for v in refs(node.get(slot)))
-        return refs_ok and all(isinstance(value, (int, float)) for value in rest)
-
-    def _shares(self, node: Node, row: OperatorConfig) -> bool:
-        own_divisor = node.has("divisor_override") and node.get("divisor_override") is not None
-        if own_divisor and not self.backend.observe_shared_outputs:
-            return False  # such an average leaves the range of what it averages, and nothing else would see it
-        if row.observation is Observation.BY_TENSORS:
-            return sum(1 for _ in self._operands(node)) == 1
-        return row.observation is Observation.SHARED
-
-    def _keep_useful(self) -> set[str]:
-        """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
-
-        A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
-        so rounds, must have an operand that is produced quantized.
-        """
-        readers = users(self.graph)
-        queue = list(self._chosen)
-        while queue:
-            id = queue.pop()
-            if id in self._chosen and not self._gains(id, readers[id]):
-                del self._chosen[id]
-                self.floats[id] = "it gains nothing on integers here"
-                queue += [*readers[id], *self.graph[id].uses()]
-        return {value for id in self._chosen for _, value in self._operands(self.graph[id])}
-
-    def _gains(self, id: str, readers: Iterable[str]) -> bool:
-        node = self.graph[id]
-        if _has_weight(node):
-            return True
-        read = any(user in self._chosen and id in self._values(user) for user in readers)
-        shares = self._shares(node, self._chosen[id][0])
-        return read and (shares or any(value in self._chosen for value in self._values(id)))
-
-    def _values(self, id: str) -> list[str]:
-        return [value for _, value in self._operands(self.graph[id])]
-
-    def _place(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> None:
-        operands = list(self._operands(node))
-        for edge, value in operands:
-            if value not in self._outputs:
-                self._inputs[edge] = self._sites.on_input(value, qconfig.activation)
-        sites = [self._outputs[value] if value in self._outputs else self._inputs[edge] for edge, value in operands]
-        if self._shares(node, row):
-            shared = self._sites.join(sites)
-            if self.backend.observe_shared_outputs:
-                self._sites.tap(shared, node.id)
-            self._outputs[node.id] = shared
-        elif self._read_quantized is None or node.id in self._read_quantized or not _can_write_float(node, row):
-            observer = qconfig.activation if row.fixed is None else row.fixed
-            self._outputs[node.id] = self._sites.new(node.id, observer)
+    problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend)
+    return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name)
 
 
-class _Sites:
-    """Sites under construction: a disjoint-set forest, so that sharing is transitive."""
+def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepared]:
+    sharing = _Sharing(graph, annotations)
+    problems = list(sharing.problems())
+    if problems:
+        return Failure(several(problems))
+    sites, outputs, inputs = sharing.sites()
+    return Success(
+        Prepared(
+            graph,
+            pmap(sites),
+            pmap(outputs),
+            pmap(inputs),
+            annotations.weights,
+            backend,
+            annotations.floats,
+            annotations.refused,
+        )
+    )
 
-    def __init__(self) -> None:
+
+class _Sharing:
+    """Which points have the same qparams: a disjoint-set forest over sites, so that sharing is transitive.
+
+    A walk in graph order finds the site of each point: of a value's own, of a use that is quantized as the value is, and
+    of all other uses of the value with one observer.
+    """
+
+    def __init__(self, graph: Graph, annotations: Annotations) -> None:
+        self._order = {id: index for index, id in enumerate(graph.order)}
         self._parent: list[int] = []
-        self._observers: list[Observer[Any]] = []
+        self._observers: list[Observer[Any] | None] = []
         self._taps: list[dict[str, None]] = []
-        self._of_input: dict[tuple[str, Observer[Any]], int] = {}
+        self._points: dict[Point, int] = {}
+        self._of_uses: dict[tuple[str, Observer[Any]], int] = {}
+        self._inputs: list[Edge] = []
+        self._outputs = [id for id in graph.order if id in annotations.outputs]
+        edges: dict[str, list[Edge]] = {}
+        for edge in sorted(annotations.inputs, key=lambda edge: (edge.slot, edge.index)):
+            edges.setdefault(edge.user, []).append(edge)
+        for node in graph:
+            for edge in edges.get(node.id, ()):
+                value = used(node, edge)
+                assert value is not None, edge
+                self._use(edge, value, annotations.inputs[edge])
+            if node.id in annotations.outputs:
+                self._value(node.id, annotations.outputs[node.id])
+        shared = [
+            (spec.other, point)
+            for table in (annotations.inputs, annotations.outputs)
+            for point, spec in table.items()
+            if isinstance(spec, SharedWith)
+        ]
+        for group in sorted((*annotations.groups, *shared), key=self._place):
+            self._join(group)
+        for value in sorted(annotations.taps, key=self._order.__getitem__):
+            self._taps[self._root(self._points[value])][value] = None
 
-    def new(self, value: str, observer: Observer[Any]) -> int:
-        """A site that taps one value."""
+    def problems(self) -> Iterator[Problem]:
+        """Points that share with others of which none has an observer."""
+        for point, site in self._points.items():
+            if self._observers[self._root(site)] is None:
+                reason = "it shares with points of which none has an observer"
+                yield BadConfig(str(point), reason, "give one of them an observer")
+
+    def sites(self) -> tuple[dict[str, Site], dict[str, str], dict[Edge, str]]:
+        """The sites by name, and the names of those of values and of uses that the value's own does not serve.
+
+        A site is called after the first value that it taps.
+        """
+        names: dict[int, str] = {}
+        sites: dict[str, Site] = {}
+        for index in (i for i, parent in enumerate(self._parent) if parent == i):
+            observer, taps = self._observers[index], tuple(sorted(self._taps[index], key=self._order.__getitem__))
+            assert observer is not None and taps, index
+            names[index] = fresh_id(taps[0], sites)
+            sites[names[index]] = Site(names[index], observer, taps)
+        outputs = {value: names[self._root(self._points[value])] for value in self._outputs}
+        return sites, outputs, {edge: names[self._root(self._points[edge])] for edge in self._inputs}
+
+    def _use(self, edge: Edge, value: str, spec: Spec) -> None:
+        own = self._points.get(value)
+        if isinstance(spec, SharedWith):
+            self._points[edge] = self._new(value, None) if own is None else own
+        elif own is not None and self._serves(own, spec):
+            self._points[edge] = own
+            return
+        else:
+            key = (value, spec)
+            if key not in self._of_uses:
+                self._of_uses[key] = self._new(value, spec)
+            self._points[edge] = self._of_uses[key]
+        if self._points[edge] is not own:
+            self._inputs.append(edge)
+
+    def _value(self, value: str, spec: Spec) -> None:
+        other = self._points.get(spec.other) if isinstance(spec, SharedWith) else None
+        if other is not None:
+            self._points[value] = other
+        else:
+            self._points[value] = self._new(value, None if isinstance(spec, SharedWith) else spec)
+
+    def _serves(self, site: int, observer: Observer[Any]) -> bool:
+        """Whether a value's own site serves a use: a fixed range is the value's, others must be for the same spec."""
+        own = self._observers[self._root(site)]
+        return own is None or isinstance(own, FixedQParams) or own.spec == observer.spec
+
+    def _new(self, value: str, observer: Observer[Any] | None) -> int:
         self._parent.append(len(self._parent))
         self._observers.append(observer)
-        self._taps.append({value: None})
+        self._taps.append({} if observer is None else {value: None})
         return len(self._parent) - 1
 
-    def on_input(self, value: str, observer: Observer[Any]) -> int:
-        """The site of a float value's quantized uses: one for each observer."""
-        key = (value, observer)
-        if key not in self._of_input:
-            self._of_input[key] = self.new(value, observer)
-        return self._of_input[key]
-
-    def root(self, site: int) -> int:
-        """The site that a joined one has become."""
+    def _root(self, site: int) -> int:
         while self._parent[site] != site:
             self._parent[site] = self._parent[self._parent[site]]
             site = self._parent[site]
         return site
 
-    def tap(self, site: int, value: str) -> None:
-        """Have a site see one more value."""
-        self._taps[self.root(site)][value] = None
-
-    def join(self, sites: Iterable[int]) -> int:
+    def _join(self, points: Iterable[Point]) -> None:
         """Make sites one. Its observer is that of the first that measures, so that a fixed range clips no other."""
-        roots = list(dict.fromkeys(self.root(site) for site in sites))
-        first = next((r for r in roots if not isinstance(self._observers[r], FixedQParams)), roots[0])
+        roots = list(dict.fromkeys(self._root(self._points[point]) for point in points))
+        measured = [r for r in roots if self._observers[r] is not None]
+        first = next((r for r in measured if not isinstance(self._observers[r], FixedQParams)), (*measured, *roots)[0])
         for other in roots:
             if other != first:
                 self._parent[other] = first
                 self._taps[first].update(self._taps[other])
-        return first
 
-    def named(self, order: Iterable[str]) -> tuple[dict[int, str], dict[str, Site]]:
-        """The names of the roots, and the sites by name. A site is called after the first value it taps."""
-        position = {id: index for index, id in enumerate(order)}
-        names: dict[int, str] = {}
-        sites: dict[str, Site] = {}
-        for index in (i for i, parent in enumerate(self._parent) if parent == i):
-            taps = tuple(sorted(self._taps[index], key=position.__getitem__))
-            names[index] = fresh_id(taps[0], sites)
-            sites[names[index]] = Site(names[index], self._observers[index], taps)
-        return names, sites
-
-
-def _can_write_float(node: Node, row: OperatorConfig) -> bool:
-    """Whether the operator's kernel can leave its result in float; one that adds cannot."""
-    return row.float_output and all(post.kind != "add" for post in node.post)
-
-
-def _has_weight(node: Node) -> bool:
-    """Whether the node has a weight that is quantized."""
-    return node.kind in _WEIGHTED and isinstance(node.get("weight"), Expression)
-
-
-def _axis_problems(node: Node, spec: QuantSpec) -> Iterator[Problem]:
-    """A channel axis that the weight does not have."""
-    shape = next(loads(node.get("weight"))).shape  # type: ignore[arg-type]
-    if spec.ch_axis is not None and spec.ch_axis >= len(shape):
-        reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
-        yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
-
-
-def _weight_problems(node: Node) -> Iterator[Problem]:
-    """A weight that is no float32."""
-    weight = node.get("weight") if _has_weight(node) else None
-    dtypes = {load.dtype for load in loads(weight)} if isinstance(weight, Expression) else set()
-    for dtype in sorted(dtypes - {"float32"}):
-        remedy = "convert the model and its inputs with .float(), or keep the module float with set_module_name"
-        yield UnsupportedDType(
-            node.place, f"kernels take the place of float32 operators, its weight is {dtype}", remedy
-        )
-
-
-_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights) - {"batch_norm", "prelu"}
-"""The layers whose weight is quantized; a batch norm's and a PReLU's are factors of single channels."""
-
-
-def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:
-    """Why a node that is configured has no row of the backend's."""
-    if node.aliased or kind_as_written(node, graph) != node.kind:
-        return why_kept(node, graph)
-    return f"the {backend.name} backend has no rule for it"
-
-
-def _not_float(node: Node) -> bool:
-    """Whether an example showed the value to be something else than a float32 tensor, whose place kernels take."""
-    fact = node.fact
-    return isinstance(fact, tuple) or (isinstance(fact, TensorFact) and fact.dtype != "float32")
+    def _place(self, points: tuple[Point, ...]) -> int:
+        return max(self._order[point.user if isinstance(point, Edge) else point] for point in points)

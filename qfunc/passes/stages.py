@@ -7,21 +7,9 @@ from typing import Any, TypeAlias
 
 from pyrsistent import PMap, pmap
 
+from qfunc.config.annotation import Edge
 from qfunc.ir import Graph
 from qfunc.numerics.observers import Observer
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """One use of a value: the `index`-th reference in the argument `slot` of the node `user`.
-
-    Arguments of post-ops have slots `post.0.other`, ....
-    """
-
-    user: str
-    slot: str
-    index: int = 0
-
 
 Key: TypeAlias = tuple[tuple[str, ...], Any]
 """What a statistic is filed under: the values observed, and the kind of statistic."""
