@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from qfunc.config.arguments import wrong_arguments
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, preserved_problems
 from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
@@ -160,11 +160,7 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
     ]
-    errors += [
-        UnknownName(name, "attribute", tuple(vars(model)))
-        for name in custom.preserved_attributes
-        if not hasattr(model, name)
-    ]
+    errors += preserved_problems(model, custom.preserved_attributes)
     if custom.concrete_args:
         inputs = signature(model.forward).parameters
         errors += [UnknownName(name, "input", tuple(inputs)) for name in custom.concrete_args if name not in inputs]
