@@ -19,6 +19,7 @@ from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader, module_fact
+from qfunc.edge.schema import VIEWS
 from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
@@ -151,8 +152,12 @@ def _attribute(model: nn.Module, target: str) -> Any:
 
 
 def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
-    """The out-of-place twins that give another dtype or shape than writing in place does."""
-    pairs = ((id, graph[id].fact, graph[operand].fact) for id, operand in converted.items())
+    """The out-of-place twins that give another dtype or shape than writing in place does.
+
+    Those that only change the shape, `x.unsqueeze_(0)`, do so in place as well.
+    """
+    writes = ((id, operand) for id, operand in converted.items() if graph[id].kind not in VIEWS)
+    pairs = ((id, graph[id].fact, graph[operand].fact) for id, operand in writes)
     return frozenset(id for id, after, before in pairs if before is not None and after != before)
 
 

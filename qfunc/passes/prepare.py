@@ -289,8 +289,10 @@ def _weight_problems(node: Node) -> Iterator[Problem]:
         )
 
 
-_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights) - {"batch_norm", "prelu"}
-"""The layers whose weight is quantized; a batch norm's and a PReLU's are factors of single channels."""
+_WEIGHTED = frozenset(
+    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
+)
+"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""
 
 
 def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:
