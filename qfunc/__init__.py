@@ -19,7 +19,7 @@ names of source tensors, which are read at materialization and refused if they c
 shares their memory until either side writes (copy on write).
 """
 
-from qfunc.backends import CPU, X86
+from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -41,6 +41,7 @@ from qfunc.numerics.observers import (
 )
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.passes.convert import convert
+from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
@@ -50,11 +51,19 @@ from qfunc.result import QuantException, R, unwrap
 
 __all__ = [
     "CPU",
+    "EXECUTORCH",
+    "FBGEMM",
+    "NATIVE",
+    "ONEDNN",
+    "QNNPACK",
+    "TENSORRT",
     "X86",
     "Calibrated",
+    "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "Description",
     "FixedQParams",
     "FusionReport",
     "Histogram",
@@ -73,7 +82,9 @@ __all__ = [
     "R",
     "calibrate",
     "check_host",
+    "compare",
     "convert",
+    "describe",
     "explain_fusion",
     "fuse",
     "fuse_known_modules",

@@ -149,8 +149,10 @@ def _next(graph: Graph, users: Users, step: Step, previous: Node, depth: int) ->
     if miss is not None:
         return NoMatch(node.id, miss, depth, step.kinds)
     slots = [name for name in _slots(node, step) if node.get(name) == Ref(previous.id)]
-    if len(slots) != 1 or sum(used == previous.id for used in node.uses()) != 1:
-        return NoMatch(node.id, f"does not take {previous.id!r} exactly once, as {' or '.join(step.takes)}", depth)
+    if sum(used == previous.id for used in node.uses()) != 1:
+        return NoMatch(node.id, "reads it more than once", depth)
+    if len(slots) != 1:
+        return NoMatch(node.id, f"does not take it as {' or '.join(step.takes)}", depth)
     return _step(graph, users, step, node, slots[0], depth)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qfunc
 from qfunc.config.host_report import HostReport, Verdict
 from qfunc.ir import to_text
+from qfunc.numerics.saturation import UNPAIRED
 from qfunc.passes import lower as passes
 from qfunc.passes.observe import with_observers
 
@@ -72,7 +73,7 @@ def _vnni() -> HostReport:
         cpu_capability="AVX512",
         isa=("avx512_vnni",),
         engines=("onednn",),
-        onednn_layout="none",
+        onednn_layouts=UNPAIRED,
         verdicts=verdicts,
     )
 

@@ -1,6 +1,6 @@
 """`CPU`: qfunc's own backend, the default.
 
-It differs from the reference's x86 backend (`qfunc.backends.x86.X86`) where that is wrong or gives accuracy away:
+It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where that is wrong or gives accuracy away:
 
 - activations use all 8 bits (the reference keeps 7, because some kernels may overflow; here `lower` limits the weights
   on the hosts whose kernels do);

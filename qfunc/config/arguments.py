@@ -16,7 +16,7 @@ from qfunc.errors import BadConfig, Problem
 
 _EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(
     {
-        "backend": (BackendConfig, "pass qfunc.CPU, qfunc.X86 or another BackendConfig"),
+        "backend": (BackendConfig, "pass qfunc.CPU, qfunc.X86, qfunc.ONEDNN or another BackendConfig"),
         "qconfig_mapping": (QConfigMapping, "pass a QConfigMapping, or None for the backend's own"),
         "custom": (CustomConfig, "pass a CustomConfig, or leave it out"),
         "host": (HostReport, "pass the report of check_host(), or leave it out"),

@@ -73,6 +73,12 @@ def wrong_fusion(fusion: object) -> Iterator[Problem]:
     elif not isinstance(fusion.complex_pattern, tuple):
         yield BadConfig("complex_pattern", f"expected a tuple, got a {type(fusion.complex_pattern).__name__}", remedy)
     else:
+        for item in dict.fromkeys(_no_operators(fusion)):
+            reason = f"{item} stands where an operator is expected: a module class, a function or a method's name"
+            yield BadConfig(fusion.name, reason, remedy)
+        if any(len(item) == 1 for item in _tuples(fusion.complex_pattern)):
+            reason = "a tuple holds an operator and what its arguments must be: one of one item matches nothing"
+            yield BadConfig(fusion.name, reason, "write the operator without a tuple, or with MatchAllNode")
         for item in _leaves(fusion.reversed):
             if callable(item) and _form(item) is None:
                 reason = f"{_label(item)} cannot be matched: it has no name that an import would find again"
@@ -138,6 +144,20 @@ def _leaves(item: Any) -> Iterator[Any]:
             yield from _leaves(part)
         elif part is not MatchAllNode:
             yield part
+
+
+def _tuples(item: Any) -> Iterator[tuple[Any, ...]]:
+    """All tuples of a pattern that stand for a call, the outermost first."""
+    if isinstance(item, tuple):
+        yield item
+        for part in item[1:]:
+            yield from _tuples(part)
+
+
+def _no_operators(fusion: CustomFusion) -> Iterator[str]:
+    """What stands where the pattern must have an operator, and is none."""
+    operators = [*fusion.pattern, *(item[0] for item in _tuples(fusion.complex_pattern) if item)]
+    yield from (_label(item) for item in operators if isinstance(item, tuple) or not _is_operator(item))
 
 
 def _form(item: Any) -> str | None:

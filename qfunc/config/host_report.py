@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfunc.numerics.saturation import PairLayout
+from qfunc.numerics.saturation import PairLayouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class HostReport:
     """Engines of qfunc that run: `onednn`, and `quantized` where torch has any of its own."""
     quantized_engines: tuple[str, ...]
     """torch's engines for quantized tensors, sorted."""
-    onednn_layout: PairLayout
-    """Which pairs of weights the `onednn` kernels add in int16 with saturation; `none` on a CPU with VNNI."""
-    quantized_layouts: tuple[tuple[str, PairLayout], ...]
-    """The same for each of torch's engines."""
+    onednn_layouts: PairLayouts
+    """Which pairs of weights the `onednn` kernels add in int16 with saturation; none on a CPU with VNNI."""
+    quantized_layouts: tuple[tuple[str, PairLayouts], ...]
+    """The same for each of torch's engines; fbgemm's depthwise kernels saturate on a CPU with VNNI, too."""
     verdicts: tuple[Verdict, ...]
     """One for each kernel, in the order of their names."""
 
@@ -44,12 +44,13 @@ class HostReport:
     @property
     def saturates(self) -> bool:
         """Whether the `onednn` kernels can saturate, so that weights must be limited."""
-        return self.onednn_layout != "none"
+        return self.onednn_layouts.saturates
 
     def verdict(self, kernel: str) -> Verdict:
         """The verdict on a kernel; one that was never checked is not ok.
 
-        >>> HostReport("2", "AVX2", (), (), (), "none", (), ()).verdict("onednn.conv2d")
+        >>> from qfunc.numerics.saturation import UNPAIRED
+        >>> HostReport("2", "AVX2", (), (), (), UNPAIRED, (), ()).verdict("onednn.conv2d")
         Verdict(kernel='onednn.conv2d', ok=False, reason='not checked on this host')
         """
         for verdict in self.verdicts:
@@ -57,6 +58,7 @@ class HostReport:
                 return verdict
         return Verdict(kernel, ok=False, reason="not checked on this host")
 
-    def layout(self, engine: str) -> PairLayout:
-        """The pair layout of `onednn`, or of one of torch's engines; unknown engines count as the worst."""
-        return self.onednn_layout if engine == "onednn" else dict(self.quantized_layouts).get(engine, "any")
+    def layouts(self, engine: str) -> PairLayouts:
+        """The pair layouts of `onednn`, or of one of torch's engines; unknown engines count as the worst."""
+        unknown = PairLayouts("any", "any")
+        return self.onednn_layouts if engine == "onednn" else dict(self.quantized_layouts).get(engine, unknown)

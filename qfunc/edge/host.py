@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
+from types import MappingProxyType
 from typing import TypeAlias, cast
 
 import torch
@@ -22,7 +24,7 @@ from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall, QuantizedLinear, TorchEngine
 from qfunc.edge.kernels.quantized_contracts import as_quantized, quantized_contracts
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.saturation import PairLayout
+from qfunc.numerics.saturation import UNPAIRED, PairLayout, PairLayouts
 
 _ONEDNN_OPERATORS = (
     ("qconv_prepack", "default"),
@@ -46,11 +48,11 @@ def check_host() -> HostReport:
         # torch announces the end of the quantized dtypes at the first quantized tensor of a process.
         warnings.filterwarnings("ignore", message=".*quint8.*")
         onednn = _onednn_usable()
-        layout = pair_layout(_onednn_conv, _onednn_linear) if onednn else "none"
-        layouts: tuple[tuple[TorchEngine, PairLayout], ...] = tuple(
-            (e, pair_layout(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines
+        plain = pair_layouts(_onednn_conv, _onednn_linear) if onednn else UNPAIRED
+        layouts: tuple[tuple[TorchEngine, PairLayouts], ...] = tuple(
+            (e, pair_layouts(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines
         )
-        contracts = (*(onednn_contracts(layout) if onednn else plain_contracts()), *quantized_contracts(layouts))
+        contracts = (*(onednn_contracts(plain) if onednn else plain_contracts()), *quantized_contracts(layouts))
         verdicts = tuple(sorted((check(contract) for contract in contracts), key=lambda verdict: verdict.kernel))
     return HostReport(
         torch_version=torch.__version__,
@@ -58,7 +60,7 @@ def check_host() -> HostReport:
         isa=_isa(),
         engines=(*(("onednn",) if onednn else ()), *(("quantized",) if torch_engines else ())),
         quantized_engines=torch_engines,
-        onednn_layout=layout,
+        onednn_layouts=plain,
         quantized_layouts=layouts,
         verdicts=verdicts,
     )
@@ -89,55 +91,98 @@ def _isa() -> tuple[str, ...]:
 
 # Which pairs saturate -------------------------------------------------------------------------------------------------
 
-ConvRun: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
-"""`uint8` input, `int8` weight, groups -> per output channel, the least of its sums."""
+ConvRun: TypeAlias = Callable[[Tensor, Tensor, int, int], Tensor]
+"""`uint8` input, `int8` weight, groups, padding with zeros -> the sums."""
 LinearRun: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`uint8` input, `int8` weight -> the same."""
 
 _NARROWEST_FIRST: tuple[PairLayout, ...] = ("none", "channels", "flat", "any")
 _FULL = 255 * (127 + 127)
-# (in_channels, kernel, dimensions): odd and even channel counts, one tap and many.
-_PROBES = ((3, 3, 2), (8, 2, 2), (5, 1, 2), (3, 3, 1), (16, 1, 2), (3, 2, 3))
+_SIZE = 6
+_MANY = 104  # torch's x86 engine gives more than 100 groups to another library
+_CONV: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: F.conv1d, 2: F.conv2d, 3: F.conv3d})
 
 
-def pair_layout(conv: ConvRun, linear: LinearRun) -> PairLayout:
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A kind of convolution that a library may have a kernel of its own for."""
+
+    channels: int  # of a group
+    kernel: int
+    dims: int
+    padding: int = 0
+    groups: int = 1  # or as many more as there are pairs: each has a group to itself, unless there is one group
+
+
+# Odd and even channel counts, one tap and many.
+_DENSE = (
+    *(_Probe(3, 3, 2), _Probe(8, 2, 2), _Probe(5, 1, 2), _Probe(3, 3, 1), _Probe(16, 1, 2), _Probe(3, 2, 3)),
+    *(_Probe(2, 2, 2, padding=1, groups=16), _Probe(3, 2, 2, groups=_MANY)),
+)
+# fbgemm's depthwise kernels take square ones padded by half their size.
+_DEPTHWISE = (
+    *(_Probe(1, 3, 2, groups=16), _Probe(1, 3, 2, padding=1, groups=16), _Probe(1, 3, 2, padding=1, groups=_MANY)),
+    *(_Probe(1, 3, 1, padding=1, groups=16), _Probe(1, 3, 1, padding=1, groups=_MANY)),
+    *(_Probe(1, 5, 2, padding=2, groups=_MANY), _Probe(1, 3, 3, padding=1, groups=_MANY)),
+)
+
+
+def pair_layouts(conv: ConvRun, linear: LinearRun) -> PairLayouts:
     """Find which two weights a kernel adds in int16: all pairs of 127, one at a time, against activations of 255.
 
-    An output channel holds one pair and zeros; a saturated one gives 32767 instead of 64770. The answer is the
-    narrowest layout that explains all saturating pairs of all probes. A shape that a kernel refuses says nothing.
+    An output channel holds one pair and zeros; a saturated one gives 32767 instead of 64770. The answer is, of each
+    kind, the narrowest layout that explains all saturating pairs of all probes. A shape that a kernel refuses says
+    nothing; a kind of which it refuses all is unknown.
     """
-    rows = torch.full((5, 33), 255, dtype=torch.uint8)
-    probes: list[tuple[int, int, Callable[[Tensor], Tensor]]] = [
-        *((c, k**dims, partial(_dense, conv, c, k, dims)) for c, k, dims in _PROBES),
-        (1, 9, partial(_depthwise, conv)),
-        (33, 1, partial(linear, rows)),
-    ]
-    possible = set(_NARROWEST_FIRST)
-    for channels, taps, run in probes:
-        with suppress(RuntimeError):
-            possible &= _explanations(_saturating_pairs(channels * taps, run), channels, taps)
-    return next(layout for layout in _NARROWEST_FIRST if layout in possible)
+    dense = [_explained(probe, partial(_saturates, conv, probe)) for probe in _DENSE]
+    dense.append(_explained(_Probe(33, 1, 0), partial(_linear_saturates, linear)))
+    depthwise = [_explained(probe, partial(_saturates, conv, probe)) for probe in _DEPTHWISE]
+    return PairLayouts(_narrowest(dense), _narrowest(depthwise))
 
 
-def _dense(conv: ConvRun, channels: int, kernel: int, dims: int, rows: Tensor) -> Tensor:
-    x = torch.full((1, channels, *[6] * dims), 255, dtype=torch.uint8)
-    return conv(x, rows.reshape(-1, channels, *[kernel] * dims), 1)
+def _explained(probe: _Probe, saturates: Callable[[Tensor], Tensor]) -> set[PairLayout] | None:
+    """The layouts that explain what saturates; None where the kernel refuses the shape."""
+    taps = probe.kernel**probe.dims
+    try:
+        return _explanations(_saturating_pairs(probe.channels * taps, saturates), probe.channels, taps)
+    except RuntimeError:
+        return None
 
 
-def _depthwise(conv: ConvRun, rows: Tensor) -> Tensor:
-    # Some engines have a depthwise kernel for multiples of 8 or 16 channels only.
-    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % 16))
-    x = torch.full((1, padded.shape[0], 6, 6), 255, dtype=torch.uint8)
-    return conv(x, padded.reshape(-1, 1, 3, 3), padded.shape[0])[: rows.shape[0]]
+def _narrowest(explanations: list[set[PairLayout] | None]) -> PairLayout:
+    known = [layouts for layouts in explanations if layouts is not None]
+    held: list[PairLayout] = [layout for layout in _NARROWEST_FIRST if all(layout in layouts for layouts in known)]
+    return held[0] if known else _NARROWEST_FIRST[-1]
 
 
-def _saturating_pairs(length: int, run: Callable[[Tensor], Tensor]) -> list[tuple[int, int]]:
-    """Positions `i < j` that saturate; `run` takes weights `[pairs, length]` and gives the least sum of each row."""
+def _saturates(conv: ConvRun, probe: _Probe, rows: Tensor) -> Tensor:
+    """For each row of weights, whether a sum of the convolution is wrong anywhere."""
+    groups = probe.groups
+    if groups > 1:
+        # Some engines have a depthwise kernel for multiples of 8 or 16 channels only.
+        groups = max(groups, len(rows) + -len(rows) % 16)
+        rows = F.pad(rows, (0, 0, 0, groups - len(rows)))
+    x = torch.full((1, groups * probe.channels, *[_SIZE] * probe.dims), 255, dtype=torch.uint8)
+    weight = rows.reshape(-1, probe.channels, *[probe.kernel] * probe.dims)
+    exact = _CONV[probe.dims](x.float(), weight.float(), None, 1, probe.padding, 1, groups)
+    return _wrong(conv(x, weight, groups, probe.padding), exact).flatten(2).any(2)[0]
+
+
+def _linear_saturates(linear: LinearRun, rows: Tensor) -> Tensor:
+    x = torch.full((5, rows.shape[1]), 255, dtype=torch.uint8)
+    return _wrong(linear(x, rows), F.linear(x.float(), rows.float())).any(0)
+
+
+def _wrong(got: Tensor, exact: Tensor) -> Tensor:
+    return (got - exact).abs() > 0.01 * _FULL
+
+
+def _saturating_pairs(length: int, saturates: Callable[[Tensor], Tensor]) -> list[tuple[int, int]]:
+    """Positions `i < j` that saturate; `saturates` takes weights `[pairs, length]` and answers for the first rows."""
     pairs = list(combinations(range(length), 2))
     rows = torch.zeros(len(pairs), length, dtype=torch.int8)
     rows.scatter_(1, torch.tensor(pairs), 127)
-    saturated = run(rows) < 0.99 * _FULL
-    return [pair for pair, is_saturated in zip(pairs, saturated.tolist(), strict=True) if is_saturated]
+    return [pair for pair, is_saturated in zip(pairs, saturates(rows).tolist(), strict=False) if is_saturated]
 
 
 def _explanations(pairs: list[tuple[int, int]], channels: int, taps: int) -> set[PairLayout]:
@@ -153,28 +198,24 @@ def _explanations(pairs: list[tuple[int, int]], channels: int, taps: int) -> set
     return layouts
 
 
-def _onednn_conv(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _onednn_conv(x: Tensor, weight: Tensor, groups: int, padding: int) -> Tensor:
     dims = x.dim() - 2
-    call = ConvCall(1.0, 0, 1.0, 0, "float32", (1,) * dims, (0,) * dims, (1,) * dims, groups)
-    out: Tensor = OnednnConv(weight, torch.ones(weight.shape[0]), None, call)(x)
-    return out.flatten(2).amin((0, 2))
+    call = ConvCall(1.0, 0, 1.0, 0, "float32", (1,) * dims, (padding,) * dims, (1,) * dims, groups)
+    return OnednnConv(weight, torch.ones(weight.shape[0]), None, call)(x)  # type: ignore[no-any-return]
 
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     call = LinearCall(1.0, 0, 1.0, 0, "float32")
-    out: Tensor = OnednnLinear(weight, torch.ones(weight.shape[0]), None, call)(x)
-    return out.amin(0)
+    return OnednnLinear(weight, torch.ones(weight.shape[0]), None, call)(x)  # type: ignore[no-any-return]
 
 
-def _quantized_conv(engine: TorchEngine, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _quantized_conv(engine: TorchEngine, x: Tensor, weight: Tensor, groups: int, padding: int) -> Tensor:
     dims = x.dim() - 2
-    call = QConvCall(_FULL / 200, 0, (1,) * dims, (0,) * dims, (1,) * dims, groups)
+    call = QConvCall(_FULL / 200, 0, (1,) * dims, (padding,) * dims, (1,) * dims, groups)
     module = QUANTIZED_CONV[dims](weight, torch.ones(weight.shape[0]), None, call, engine)
-    out: Tensor = module(as_quantized(x, Affine(1.0, 0)))
-    return out.dequantize().flatten(2).amin((0, 2))
+    return module(as_quantized(x, Affine(1.0, 0))).dequantize()  # type: ignore[no-any-return]
 
 
 def _quantized_linear(engine: TorchEngine, x: Tensor, weight: Tensor) -> Tensor:
     module = QuantizedLinear(weight, torch.ones(weight.shape[0]), None, Affine(_FULL / 200, 0), engine)
-    out: Tensor = module(as_quantized(x, Affine(1.0, 0)))
-    return out.dequantize().amin(0)
+    return module(as_quantized(x, Affine(1.0, 0))).dequantize()  # type: ignore[no-any-return]

@@ -9,11 +9,11 @@ from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.ir import Expression, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
-from qfunc.numerics.saturation import PairLayout, pair_bound
-from qfunc.params import DequantizeWeight, QuantizeWeight
+from qfunc.numerics.saturation import PairLayouts, pair_bound
+from qfunc.params import DequantizeWeight, QuantizeWeight, loads
 
 
-def weight_of(call: Call, pairs: PairLayout) -> QuantizeWeight | str:
+def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
     """The quantized weight of a call, limited to what this host's kernels add without overflow.
 
     Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
@@ -27,7 +27,12 @@ def weight_of(call: Call, pairs: PairLayout) -> QuantizeWeight | str:
     low, high = call.input.affine.expected
     most = high - min(low, 0)  # kernels shift int8 activations to uint8
     safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
-    return QuantizeWeight(quantized.value, quantized.observer, "none" if safe else pairs, most)
+    if safe:
+        return QuantizeWeight(quantized.value, quantized.observer, "none", most)
+    groups = 1 if call.node.kind == "linear" else call.node.get("groups")
+    assert isinstance(groups, int), "kinds of operators have a number of groups"
+    pairs = layouts.of(next(loads(quantized.value)).shape, groups)  # folding keeps the shape
+    return QuantizeWeight(quantized.value, quantized.observer, pairs, most)
 
 
 def clips(output: Affine | None) -> str:
@@ -39,7 +44,7 @@ def clips(output: Affine | None) -> str:
 
 def _conv(call: Call) -> Plan:
     node = call.node
-    weight = weight_of(call, call.host.onednn_layout)
+    weight = weight_of(call, call.host.onednn_layouts)
     if isinstance(weight, str):
         return weight
     if call.input.affine.dtype != "uint8":
@@ -73,7 +78,7 @@ def _conv(call: Call) -> Plan:
 
 def _linear(call: Call) -> Plan:
     node = call.node
-    weight = weight_of(call, call.host.onednn_layout)
+    weight = weight_of(call, call.host.onednn_layouts)
     if isinstance(weight, str):
         return weight
     if clips(call.output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qfunc.backends.cpu import REARRANGEMENTS
@@ -19,7 +20,7 @@ def torch_engine(call: Call) -> str:
 
 def _weighted(call: Call) -> Plan:
     node, engine = call.node, torch_engine(call)
-    weight = weight_of(call, call.host.layout(engine))
+    weight = weight_of(call, call.host.layouts(engine))
     if isinstance(weight, str):
         return weight
     if call.output is None:
@@ -126,9 +127,20 @@ def _hardswish(call: Call) -> Plan:
     return Node(call.node.id, name, args, origin=origin, fact=call.node.fact)
 
 
+def _on_uint8(row: KernelRow) -> KernelRow:
+    """The row for `uint8` codes alone: plain `int8` ones are no quantized tensors."""
+
+    def plan(call: Call) -> Plan:
+        affines = [operand.affine for operands in call.operands.values() for operand in operands]
+        dtypes = {affine.dtype for affine in (*affines, call.output) if affine is not None}
+        return row.plan(call) if dtypes == {"uint8"} else "the kernel takes and gives uint8 activations"
+
+    return replace(row, plan=plan)
+
+
 _POOLS = tuple(f"{kind}{rank}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3))
 
-QUANTIZED: tuple[KernelRow, ...] = (
+_ROWS = (
     KernelRow("quantized.weighted", ("conv1d", "conv2d", "conv3d", "linear"), _weighted, checked=False),
     *(KernelRow(f"quantized.{name}", (name,), _arithmetic) for name in ("add", "mul")),
     KernelRow("quantized.cat", ("cat",), _cat),
@@ -137,4 +149,6 @@ QUANTIZED: tuple[KernelRow, ...] = (
     KernelRow("quantized.tanh", ("tanh",), _fixed(2 / 256, 128), checked=False),
     KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS, *REARRANGEMENTS), _same_qparams, checked=False),
 )
+
+QUANTIZED: tuple[KernelRow, ...] = tuple(map(_on_uint8, _ROWS))
 """Kernels of torch's quantized tensors."""

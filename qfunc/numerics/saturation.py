@@ -14,10 +14,12 @@ positive (or negative) parts add to `P`: a channel whose codes are unsafe at its
     s = max over pairs of P / (B - 1)
 
 Which weights are neighbours depends on the kernel (`PairLayout`); found by probing each pair (`qfunc.edge.host`).
+VNNI does not settle it: fbgemm has one depthwise kernel for all CPUs, which adds in int16 (`PairLayouts`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,6 +34,34 @@ PairLayout: TypeAlias = Literal["none", "channels", "flat", "any"]
   depthwise convolutions a pair spans two taps);
 - `any`: unknown, so any two.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class PairLayouts:
+    """The pair layouts of an engine, which has a kernel of its own for depthwise convolutions."""
+
+    dense: PairLayout
+    """Of linear layers, and of convolutions of more than one channel per group."""
+    depthwise: PairLayout
+    """Of convolutions of one channel per group, with any number of output channels for each."""
+
+    def of(self, shape: tuple[int, ...], groups: int = 1) -> PairLayout:
+        """The layout of a weight `[out_channels, in_channels / groups, *kernel]`.
+
+        >>> layouts = PairLayouts("none", "flat")
+        >>> layouts.of((96, 1, 3, 3), groups=96), layouts.of((96, 2, 3, 3), groups=48), layouts.of((96, 1, 3, 3))
+        ('flat', 'none', 'none')
+        """
+        return self.depthwise if groups > 1 and shape[1] == 1 else self.dense
+
+    @property
+    def saturates(self) -> bool:
+        """Whether any kernel adds pairs in int16."""
+        return (self.dense, self.depthwise) != ("none", "none")
+
+
+UNPAIRED = PairLayouts("none", "none")
+"""No kernel adds in int16."""
 
 _INT16_MAX = 32767
 

@@ -62,7 +62,7 @@ class Certificate:
             f"{self.conversions} conversion{plural} between float and integers left"
         )
         if self.limited:
-            head += "\nweights are limited so that two products fit 16 bits: this host has no VNNI"
+            head += "\nweights are limited so that two products fit 16 bits, where kernels of this host add them there"
         titles = ("node", "module", "operator", "kernel", "output", "why not")
         rows = [(e.node, e.module, e.operator, e.kernel or "-", e.output, e.reason) for e in self.entries]
         return "\n".join([head, *aligned([titles, *rows])])

@@ -15,6 +15,7 @@ from qfunc.ir import Graph, Node
 from qfunc.match import WRONG_KIND, NoMatch
 from qfunc.params import FoldBatchNorm
 from qfunc.passes.columns import aligned
+from qfunc.passes.fold import NOT_FOLDED
 from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
 from qfunc.passes.fusing import Fused, Fusing, patterns_by_root
 from qfunc.passes.kept import kind_as_written, why_kept
@@ -67,8 +68,9 @@ def explain_fusion(
     Of a graph that is fused already, what was fused is told of as well.
 
     Returns:
-        The report, or `UnknownName`, `BadConfig`, `WrongStage`. A model in training mode is no error here: it is the
-        reason why nothing is fused for evaluation.
+        The report, or `UnknownName`, `BadConfig`, `WrongStage`; `CannotFuse`, `UserFunctionFailed` for a getter of the
+        user's. A model in training mode is no error here: it is the reason why nothing is fused for evaluation. Nor are
+        layers whose modes or features differ: that is why they are left alone, where `fuse` fails.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -76,11 +78,14 @@ def explain_fusion(
     if problems:
         return Failure(several(problems))
     fusing = Fusing(graph, backend, custom, qat=qat, call_fuser=None)
-    fusing.run()
+    made = fusing.run()
+    if fusing.problems:
+        return Failure(several(fusing.problems))
     blocked = {} if qat else {problem.node: problem.reason for problem in training_modules(graph)}
     position = {id: index for index, id in enumerate(graph.order)}
     fused = [*_earlier(graph), *([] if blocked else fusing.fused)]
     missed = {id: _reason(graph, id, miss) for id, miss in fusing.missed.items()}
+    missed |= {note.node: note.text for note in made.notes if note.node in missed and note.text.startswith(NOT_FOLDED)}
     missed |= {id: why for node in graph for id, why in _kept(node, graph, backend)}
     if blocked:
         roots = patterns_by_root(backend)
@@ -117,15 +122,26 @@ def _kept(node: Node, graph: Graph, backend: BackendConfig) -> list[tuple[str, s
 
 
 def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
-    place = graph[miss.node].place if miss.node in graph.nodes else miss.node
-    if miss.reason == WRONG_KIND:
-        return f"{place} follows ({graph[miss.node].kind}), where patterns go on with {' or '.join(miss.wanted)}"
-    return miss.reason if miss.node == root else f"{place}: {miss.reason}"
+    node = graph.nodes.get(miss.node)
+    if node is None or miss.node == root:
+        return miss.reason
+    if miss.reason != WRONG_KIND:
+        return f"{node.place}{' ' if miss.reason.split()[0] in _VERBS else ': '}{miss.reason}"
+    if kind_as_written(node, graph) in miss.wanted:
+        return f"{node.place} behind it is kept as it was written: {why_kept(node, graph)}"
+    follows = "the model's output" if node.kind == "output" else node.place
+    named = follows if node.kind in ("output", follows) else f"{follows} ({node.kind})"
+    *others, last = miss.wanted
+    return f"followed by {named}, not by {', '.join(others)}{' or ' if others else ''}{last}"
+
+
+_VERBS = ("is", "shares", "reads", "does")
+"""How reasons begin that go on a sentence about the operator."""
 
 
 def _row(fused: Fused, *, qat: bool) -> FusedChain:
     kinds = [part.kind for part in fused.parts] if len(fused.parts) > 1 else fused.pattern.split(" + ")
-    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat)
+    module = "what its fuser makes" if fused.own else module_name(kinds, qat=qat, rank=_rank(fused.node))
     return FusedChain(fused.node.id, fused.pattern, tuple(part.place for part in fused.parts), module)
 
 
@@ -135,8 +151,15 @@ _NAMES = {
 }  # fmt: skip
 
 
-def module_name(kinds: list[str], *, qat: bool) -> str:
+def _rank(root: Node) -> str:
+    """How a batch norm's module is called after its rank, which its kind does not tell."""
+    return root.origin.type[-2:] if root.origin.type.startswith("torch.nn.BatchNorm") else ""
+
+
+def module_name(kinds: list[str], *, qat: bool, rank: str = "") -> str:
     """The field's name of the module that a chain of kinds amounts to; for training its batch norm stays in it.
+
+    `rank` is that of a root whose kind is the same for every rank.
 
     >>> kinds = ["conv2d", "batch_norm", "relu"]
     >>> module_name(kinds, qat=False), module_name(kinds, qat=True)
@@ -144,8 +167,12 @@ def module_name(kinds: list[str], *, qat: bool) -> str:
     """
     root, *rest = kinds
     if root in ("dropout", "identity"):
-        return "-"
-    stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, "")
+        return "nothing"
+    if rest == ["batch_norm"] and not root.startswith(("conv", "linear")):
+        return f"batch_norm, then {root}"
+    if root == "batch_norm" and any(kind.startswith(("conv", "linear")) for kind in rest):
+        return module_name(rest, qat=qat)
+    stem, rank = (root[:-2], root[-2:]) if root[-2:] in ("1d", "2d", "3d") else (root, rank)
     first = {"conv": "Conv", "conv_transpose": "ConvTranspose", "batch_norm": "BN"}.get(stem) or _NAMES.get(stem, stem)
     kept = [kind for kind in rest if qat or kind != "batch_norm"]
     if root == "linear" and "batch_norm" in kept:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact
+from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, users
 from qfunc.ir.node import Fact, NamedArgs
 from qfunc.params import FoldBatchNorm, Load
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+NOT_FOLDED = "not folded into"
 _REAL = ("float32", "float64", "float16", "bfloat16")
 
 Allowed: TypeAlias = Callable[[str, tuple[Node, ...]], bool]
@@ -32,16 +33,30 @@ def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
 def misaligned(root: Node, norm: Node) -> str:
     """Why a batch norm does not act on the output channels of the layer before it; empty where it does."""
     features, channels = features_of(norm), out_channels(root)
+    differ = features is not None and channels is not None and features != channels
+    of_them = f"the batch norm has {features} features, the layer {channels} output channels"
+    return off_axis(root, norm) or (of_them if differ else "")
+
+
+def off_axis(root: Node, norm: Node) -> str:
+    """Why axis 1, on which a batch norm acts, may not be that of the output channels of the layer before it."""
     if root.kind == "linear":
         if not isinstance(root.fact, TensorFact):
             return "a batch norm acts on axis 1, and the linear's shape is unknown: trace with example_inputs"
         if len(root.fact.shape) != 2:
             return f"a batch norm acts on axis 1, and the linear's output has its features in the last of {_rank(root)}"
-    elif isinstance(root.fact, TensorFact) and len(root.fact.shape) != int(root.kind[-2]) + 2:
+    elif not _is_batched(root.fact, root, norm):
         return "a batch norm acts on axis 1, and the convolution's output has no batch axis"
-    if features is not None and channels is not None and features != channels:
-        return f"the batch norm has {features} features, the layer {channels} output channels"
     return ""
+
+
+def _is_batched(fact: Fact, convolution: Node, norm: Node) -> bool:
+    """Whether a convolution's value, of which `fact` tells, has a batch axis; else a norm's module tells its rank."""
+    rank = int(convolution.kind[-2])
+    if isinstance(fact, TensorFact):
+        return len(fact.shape) == rank + 2
+    written = norm.origin.written
+    return written is None or written.op != "call_module" or norm.origin.type == f"torch.nn.BatchNorm{rank}d"
 
 
 def _rank(node: Node) -> str:
@@ -101,30 +116,27 @@ def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, bef
 # A norm before a layer ------------------------------------------------------------------------------------------------
 
 
-def fold_norms_before(graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
+def fold_norms_before(graph: Graph, allowed: Allowed, report: Report) -> Graph:
     """Fold each batch norm that stands before a convolution or linear layer into that layer, where this is exact."""
-    draft = Draft(graph)
-    for node in graph:
-        if node.kind not in (*CONVOLUTIONS, "linear") or node.aliased:
-            continue
-        norm = _producer(graph, node)
-        if (
-            norm is None
-            or norm.kind != "batch_norm"
-            or norm.post
-            or not allowed(f"batch_norm + {node.kind}", (norm, node))
-        ):
-            continue
-        reason = hindrance_before(norm, node, len(users[norm.id]))
-        if reason:
-            draft.note(norm.id, f"not folded into {node.place}: {reason}")
-            continue
-        args = _with_norm(node.args, norm, transpose=False, groups=_groups(node), before=True)
-        turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
-        made = Node(node.id, node.kind, turned, node.post, node.origin, node.fact)
-        draft.put(made)
-        draft.erase([norm.id])
-        report(made, f"batch_norm + {node.kind}", (norm, node))
+    draft, used = Draft(graph), users(graph)
+    for layer in graph:
+        made = layer
+        while made.kind in (*CONVOLUTIONS, "linear") and not made.aliased:
+            norm, pattern = _producer(graph, made), f"batch_norm + {made.kind}"
+            if norm is None or norm.kind != "batch_norm" or norm.post or not allowed(pattern, (norm, made)):
+                break
+            reason = hindrance_before(norm, made, len(used[norm.id]))
+            if reason:
+                draft.note(norm.id, f"{NOT_FOLDED} {made.place}: {reason}")
+                break
+            args = _with_norm(made.args, norm, transpose=False, groups=_groups(made), before=True)
+            turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
+            parts = (norm, made)
+            made = Node(made.id, made.kind, turned, made.post, made.origin, made.fact)
+            draft.erase([norm.id])
+            report(made, pattern, parts)
+        if made is not layer:
+            draft.put(made)
     return draft.commit()
 
 
@@ -135,15 +147,17 @@ def hindrance_before(norm: Node, layer: Node, readers: int) -> str:
         return "it shares memory with a value that is changed in place"
     if readers != 1:
         return f"its value has {readers} users"
+    if sum(used == norm.id for used in layer.uses()) != 1:
+        return "what is added behind the layer reads it as well"
     reason = _unfit(norm, weight, layer.get("bias"))
     if reason:
         return reason
     shape, fact = _shape(weight), norm.fact
     channels = None if shape is None else shape[1] * _groups(layer)
-    rank = 2 if layer.kind == "linear" else int(layer.kind[-2]) + 2
     if layer.kind != "linear" and _pads_zeros(layer):
         return "the convolution pads with zeros, which the batch norm does not see"
-    if not (isinstance(fact, TensorFact) and len(fact.shape) == rank) and (fact is not None or layer.kind == "linear"):
+    known = isinstance(fact, TensorFact) and len(fact.shape) == 2
+    if not (known if layer.kind == "linear" else _is_batched(fact, layer, norm)):
         return "a batch norm acts on axis 1, which is not known to be the layer's input channels"
     return "" if features_of(norm) == channels else "its features are not the layer's input channels"
 
@@ -157,24 +171,33 @@ def _pads_zeros(convolution: Node) -> bool:
 # A norm behind an average pool ----------------------------------------------------------------------------------------
 
 
-def move_norms_before_pools(
-    graph: Graph, users: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report
-) -> Graph:
-    """Have each batch norm behind an average change places with it, where a layer then stands before the norm.
+def move_norms_before_pools(graph: Graph, allowed: Allowed, report: Report) -> Graph:
+    """Have each batch norm behind an average change places with it, where it is then folded into the layer before.
 
     An average over positions whose weights sum to 1 commutes with what is affine in each channel.
     """
+    while (moved := _moved_once(graph, users(graph), allowed, report)) is not graph:
+        graph = moved  # a norm behind the one that moved now follows the pool itself
+    return graph
+
+
+def _moved_once(graph: Graph, used: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
     draft = Draft(graph)
     for norm in graph:
         pool = _producer(graph, norm) if norm.kind == "batch_norm" else None
         before = None if pool is None else _producer(graph, pool)
         if pool is None or before is None or norm.aliased or pool.aliased:
             continue
-        if not allowed(f"{pool.kind} + batch_norm", (pool, norm)):
+        if (
+            len(used[pool.id]) != 1
+            or not _averages(pool, before)
+            or not allowed(f"{pool.kind} + batch_norm", (pool, norm))
+        ):
             continue
-        layer = _layer_before(graph, users, pool)
-        moves = layer is not None and len(users[pool.id]) == 1 and _averages(pool, before)
-        if layer is None or not moves or isinstance(folded(layer, layer.args, norm), str):
+        layer, *norms = _chain_before(graph, used, pool) or (None,)
+        if layer is None or any(isinstance(folded(layer, layer.args, each), str) for each in (*norms, norm)):
+            continue
+        if not allowed(f"{layer.kind} + batch_norm", (layer, *norms, norm)):
             continue
         early = draft.fresh(f"{norm.id}_{pool.kind}")
         moved = Node(early, "batch_norm", norm.args, origin=norm.origin, fact=before.fact)
@@ -186,14 +209,16 @@ def move_norms_before_pools(
     return draft.commit()
 
 
-def _layer_before(graph: Graph, users: Mapping[str, tuple[str, ...]], pool: Node) -> Node | None:
-    """The layer that a norm before the pool would be folded into: nothing but norms lies between."""
+def _chain_before(graph: Graph, used: Mapping[str, tuple[str, ...]], pool: Node) -> tuple[Node, ...]:
+    """The layer that a norm before the pool would be folded into, and the norms between; empty where there is none."""
+    norms: tuple[Node, ...] = ()
     node = _producer(graph, pool)
-    while node is not None and len(users[node.id]) == 1 and not (node.aliased or node.post):
+    while node is not None and len(used[node.id]) == 1 and not (node.aliased or node.post):
         if node.kind in (*CONVOLUTIONS, *TRANSPOSED):
-            return node
+            return (node, *norms) if isinstance(node.get("weight"), Load) else ()
+        norms = (node, *norms)
         node = _producer(graph, node) if node.kind == "batch_norm" else None
-    return None
+    return ()
 
 
 def _averages(pool: Node, averaged: Node) -> bool:
@@ -207,10 +232,12 @@ def _averages(pool: Node, averaged: Node) -> bool:
 
 
 def _keeps_channels(mean: Node, fact: Fact) -> bool:
-    """Whether a mean is over axes behind the channels; negative ones tell where the shape is known."""
+    """Whether a mean is over axes that are known to stand behind the channels."""
     dim = mean.get("dim")
     dims = dim.items if isinstance(dim, ListArg) else dim if isinstance(dim, tuple) else (dim,)
-    rank = len(fact.shape) if isinstance(fact, TensorFact) else 0
+    if not isinstance(fact, TensorFact):
+        return False
+    rank = len(fact.shape)
     return all(isinstance(axis, int) and (axis if axis >= 0 else axis + rank) >= 2 for axis in dims)
 
 

@@ -55,8 +55,8 @@ def fuse(
         return Failure(several(problems))
     fusing = Fusing(graph, backend, custom, qat=qat, call_fuser=call_fuser)
     fused = fusing.run()
-    if fusing.problems:
-        return Failure(several(fusing.problems))
+    if fusing.problems or fusing.unfit:
+        return Failure(several([*fusing.problems, *fusing.unfit]))
     kept = custom.preserved_attributes
     if not set(kept) <= set(graph.preserved):
         fused = replace(fused, preserved=tuple(dict.fromkeys((*graph.preserved, *kept))))
@@ -64,7 +64,7 @@ def fuse(
 
 
 def unknown_names(graph: Graph, backend: BackendConfig, custom: CustomConfig) -> Iterator[Problem]:
-    """The modules and patterns of a configuration that do not exist."""
+    """The modules, patterns and attributes of a configuration that do not exist."""
     for name in custom.unfused_names:
         if name not in graph.modules:
             yield UnknownName(name, "module", tuple(sorted(graph.modules)))
@@ -72,6 +72,10 @@ def unknown_names(graph: Graph, backend: BackendConfig, custom: CustomConfig) ->
     for name in custom.unfused_patterns:
         if name not in patterns:
             yield UnknownName(name, "pattern", patterns)
+    for name in custom.preserved_attributes:
+        models = [source.model for source in graph.sources.values()]
+        if not any(hasattr(model, name) for model in models):
+            yield UnknownName(name, "attribute", tuple(known for model in models for known in vars(model)))
 
 
 def training_modules(graph: Graph) -> Iterator[Problem]:

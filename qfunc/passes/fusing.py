@@ -19,16 +19,16 @@ from qfunc.ops import type_name
 from qfunc.params import Load
 from qfunc.passes.fold import (
     CONVOLUTIONS,
-    features_of,
     fold_norms_before,
     folded,
     misaligned,
     move_norms_before_pools,
-    out_channels,
+    off_axis,
 )
 from qfunc.result import R
 
 _DROPPED = ("dropout", "identity")
+FUSED_ELSEWHERE = "is fused with the other operator that it reads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class Fused:
 class Fusing:
     """One run over one graph.
 
-    Without `call_fuser` the user's fusions are matched and not made. What is `allowed` by the user's switches is tried:
+    `problems` are the user's functions' faults, `unfit` the parts that cannot be trained together as they stand.
+    Without `call_fuser` the user's modules are not made. What the user's switches allow is tried:
     the user's patterns first, in their order, then the longest of the backend's.
     """
 
@@ -63,29 +64,38 @@ class Fusing:
         self.fused: list[Fused] = []
         self.missed: dict[str, NoMatch] = {}
         self.problems: list[Problem] = []
+        self.unfit: list[Problem] = []
         self._graph, self._backend, self._custom, self._qat, self._call_fuser = graph, backend, custom, qat, call_fuser
+        self._names = frozenset(pattern_names(backend, custom))
 
     def run(self) -> Graph:
         """The fused graph."""
-        graph, backend = self._graph, self._backend
+        graph, backend = self._owned(self._graph), self._backend
         if backend.drop_identities:
-            graph = self._without_identities(graph)
+            whole, graph = graph, self._without_identities(graph)
+            # What an identity parted is one chain now, for the user's patterns as well.
+            graph = graph if graph is whole else self._owned(graph)
         move = backend.move_norms and not self._qat
         if move and any(node.kind == "batch_norm" for node in graph):
-            graph = move_norms_before_pools(graph, users(graph), self._allowed, self._report)
+            graph = move_norms_before_pools(graph, self._allowed, self._report)
         graph = self._chains(graph)
         if move and any(node.kind == "batch_norm" for node in graph):
-            graph = fold_norms_before(graph, users(graph), self._allowed, self._report)
+            graph = fold_norms_before(graph, self._allowed, self._report)
         return graph
 
     def _report(self, node: Node, pattern: str, parts: tuple[Node, ...], *, own: bool = False) -> None:
+        earlier = next((chain for chain in self.fused if chain.node.id == node.id == parts[-1].id), None)
+        if earlier is not None:  # a norm before a chain joins it
+            self.fused.remove(earlier)
+            whole = (*parts[:-1], *earlier.parts)
+            pattern, parts = " + ".join(part.kind for part in whole), whole
         self.fused.append(Fused(node, pattern, parts, own))
         for part in parts:
             self.missed.pop(part.id, None)
 
     def _allowed(self, pattern: str, nodes: Sequence[Node]) -> bool:
         custom = self._custom
-        if pattern in custom.unfused_patterns:
+        if pattern not in self._names or pattern in custom.unfused_patterns:
             return False
         names = custom.unfused_names
         return not names or not any(_within(node.origin.module, name) for node in nodes for name in names)
@@ -94,7 +104,10 @@ class Fusing:
         """The graph without identity, and for evaluation without dropout, so that they part no chain."""
         draft = Draft(graph)
         for node in graph:
-            if node.kind in _DROPPED[self._qat :] and not node.aliased and self._allowed(node.kind, (node,)):
+            if node.kind not in _DROPPED[self._qat :] or node.aliased or not self._allowed(node.kind, (node,)):
+                continue
+            # Whether a dropout drops may be an input of the model.
+            if node.kind == "identity" or node.get("training") is False:
                 draft.redirect(node.id, next(node.uses()))
                 draft.erase([node.id])
                 self._report(node, node.kind, (node,))
@@ -104,21 +117,13 @@ class Fusing:
 
     def _chains(self, graph: Graph) -> Graph:
         draft, used, taken = Draft(graph), users(graph), set[str]()
-        objects = dict[str, Opaque]()
-        for fusion in custom_fusions(self._backend, self._custom):
-            pattern = compiled(fusion)
-            for node in graph:
-                found = match(graph, used, pattern, node)
-                if not isinstance(found, Match) or not taken.isdisjoint(n.id for n in found.nodes):
-                    continue
-                if self._allowed(pattern.name, found.nodes) and self._own(draft, graph, found, fusion, objects):
-                    taken.update(n.id for n in found.nodes)
         by_root = patterns_by_root(self._backend)
+        if self._qat:  # two norms in a row train apart
+            by_root = {kind: [_once(pattern) for pattern in patterns] for kind, patterns in by_root.items()}
         for node in graph:
             if node.id not in taken and node.kind in by_root and not node.post and not _is_folded(node):
                 taken.update(self._chain(draft, graph, by_root[node.kind], used, taken, node))
-        made = draft.commit()
-        return replace(made, objects=made.objects.update(objects)) if objects else made
+        return draft.commit()
 
     def _chain(
         self,
@@ -130,7 +135,7 @@ class Fusing:
         root: Node,
     ) -> tuple[str, ...]:
         """Apply the first pattern that fits; gives the ids of its nodes."""
-        misses: list[NoMatch] = []
+        misses, declined = list[NoMatch](), list[NoMatch]()
         for pattern in patterns:
             found = match(graph, used, pattern, root)
             if isinstance(found, NoMatch):
@@ -142,31 +147,31 @@ class Fusing:
                 draft.put(made)
                 self._report(made, pattern.name, found.nodes)
                 return tuple(n.id for n in found.nodes)
-            misses.append(NoMatch(found.nodes[-1].id, made, len(found.parts)))
-        self.missed[root.id] = _deepest(misses)
+            declined.append(made)
+        # Only what matched whole was looked at closely: its reason says more.
+        self.missed[root.id] = _deepest(declined or misses)
         return ()
 
-    def _made(self, graph: Graph, found: Match, taken: set[str]) -> Node | str:
-        """The fused node, or why a part of the match declines."""
-        if self._qat and not found.pattern.trains:
-            return "this pattern is for evaluation only"
-        if not taken.isdisjoint(n.id for n in found.nodes):
-            return "a part of it is fused with another operator"
-        if not self._allowed(found.pattern.name, found.nodes):
-            return "the custom configuration leaves it unfused"
+    def _made(self, graph: Graph, found: Match, taken: set[str]) -> Node | NoMatch:
+        """The fused node, or which part of the match declines and why."""
         root, last = found.nodes[0], found.nodes[-1]
+        if self._qat and not found.pattern.trains:
+            return NoMatch(root.id, f"{found.pattern.name} is fused for evaluation only", len(found.parts))
+        if not self._allowed(found.pattern.name, found.nodes):
+            reason = f"the custom configuration leaves {found.pattern.name} unfused here"
+            return NoMatch(root.id, reason, len(found.parts))
         args, post = root.args, root.post
-        for part in found.parts[1:]:
+        for depth, part in enumerate(found.parts[1:], 1):
+            if part.node.id in taken:
+                return NoMatch(part.node.id, FUSED_ELSEWHERE, depth)
             behind = self._behind(graph, root, args, part)
             match behind:
                 case str():
-                    return behind
+                    return NoMatch(part.node.id, behind, depth)
                 case PostOp():
                     post = (*post, behind)
                 case _:
                     args = behind
-        if self._qat and sum(p.kind == "batch_norm" for p in post) > 1:
-            return "two batch norms in a row train apart"
         return Node(last.id, root.kind, args, post, root.origin, last.fact)
 
     def _behind(self, graph: Graph, root: Node, args: NamedArgs, part: Matched) -> NamedArgs | PostOp | str:
@@ -185,23 +190,42 @@ class Fusing:
         """Why a batch norm cannot be fused with the layer before it for training; modes must agree, and features."""
         if norm.get("running_mean") is None:
             return "the batch norm has no running statistics, which training with folded weights needs"
-        reason = misaligned(root, norm)
-        if reason and features_of(norm) == out_channels(root):
+        reason = off_axis(root, norm)
+        if reason:
             return reason
+        reason = misaligned(root, norm)
         place = f"{root.place} + {norm.place}"
         if reason:
             remedy = "give the batch norm as many features as the layer has output channels"
-            self.problems.append(CannotFuse(place, reason, remedy))
+            self.unfit.append(CannotFuse(place, reason, remedy))
         if _trains(graph, root) is not (norm.get("training") is True):
             modes = tuple(
                 "training" if trains else "evaluation" for trains in (_trains(graph, root), norm.get("training"))
             )
             why = f"the layer is in {modes[0]} mode, the batch norm in {modes[1]} mode"
             remedy = "put both in one mode before tracing, or leave them apart: CustomConfig(unfused_names=...)"
-            self.problems.append(CannotFuse(place, why, remedy))
-        return ""
+            # A function is told its mode where it is called, and may well mean it.
+            if norm.origin.written is not None and norm.origin.written.op == "call_module":
+                self.unfit.append(CannotFuse(place, why, remedy))
+            return reason or why
+        return reason
 
     # the user's own ---------------------------------------------------------------------------------------------------
+
+    def _owned(self, graph: Graph) -> Graph:
+        """The graph with the matches of the user's patterns made one node each."""
+        draft, used, taken = Draft(graph), users(graph), set[str]()
+        objects = dict[str, Opaque]()
+        for fusion in custom_fusions(self._backend, self._custom):
+            pattern = compiled(fusion)
+            for node in graph:
+                found = match(graph, used, pattern, node)
+                if not isinstance(found, Match) or not taken.isdisjoint(n.id for n in found.nodes):
+                    continue
+                if self._allowed(pattern.name, found.nodes) and self._own(draft, graph, found, fusion, objects):
+                    taken.update(n.id for n in found.nodes)
+        made = draft.commit()
+        return replace(made, objects=made.objects.update(objects)) if objects else made
 
     def _own(self, draft: Draft, graph: Graph, found: Match, fusion: CustomFusion, objects: dict[str, Opaque]) -> bool:
         """Put the module that a user's fuser makes in place of a match; `False` when it cannot be."""
@@ -217,21 +241,20 @@ class Fusing:
             self.problems.append(problem)
             return False
         self._report(last, found.pattern.name, found.nodes, own=True)
-        if self._call_fuser is None:
-            return True
-        made = self._call_fuser(graph, fusion, nodes, root, self._qat)
-        if isinstance(made, Failure):
-            self.problems.append(made.failure())
-            return False
-        token = Token(f"fused:{last.id}")
-        objects[token.id] = made.unwrap()
+        token, origin = Token(f"fused:{last.id}"), root.origin
+        if self._call_fuser is not None:
+            made = self._call_fuser(graph, fusion, nodes, root, self._qat)
+            if isinstance(made, Failure):
+                self.problems.append(made.failure())
+                return False
+            objects[token.id] = made.unwrap()
+            origin = Origin(root.origin.module, type_name(type(made.unwrap().value)), line=root.origin.line)
         written = root.origin.written
         assert written is not None
         inputs = tuple(root.get(name) for name in written.args) + tuple(Ref(node.id) for node in extra)
         keywords = tuple((keyword, root.get(name)) for keyword, name in written.kwargs)
         args: NamedArgs = (("module", token), ("inputs", inputs), ("keywords", keywords))
         draft.erase(n.id for n in found.nodes if n.id != last.id)
-        origin = Origin(root.origin.module, type_name(type(made.unwrap().value)), line=root.origin.line)
         draft.put(Node(last.id, "owned", args, origin=origin, fact=last.fact))
         return True
 
@@ -249,6 +272,10 @@ def patterns_by_root(backend: BackendConfig) -> dict[str, list[Pattern]]:
         for kind in pattern.steps[0].kinds:
             by_root.setdefault(kind, []).append(pattern)
     return by_root
+
+
+def _once(pattern: Pattern) -> Pattern:
+    return replace(pattern, steps=tuple(replace(step, repeats=False) for step in pattern.steps))
 
 
 def pattern_names(backend: BackendConfig, custom: CustomConfig) -> tuple[str, ...]:
@@ -275,11 +302,17 @@ def _wrong_root(
     """Why the nodes that a user's getters gave cannot be the fused module's root and inputs."""
     matched = {node.id for node in found.nodes}
     if not isinstance(root, Node) or root.id not in matched or root.origin.written is None:
-        reason = f"the root must be one of the matched nodes, not {root!r}"
+        given = repr(root.id) if isinstance(root, Node) else repr(root)
+        reason = f"the root must be one of the matched nodes, not {given}"
         return CannotFuse(found.nodes[-1].place, reason, f"give {fusion.name} a root_node_getter that returns one")
     if root.origin.written.op != "call_module":
         reason = f"its root {root.id!r} is no call of a module"
         return CannotFuse(root.place, reason, f"give {fusion.name} a root_node_getter that returns a call of a module")
+    if not matched.isdisjoint(root.uses()):
+        reason = "its root is called with a value that is a part of the match"
+        return CannotFuse(
+            root.place, reason, f"give {fusion.name} a root_node_getter that returns where a chain starts"
+        )
     position = {id: index for index, id in enumerate(graph.order)}
     last = position[found.nodes[-1].id]
     if not all(isinstance(n, Node) and n.id not in matched and position.get(n.id, last) < last for n in extra):

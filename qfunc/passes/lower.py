@@ -108,7 +108,8 @@ class _Lowering:
         numbers = non_tensors(self._graph)
         for node in self._graph:
             if node.kind in ("quantize", "dequantize"):
-                if self._engine == "quantized":
+                # quantized tensors of activations are quint8; other codes stay plain, which no kernel of theirs takes
+                if self._engine == "quantized" and _dtype(node) == "uint8":
                     self._draft.put(replace(node, kind=f"quantized.{node.kind}"))
             elif node.kind not in ("placeholder", "get_attr", "output") and node.id not in numbers:
                 self.entries.append(self._operator(node))
@@ -181,6 +182,11 @@ def _affine(node: Node, name: str) -> Affine:
     value = node.get(name)
     assert isinstance(value, Affine)
     return value
+
+
+def _dtype(conversion: Node) -> str:
+    """The dtype of the codes that a conversion makes or reads."""
+    return _affine(conversion, "output" if conversion.kind == "quantize" else "input").dtype
 
 
 def quantized_weights(node: Node) -> Iterator[QuantizeWeight]:

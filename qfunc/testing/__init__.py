@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qfunc.testing.laws import LAWS, OBSERVER_LAWS, TOTAL, Law, Violation, check_law, check_laws
-from qfunc.testing.metrics import max_abs_error, same_bits, sqnr
+from qfunc.testing.metrics import max_abs_error, relative_error, same_bits, sqnr
 from qfunc.testing.numeric_laws import Measurement
 from qfunc.testing.operations import FAMILIES
 from qfunc.testing.program import Input, ModelCase, Program, build
@@ -41,6 +41,7 @@ __all__ = [
     "models",
     "programs",
     "qconfigs",
+    "relative_error",
     "same_bits",
     "sqnr",
     "walk",

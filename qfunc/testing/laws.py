@@ -26,6 +26,7 @@ from qfunc.passes.observe import erase_observers, with_observers
 from qfunc.passes.prepare import prepare
 from qfunc.quantize import fuse, lower
 from qfunc.testing.configurations import reordered
+from qfunc.testing.fuse_laws import fused_is_near, training_is_exact
 from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.metrics import same_bits, sqnr
 from qfunc.testing.numeric_laws import OBSERVER_LAW_TABLE, Measurement
@@ -279,6 +280,20 @@ TOTAL: Law[Case] = Law(
 
 LAWS: tuple[Law[Walk], ...] = (
     Law(1, "tracing is exact", "materialize(trace(m)) computes what m computes, bit for bit.", _traced_is_exact),
+    Law(
+        1,
+        "fusing keeps the meaning",
+        "Fused, each output is within 1e-5 of its largest value, or as near to the model in float64 as four times the"
+        " distance of the model itself.",
+        fused_is_near,
+    ),
+    Law(
+        1,
+        "fusing for training keeps the meaning",
+        "Fused for training, a model computes the same bits in evaluation; in training the same outputs, statistics and"
+        " gradients, bit for bit.",
+        training_is_exact,
+    ),
     Law(2, "purity", "No function changes its input: digests, state, hooks, flags and outputs stay.", _nothing_changes),
     Law(3, "well-formedness", "verify holds after every pass.", _well_formed),
     Law(4, "idempotence", "fuse and lower are idempotent; what changes nothing gives the same object.", _idempotent),

@@ -40,6 +40,26 @@ def max_abs_error(reference: object, actual: object) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
+def relative_error(reference: object, actual: object) -> float:
+    """The largest difference of two elements at the same place, as a share of that tensor's largest in magnitude.
+
+    Of several tensors, that of the worst. What is not finite must be the same in both, else the error is infinite; so
+    it is where the reference is zero and the other is not. `ValueError` if the structures or shapes differ.
+
+    >>> relative_error((torch.tensor([2.0, -4.0]), 1), (torch.tensor([3.0, -4.0]), 1))
+    0.25
+    """
+    return max((_relative(a, b) for a, b in _pairs(reference, actual) if a.numel()), default=0.0)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf)).max().item()
+    finite = a[a.isfinite()]
+    size = finite.abs().max().item() if finite.numel() else 0.0
+    return error / size if size else math.inf if error else 0.0
+
+
 def same_bits(a: object, b: object) -> bool:
     """Whether both have one structure, and equal dtypes, shapes and elements, NaN being equal to NaN and 0.0 to -0.0.
 

@@ -12,11 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+
+from qfunc.match import MatchAllNode
 
 QParams: TypeAlias = tuple[tuple[float, ...], tuple[int, ...]]
 """(scales, zero points): one of each per tensor, or one per channel."""
@@ -78,12 +81,44 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def fuse(model: nn.Module, **options: Any) -> fx.GraphModule:
-    """`fuse_fx`: fused for evaluation. `options` are its own."""
+def fuse(model: nn.Module, *, qat: bool = False, **options: Any) -> fx.GraphModule:
+    """`fuse_fx`: fused for evaluation, or with `qat` as `prepare_qat_fx` fuses. `options` are its own."""
     with _quiet():
+        from torch.ao.quantization.fx.fuse import fuse as fuse_traced
         from torch.ao.quantization.quantize_fx import fuse_fx
 
+        if qat:
+            return fuse_traced(fx.symbolic_trace(copy.deepcopy(model)), is_qat=True, **options)
         return fuse_fx(copy.deepcopy(model), **options)
+
+
+BACKENDS = ("native", "fbgemm", "x86", "qnnpack", "onednn", "tensorrt", "executorch")
+"""The names of torch.ao's backends."""
+
+
+def backend_config(name: str) -> Any:
+    """The `BackendConfig` of one of `BACKENDS`."""
+    with _quiet():
+        import_module("torch.ao.quantization.quantize_fx")  # before it, some of the others fail to import
+        tables = import_module(f"torch.ao.quantization.backend_config.{name}")
+        return getattr(tables, f"get_{name}_backend_config")()
+
+
+def fusion_patterns(backend: str) -> tuple[Any, ...]:
+    """What a backend fuses: trees `(operator, operand, ...)` of classes and functions; a leaf is given one value.
+
+    `qfunc.match.MatchAllNode` stands for a value that is no part of the match.
+    """
+    with _quiet():
+        from torch.ao.quantization.utils import MatchAllNode as AnyNode
+
+        def translated(pattern: Any) -> Any:
+            if isinstance(pattern, tuple):
+                return tuple(map(translated, pattern))
+            return MatchAllNode if pattern is AnyNode else pattern
+
+        table = backend_config(backend)._pattern_complex_format_to_config
+        return tuple(translated(pattern) for pattern, row in table.items() if row.fuser_method is not None)
 
 
 def fuse_modules(

@@ -19,7 +19,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import nn
 
-from qfunc.backends import CPU, X86
+from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping
 from qfunc.ir import Graph
@@ -158,7 +158,7 @@ def configurations(draw: st.DrawFn, model: nn.Module | Graph, *, invalid: bool =
     return mapping
 
 
-BACKENDS: tuple[BackendConfig, ...] = (CPU, X86)
+BACKENDS: tuple[BackendConfig, ...] = (CPU, X86, ONEDNN, QNNPACK, TENSORRT, EXECUTORCH, FBGEMM, NATIVE)
 ENGINES = ("onednn", "quantized", "reference")
 
 

@@ -373,7 +373,8 @@ def test_limited_weights_never_saturate_a_convolution(case):
     generator = torch.Generator().manual_seed(seed)
     real = torch.randn(outs, inputs // groups, *[kernel] * dims, generator=generator).abs_()
     real *= torch.randint(0, 2, (outs, 1, *[1] * dims), generator=generator) * 2 - 1
-    scale = limit_pair_sums(real, real.abs().flatten(1).amax(1) / 127, check_host().layout("onednn"))
+    layout = check_host().onednn_layouts.of(real.shape, groups)
+    scale = limit_pair_sums(real, real.abs().flatten(1).amax(1) / 127, layout)
     weight = (real / scale.reshape(-1, *[1] * (dims + 1))).round().clamp(-128, 127).to(torch.int8)
     call = ConvCall(1.0, 0, 1.0, 0, "float32", (stride,) * dims, (0,) * dims, (1,) * dims, groups)
     module = OnednnConv(weight, torch.ones(outs), None, call)
@@ -393,7 +394,7 @@ def test_limited_weights_never_saturate_a_convolution(case):
 def test_limited_weights_never_saturate_a_linear_layer(inputs, outs, batch, seed):
     real = torch.randn(outs, inputs, generator=torch.Generator().manual_seed(seed)).abs_()
     real[::2] *= -1
-    scale = limit_pair_sums(real, real.abs().amax(1) / 127, check_host().layout("onednn"))
+    scale = limit_pair_sums(real, real.abs().amax(1) / 127, check_host().onednn_layouts.dense)
     weight = (real / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
     module = OnednnLinear(weight, torch.ones(outs), None, LinearCall(1.0, 0, 1.0, 0, "float32"))
     for x in (torch.full((batch, inputs), 255, dtype=torch.uint8), codes(batch, inputs, seed=seed)):

@@ -1,22 +1,34 @@
 """The host report, and the limits on weights that follow from it."""
 
+import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfunc.edge.host import check_host, pair_layout
+import qfunc
+from qfunc.edge.host import check_host, pair_layouts
 from qfunc.edge.kernels.contract import Contract, Sample, check
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall
-from qfunc.edge.kernels.quantized_contracts import as_quantized
+from qfunc.edge.kernels.quantized_contracts import as_quantized, quantized_contracts
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.saturation import largest_pair_sums, limit_pair_sums, pair_bound, saturating_channels
+from qfunc.numerics.saturation import (
+    UNPAIRED,
+    PairLayouts,
+    largest_pair_sums,
+    limit_pair_sums,
+    pair_bound,
+    saturating_channels,
+)
+from qfunc.testing.kernel_law import kernels_off
 
+CONV = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 LAYOUTS = ("none", "channels", "flat", "any")
 MAY_FAIL = {"onednn.qadd.tensor", "onednn.qmul.tensor"}
 
@@ -32,8 +44,8 @@ def test_a_report_is_a_value():
     report = check_host()
     assert pickle.loads(pickle.dumps(report)) == report
     assert hash(report) == hash(pickle.loads(pickle.dumps(report)))
-    assert report.saturates == (report.onednn_layout != "none")
-    assert report.layout("unheard of") == "any"
+    assert report.saturates == (report.onednn_layouts != UNPAIRED)
+    assert report.layouts("unheard of") == PairLayouts("any", "any")
     assert not report.verdict("unheard of").ok
 
 
@@ -55,7 +67,7 @@ print(repr(report))
             capture_output=True,
             text=True,
             check=True,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."},
         ).stdout
         for seed in ("1", "2")
     }
@@ -73,19 +85,32 @@ def test_a_kernel_that_raises_breaks_its_contract():
     assert (verdict.ok, verdict.reason) == (False, "one: no such luck")
 
 
-def saturating_kernel(pairs_of):
-    """A convolution and a linear layer that add the products of given pairs of positions in int16."""
+def saturating_kernel(pairs_of, depthwise=None):
+    """A convolution and a linear layer that add the products of given pairs of positions in int16.
 
-    def rows(weight):
+    `depthwise` gives the pairs of a padded depthwise convolution of more than 100 groups, where they are others.
+    """
+
+    def sums(run, weight, pairs):
         flat = weight.flatten(1).double()
-        total = torch.zeros(weight.shape[0], dtype=torch.float64)
-        used = torch.zeros(flat.shape[1], dtype=torch.bool)
-        for i, j in pairs_of(weight.shape[1], weight[0, 0].numel()):
-            total += (255 * (flat[:, i] + flat[:, j])).clamp(-32768, 32767)
-            used[[i, j]] = True
-        return total + 255 * flat[:, ~used].sum(1)
+        rest, total = flat.clone(), 0.0
+        for pair in pairs:
+            part = torch.zeros_like(flat)
+            part[:, list(pair)] = flat[:, list(pair)]
+            rest[:, list(pair)] = 0
+            if part.any():
+                total = total + run(part.reshape(weight.shape)).clamp(-32768, 32767)
+        return total + run(rest.reshape(weight.shape))
 
-    return (lambda x, w, g: rows(w)), (lambda x, w: rows(w))
+    def conv(x, weight, groups, padding):
+        own = depthwise is not None and weight.shape[1] == 1 and groups > 100 and padding
+        pairs = (depthwise if own else pairs_of)(weight.shape[1], weight[0, 0].numel())
+        return sums(lambda w: CONV[x.dim() - 2](x.double(), w, None, 1, padding, 1, groups), weight, pairs)
+
+    def linear(x, weight):
+        return sums(lambda w: torch.nn.functional.linear(x.double(), w), weight, pairs_of(weight.shape[1], 1))
+
+    return conv, linear
 
 
 def by_channel(channels, taps):
@@ -101,12 +126,82 @@ def by_tap(channels, taps):
     return [(c * taps + t, c * taps + t + 1) for c in range(channels) for t in range(0, taps - 1, 2)]
 
 
+def nowhere(*_):
+    return []
+
+
+def by_distance(_, taps):
+    return [(t, t + 2) for t in range(0, taps - 2, 4)]
+
+
 @pytest.mark.parametrize(
-    ("pairs_of", "layout"),
-    [(lambda *_: [], "none"), (by_channel, "channels"), (by_flat_order, "flat"), (by_tap, "any")],
+    ("kernel", "layouts"),
+    [
+        ((nowhere,), ("none", "none")),
+        ((by_channel,), ("channels", "none")),  # one channel per group has no neighbour
+        ((by_flat_order,), ("flat", "flat")),
+        ((by_tap,), ("any", "flat")),
+        ((nowhere, by_flat_order), ("none", "flat")),
+        ((by_channel, by_flat_order), ("channels", "flat")),
+        ((nowhere, by_distance), ("none", "any")),
+    ],
 )
-def test_the_probe_finds_the_layout_of_a_simulated_kernel(pairs_of, layout):
-    assert pair_layout(*saturating_kernel(pairs_of)) == layout
+def test_the_probe_finds_the_layouts_of_a_simulated_kernel(kernel, layouts):
+    assert pair_layouts(*saturating_kernel(*kernel)) == PairLayouts(*layouts)
+
+
+def test_a_kind_that_a_kernel_refuses_is_unknown():
+    conv, linear = saturating_kernel(nowhere)
+
+    def dense(x, weight, groups, padding):
+        if groups > 1:
+            raise RuntimeError("no groups")
+        return conv(x, weight, groups, padding)
+
+    assert pair_layouts(dense, linear) == PairLayouts("none", "any")
+
+
+def test_a_depthwise_kernel_keeps_its_contract_without_limits_exactly_where_the_probe_says_so():
+    """Not fbgemm's, on any x86 CPU: torch's x86 engine has it, too, for some numbers of channels."""
+    report = check_host()
+    for engine, layouts in report.quantized_layouts:
+        unlimited = replace(layouts, depthwise="none")
+        contracts = {contract.name: contract for contract in quantized_contracts(((engine, unlimited),))}
+        for kernel in (f"quantized.conv{dims}d[{engine}]" for dims in (2, 3)):
+            verdict = check(contracts[kernel])
+            assert verdict.ok == (layouts.depthwise == "none"), verdict
+            assert report.verdict(kernel).ok
+
+
+def test_only_depthwise_weights_are_limited_where_only_their_kernels_saturate():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(104, 104, 3, padding=1, groups=104),
+        torch.nn.Conv2d(104, 8, 1),
+        torch.nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 36, 4),
+        torch.nn.Linear(4, 4),  # read in float, which this engine does not write
+    ).eval()
+    torch.nn.init.constant_(net[0].weight, 0.1)
+    x = torch.rand(2, 104, 6, 6).sqrt()
+    report = check_host()
+    host = replace(
+        report,
+        quantized_layouts=tuple((engine, PairLayouts("none", "flat")) for engine in report.quantized_engines),
+    )
+    prepared = qfunc.unwrap(qfunc.prepare(qfunc.unwrap(qfunc.trace(net, (x,)))))
+    converted = qfunc.unwrap(qfunc.convert(qfunc.unwrap(qfunc.calibrate(prepared, [(x,)]))))
+    lowered = qfunc.unwrap(qfunc.lower(converted, engine="quantized", host=host))
+    weights = [
+        node.get("weight") for node in lowered.graph if node.kind.startswith("quantized.") and node.has("weight")
+    ]
+    assert [weight.pairs for weight in weights] == ["flat", "none", "none", "none"]
+    assert lowered.certificate.limited
+    # And on this host, as it is: every kernel gives what its operator means.
+    here = qfunc.unwrap(qfunc.lower(converted, engine="quantized"))
+    assert len([entry for entry in here.certificate.entries if entry.kernel]) >= 4
+    assert [off for off in kernels_off(converted, here, [(x,)]) if off] == []
 
 
 @settings(max_examples=100, deadline=None)
@@ -144,7 +239,8 @@ REAL_LAYERS = [
 def test_limited_weights_never_saturate_layers_of_real_size(engine, layer):
     channels, outs, kernel, groups, stride, size, batch = layer
     report = check_host()
-    layout = report.onednn_layout if engine == "plain" else dict(report.quantized_layouts)[engine]
+    layouts = report.onednn_layouts if engine == "plain" else dict(report.quantized_layouts)[engine]
+    layout = layouts.of((outs, channels // groups, kernel, kernel), groups)
     generator = torch.Generator().manual_seed(0)
     sign = torch.randint(0, 2, (outs, 1, 1, 1), generator=generator) * 2 - 1
     real = torch.randn(outs, channels // groups, kernel, kernel, generator=generator).abs() * sign

@@ -54,7 +54,7 @@ def test_every_post_op_of_every_kernel_has_a_verdict() -> None:
     assert [name for name in names if not report.verdict(name).ok] == []
 
 
-CONTRACTS = {contract.name: contract for contract in weighted_contracts(qfunc.check_host().onednn_layout)}
+CONTRACTS = {contract.name: contract for contract in weighted_contracts(qfunc.check_host().onednn_layouts)}
 
 
 @pytest.mark.parametrize("name", [name for name in CONTRACTS if "[" in name])

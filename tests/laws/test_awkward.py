@@ -14,6 +14,7 @@ from qfunc import CPU, X86, QConfig, QConfigMapping, check_host
 from qfunc.errors import UnsupportedDType, problems
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
+from qfunc.numerics.saturation import PairLayouts
 from qfunc.testing import Case, check_laws, sqnr, walk
 
 
@@ -110,7 +111,7 @@ def test_a_weight_with_one_scale_can_be_limited(features: tuple[int, int], layou
     with torch.no_grad():
         made.weight[1] *= 0.3
         made.weight[2].fill_(1)
-    host = replace(check_host(), onednn_layout=layout) if layout != "none" else check_host()
+    host = replace(check_host(), onednn_layouts=PairLayouts(layout, layout)) if layout != "none" else check_host()
     case = Case(made.eval(), (x,), ((x,),), qconfig_mapping=mapping, host=host)
     assert check_laws(case) == ()
     way = walk(case)

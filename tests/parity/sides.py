@@ -1,4 +1,4 @@
-"""One model quantized by qfunc's parity backend and by torch.ao, on the same data, and how their values correspond."""
+"""One model quantized by qfunc's parity backends and by torch.ao, on the same data, and how their values correspond."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+import qfunc
 from qfunc import X86, QConfig, QConfigMapping, convert, fuse, lower, materialize, prepare, trace, unwrap
 from qfunc import calibrate as calibrated
+from qfunc.config.backend_config import BackendConfig
 from qfunc.ir import Graph
 from qfunc.numerics.observers import Histogram, MinMax, MovingAverageMinMax, Observer, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED
-from qfunc.params import DequantizeWeight
+from qfunc.params import DequantizeWeight, FoldBatchNorm
 from qfunc.testing import ModelCase, build, oracle, write_program
 from tests.zoo import ZOO, ZooCase
 
@@ -33,7 +35,20 @@ def our_mapping(config: str) -> QConfigMapping:
         "minmax": (MinMax(UINT8), MinMax(INT8_SYMMETRIC)),
         "moving_average": (MovingAverageMinMax(UINT8_REDUCED), PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)),
     }
-    return QConfigMapping().set_global(QConfig(*by_config[config]))
+    return X86.qconfig_mapping.set_global(QConfig(*by_config[config]))
+
+
+def their_default(backend: str) -> Any:
+    """The default of a backend; where it has none, the one of torch.ao's that `qfunc.backends.parity` takes."""
+    import torch.ao.quantization as ao
+    from torch.ao.quantization.qconfig_mapping import _get_symmetric_qnnpack_qconfig_mapping
+
+    if backend == "executorch":
+        return _get_symmetric_qnnpack_qconfig_mapping()
+    if backend == "tensorrt":
+        symmetric = ao.HistogramObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        return ao.QConfigMapping().set_global(ao.QConfig(symmetric, ao.default_weight_observer))
+    return ao.get_default_qconfig_mapping("x86" if backend == "native" else backend)
 
 
 def their_mapping(config: str) -> Any:
@@ -59,6 +74,16 @@ class Sides:
     model: nn.Module
     batches: tuple[tuple[object, ...], ...]
     config: str = "histogram"
+    """One of `CONFIGS` for x86, or the name of a backend, with its default."""
+
+    @cached_property
+    def backend(self) -> BackendConfig:
+        return X86 if self.config in CONFIGS else getattr(qfunc, self.config.upper())
+
+    @property
+    def their_backend(self) -> dict[str, Any]:
+        """The option that names it; torch.ao's default is native, which lists layer norms beyond x86."""
+        return {} if self.config in CONFIGS else {"backend_config": oracle.backend_config(self.config)}
 
     @cached_property
     def traced(self) -> Graph:
@@ -66,11 +91,12 @@ class Sides:
 
     @cached_property
     def fused(self) -> Graph:
-        return unwrap(fuse(self.traced, backend=X86))
+        return unwrap(fuse(self.traced, backend=self.backend))
 
     @cached_property
     def ours(self):
-        prepared = unwrap(prepare(self.fused, our_mapping(self.config), backend=X86))
+        mapping = our_mapping(self.config) if self.config in CONFIGS else None
+        prepared = unwrap(prepare(self.fused, mapping, backend=self.backend))
         return unwrap(calibrated(prepared, self.batches, progress=False))
 
     @cached_property
@@ -79,7 +105,8 @@ class Sides:
 
     @cached_property
     def theirs(self) -> fx.GraphModule:
-        prepared = oracle.prepare(self.model, self.batches[0], their_mapping(self.config))
+        mapping = their_mapping(self.config) if self.config in CONFIGS else their_default(self.config)
+        prepared = oracle.prepare(self.model, self.batches[0], mapping, **self.their_backend)
         return oracle.calibrate(prepared, self.batches)
 
     def reference(self) -> fx.GraphModule:
@@ -93,12 +120,13 @@ class Sides:
 
         It has no fused module for functions, nor for a linear with batch norm and ReLU: there it observes the last one.
         """
-        chain = [self.traced[id]]
-        while chain[-1].kind != self.fused[id].kind:
-            chain.append(self.traced[next(chain[-1].uses())])
-        written = chain[-1].origin.written
-        fused = written is not None and written.op == "call_module"
-        return chain[-1].id if fused and not (chain[-1].kind == "linear" and len(chain) == 3) else id
+        fused, found = self.fused[id], [self.traced[id]]
+        while (found[0].kind, found[0].origin) != (fused.kind, fused.origin):
+            found = [*found[1:], *map(self.traced.nodes.__getitem__, found[0].uses())]
+        written = found[0].origin.written
+        is_module = written is not None and written.op == "call_module"
+        folded = fused.has("weight") and isinstance(fused.get("weight"), FoldBatchNorm)
+        return found[0].id if is_module and not (fused.kind == "linear" and folded and fused.post) else id
 
     @cached_property
     def our_groups(self) -> dict[frozenset[str], Any]:
@@ -112,7 +140,8 @@ class Sides:
     @cached_property
     def their_groups(self) -> dict[frozenset[str], oracle.QParams]:
         """Of activations: weights that functions are given are parameter expressions here, and have no site."""
-        observed = [o for o in oracle.observed_values(self.theirs) if o.dtype == torch.quint8]
+        weights = {node.name for node in self.theirs.graph.nodes if node.op == "get_attr"}
+        observed = [o for o in oracle.observed_values(self.theirs) if o.dtype == torch.quint8 or o.value not in weights]
         return {frozenset(o.shared): o.qparams for o in observed if o.qparams is not None}
 
     def our_weights(self) -> dict[str, Any]:
@@ -137,8 +166,19 @@ def outputs(module: nn.Module, batches: Iterable[tuple[object, ...]]) -> list[An
         return [module(*batch) for batch in batches]
 
 
-# Without "conv_transpose", which torch.ao quantizes and the parity backend does not.
-FAMILIES = ("conv", "linear", "norm", "block", "activation", "pool", "identity", "cat", "arithmetic", "mean")
+FAMILIES = (
+    "conv",
+    "conv_transpose",
+    "linear",
+    "norm",
+    "block",
+    "activation",
+    "pool",
+    "identity",
+    "cat",
+    "arithmetic",
+    "mean",
+)
 
 UNFIT = {
     r"tensors=|input=|weight=": "keyword operands are observed wrongly, or fail in convert",
@@ -153,8 +193,8 @@ UNFIT = {
 """What torch.ao gets wrong in generated programs: patterns of their text."""
 
 
-UNLISTED = {r"leaky_relu|LeakyReLU|\bELU|\belu": "torch.ao observes and quantizes them"}
-"""What the parity backend has no rule for: patterns of a program's text."""
+UNLISTED = {r"output_size=\[": "a transposed convolution whose padding depends on its input's size is kept as it is"}
+"""What the parity backend has no rule for, and torch.ao quantizes: patterns of a program's text."""
 
 
 def generated(count: int) -> list[ModelCase]:

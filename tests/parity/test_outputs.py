@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from qfunc import check_host, lower, materialize, unwrap
+from qfunc.numerics.saturation import UNPAIRED
 from qfunc.testing import oracle, sqnr
 from tests.parity.sides import CASES, outputs, zoo_sides
 
@@ -80,7 +81,7 @@ def test_lowered_to_quantized_kernels(case):
     sides = zoo_sides(case)
     batch = sides.batches[0]
     host = check_host()
-    unlimited = replace(host, quantized_layouts=tuple((engine, "none") for engine, _ in host.quantized_layouts))
+    unlimited = replace(host, quantized_layouts=tuple((engine, UNPAIRED) for engine, _ in host.quantized_layouts))
     lowered = unwrap(lower(sides.converted, engine="quantized", host=unlimited))
     theirs = Recorded(oracle.convert(sides.theirs))
     with torch.no_grad():

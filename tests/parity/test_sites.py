@@ -50,7 +50,7 @@ def check_qparams(rows, tolerance=1e-6, slack=0.0):
 
 def check_weights(sides):
     """Of layers whose result is read: torch.ao removes the others."""
-    ours, theirs = sides.our_weights(), oracle.weight_qparams(oracle.reference(sides.theirs))
+    ours, theirs = sides.our_weights(), oracle.weight_qparams(oracle.reference(sides.theirs, **sides.their_backend))
     assert theirs.keys() <= ours.keys()
     evaluator = Evaluator(sides.converted.graph.sources)
     check_qparams([(name, evaluator.quantized(ours[name].value).qparams, theirs[name]) for name in theirs])
@@ -63,6 +63,24 @@ def test_zoo(case, config):
     sides = zoo_sides(case, config)
     theirs_only, ours_only, _ = KNOWN_DIFFERENCES.get(case.name, (set(), set(), ""))
     check_qparams(compare_groups(sides, theirs_only, ours_only))
+    assert check_weights(sides)
+
+
+OTHERS = tuple(name for name in oracle.BACKENDS if name != "x86")
+MODELS = ("resnet", "mobilenet", "inception", "densenet")
+SUMS_OF_TWO = {("resnet", "onednn"): [["_3_conv2"], ["_3_down_0"]]}
+"""Two convolutions that are added: torch.ao fuses the left operand, qfunc the one that is computed first."""
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in MODELS], ids=str)
+def test_other_backends(case, backend):
+    """With the default configuration of each."""
+    sides = zoo_sides(case, backend)
+    swapped = SUMS_OF_TWO.get((case.name, backend), ())
+    rows = compare_groups(sides)
+    check_qparams([row for row in rows if row[0] not in swapped])
+    assert all(row in [row[0] for row in rows] for row in swapped)
     assert check_weights(sides)
 
 

@@ -16,7 +16,7 @@ from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, out
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.weighted_contracts import weighted_contracts
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.saturation import PairLayout
+from qfunc.numerics.saturation import PairLayouts
 
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -147,10 +147,10 @@ def _pools(dims: int) -> Iterator[Contract]:
     )  # fmt: skip
 
 
-def onednn_contracts(layout: PairLayout) -> tuple[Contract, ...]:
-    """The contracts of engine `"onednn"`, with weights that a host with this pair layout bears."""
+def onednn_contracts(layouts: PairLayouts) -> tuple[Contract, ...]:
+    """The contracts of engine `"onednn"`, with weights that a host with these pair layouts bears."""
     return (
-        *weighted_contracts(layout),
+        *weighted_contracts(layouts),
         *plain_contracts(),
         _binary("onednn.qadd.tensor", partial(_OnednnBinary, "qadd"), torch.add, same_shape=True),
         _binary("onednn.qmul.tensor", partial(_OnednnBinary, "qmul"), torch.mul, same_shape=True),

@@ -21,7 +21,7 @@ from qfunc.edge.kernels.quantized import (
 )
 from qfunc.edge.kernels.weighted_contracts import CONV_SHAPES, weights
 from qfunc.numerics.grid import Affine
-from qfunc.numerics.saturation import PairLayout
+from qfunc.numerics.saturation import PairLayouts
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _GIVEN = Affine(0.04, 7)
@@ -66,16 +66,16 @@ def _run(engine: TorchEngine, sample: Sample) -> Tensor:
     return module(as_quantized(sample.tensors[0], _GIVEN)).int_repr()  # type: ignore[no-any-return]
 
 
-def _conv_samples(dims: int, layout: PairLayout) -> Iterator[Sample]:
+def _conv_samples(dims: int, layouts: PairLayouts) -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(dims)
     turn = 0
     for shape in CONV_SHAPES:
-        kernel = (shape.kernel,) * dims
-        weight, scale = weights((shape.out_channels, shape.in_channels // shape.groups, *kernel), layout, generator)
+        filters = (shape.out_channels, shape.in_channels // shape.groups, *(shape.kernel,) * dims)
+        weight, scale = weights(filters, layouts.of(filters, shape.groups), generator)
         bias = torch.randn(shape.out_channels, generator=generator)
         full = (2, shape.in_channels, *(shape.size - axis for axis in range(dims)))
         geometry = ((shape.stride,) * dims, (shape.padding,) * dims, (shape.dilation,) * dims, shape.groups)
-        for label, codes in adversarial_codes(full, generator):
+        for label, codes in shape.codes(full, generator):
             if label == "empty batch":  # torch's engines differ on it; lowered graphs meet it in float only
                 continue
             turn += 1
@@ -88,11 +88,11 @@ def _conv_samples(dims: int, layout: PairLayout) -> Iterator[Sample]:
             yield Sample(sample.label, (codes,), layer, output)
 
 
-def _linear_samples(layout: PairLayout) -> Iterator[Sample]:
+def _linear_samples(layouts: PairLayouts) -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(4)
     turn = 0
     for shape, outs in (((3, 8), 5), ((1, 64), 32), ((2, 5, 33), 7)):
-        weight, scale = weights((outs, shape[-1]), layout, generator)
+        weight, scale = weights((outs, shape[-1]), layouts.dense, generator)
         bias = torch.randn(outs, generator=generator)
         for label, codes in adversarial_codes(shape, generator):
             if label == "empty batch":
@@ -157,18 +157,18 @@ def _cat() -> Contract:
     return Contract("quantized.cat", kernel, reference, samples)
 
 
-def quantized_contracts(layouts: tuple[tuple[TorchEngine, PairLayout], ...]) -> tuple[Contract, ...]:
+def quantized_contracts(engines: tuple[tuple[TorchEngine, PairLayouts], ...]) -> tuple[Contract, ...]:
     """The contracts of the packed kernels of these torch engines, and of those that need no packing."""
     packed = [
         contract
-        for engine, layout in layouts
+        for engine, layouts in engines
         for contract in (
-            *(_conv_contract(engine, dims, layout) for dims in (1, 2, 3)),
+            *(_conv_contract(engine, dims, layouts) for dims in (1, 2, 3)),
             Contract(
                 f"quantized.linear[{engine}]",
                 lambda sample, engine=engine: _run(engine, sample),  # type: ignore[misc]
                 _real,
-                lambda layout=layout: _linear_samples(layout),  # type: ignore[misc]
+                lambda layouts=layouts: _linear_samples(layouts),  # type: ignore[misc]
             ),
         )
     ]
@@ -177,10 +177,10 @@ def quantized_contracts(layouts: tuple[tuple[TorchEngine, PairLayout], ...]) -> 
     return (*packed, *plain, *(_binary(f"{name}[relu]", make, relu=True) for name, make in pairs), _cat())
 
 
-def _conv_contract(engine: TorchEngine, dims: int, layout: PairLayout) -> Contract:
+def _conv_contract(engine: TorchEngine, dims: int, layouts: PairLayouts) -> Contract:
     return Contract(
         f"quantized.conv{dims}d[{engine}]",
         lambda sample: _run(engine, sample),
         _real,
-        lambda: _conv_samples(dims, layout),
+        lambda: _conv_samples(dims, layouts),
     )
