@@ -44,6 +44,8 @@ def bind(
         elif value is not REQUIRED:
             values[param.name] = value
     values.update(form.fixed)
+    if isinstance(values.get("tensors"), Ref):
+        return None  # a list that the graph computes: nothing here tells what is in it
     full = _complete(row, values)
     if full is None:
         return None

@@ -197,7 +197,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "narrow": [{**X, "dim": 1, "start": 1, "length": 2}, {**X, "dim": -1, "start": -2, "length": 1}],
     "getitem": [
         {**X, "index": index}
-        for index in (0, slice(1, None), (slice(None), 1), (..., slice(None, None, 2)), (None, -1), torch.tensor([1, 0]))
+        for index in (0, slice(1, None), (slice(None), 1), (..., slice(None, None, 2)), (None, -1), INDICES[0, :2] // 2)
     ],
     "chunk": [{**X, "chunks": 2}, {**X, "chunks": 3, "dim": -1}],
     "split": [{**X, "split_size": 1}, {**X, "split_size": [1, 2], "dim": 1}, {**X, "split_size": 2, "dim": -1}],
