@@ -25,6 +25,7 @@ from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
 from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, Untraceable, several
 from qfunc.ir import Graph, Note, Source
+from qfunc.ops import type_name
 from qfunc.result import R
 
 NOTHING = CustomConfig()
@@ -184,10 +185,14 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     return several(errors) if errors else None
 
 
+_FLOAT_FUNCTIONAL = "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"
+
+
 class _Tracer(StatementTracer):
     """Symbolic tracing with the reference's leaf rule.
 
-    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made.
+    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made. Of the reference's
+    wrapper `FloatFunctional` only the operators are recorded, as there.
     """
 
     def __init__(self, custom: CustomConfig, root: nn.Module, *, buffers: bool) -> None:
@@ -196,9 +201,13 @@ class _Tracer(StatementTracer):
         called = root.graph.find_nodes(op="call_module") if isinstance(root, fx.GraphModule) else ()
         self._names = {*custom.non_traceable_names, *(str(node.target) for node in called)}
         self._types = custom.non_traceable_types
+        wrappers = (path for path, module in root.named_modules() if type_name(type(module)) == _FLOAT_FUNCTIONAL)
+        self._observed = {f"{path}.activation_post_process".lstrip(".") for path in wrappers}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         library = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
         compiled = isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("torch._dynamo")
         chosen = module_qualified_name in self._names or isinstance(m, self._types)
+        if type(m) is nn.Identity and module_qualified_name in self._observed:
+            return chosen  # where a wrapper would have its observer
         return chosen or compiled or (library and not isinstance(m, nn.Sequential))
