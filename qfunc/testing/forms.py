@@ -60,9 +60,8 @@ NORMS = (
     "nn.LayerNorm({last})",
     "F.layer_norm({x}, ({last},))",
     "nn.LayerNorm({last}, elementwise_affine=False)",
-    "nn.GroupNorm(1, {c})",
-    "F.group_norm({x}, num_groups=1)",
 )
+GROUP_NORMS = ("nn.GroupNorm(1, {c})", "F.group_norm({x}, num_groups=1)", "nn.GroupNorm(1, {c}, affine=False)")
 SPATIAL_NORMS = (
     "nn.InstanceNorm{n}d({c})",
     "nn.InstanceNorm{n}d({c}, affine=True)",

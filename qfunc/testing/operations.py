@@ -358,6 +358,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _unary("batched product", "product", *written.BATCHED_PRODUCTS, fits=_rank(3)),
     Operation("product with a weight", "product", _rank(2), _product_with_weight),
     _unary("norm of each", "other norm", *written.NORMS),
+    _unary("norm of groups", "other norm", *written.GROUP_NORMS, fits=lambda draft, x: draft.shape(x)[1] > 1),
     _unary("norm of each", "other norm", *written.SPATIAL_NORMS, fits=_rank(3, 4, 5, least=2)),
     _unary("softmax", "softmax", *written.SOFTMAXES),
     _unary("resize", "resize", *written.RESIZES, fits=_rank(3, 4, 5, least=2)),
