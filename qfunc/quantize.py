@@ -19,8 +19,8 @@ from qfunc.config.kernel import KernelRow
 from qfunc.config.qconfig import QConfigMapping, problems_of
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.calibrate import BINDING, calibrate_on
+from qfunc.edge.call_fuser import call_fuser
 from qfunc.edge.host import check_host
-from qfunc.edge.own import call_fuser
 from qfunc.edge.trace import NOTHING, trace
 from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
 from qfunc.errors import problems as problems_in

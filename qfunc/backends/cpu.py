@@ -5,7 +5,7 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - activations use all 8 bits (the reference keeps 7, because some kernels may overflow; here `lower` limits the weights
   on the hosts whose kernels do);
 - every way of writing an operator counts (`torch.relu`, `x.flatten()`, `torch.concat`, ...);
-- a sum after a 2d convolution is a post-op of it, so that the convolution's own result is never rounded;
+- a sum after a 1d or 2d convolution is a post-op of it, so that the convolution's own result is never rounded;
 - every activation that a kernel computes behind its layer is fused (ReLU6, hardtanh, clamp, hardswish, SiLU, and behind
   linear layers GELU, LeakyReLU and tanh), so that the layer's own result is never rounded;
 - a batch norm is also folded into the layer behind it, and before the average pool that it follows, where that is
@@ -59,7 +59,7 @@ def _chains() -> tuple[Pattern, ...]:
     chains: list[tuple[str, ...]] = []
     for layer, activations in _POST_OPS:
         chains += [(layer, "batch_norm"), *((layer, *norm, act) for norm in _NORMS for act in activations)]
-    sums = [("conv2d", *norm, "add") for norm in _NORMS]
+    sums = [(conv, *norm, "add") for conv in ("conv1d", "conv2d") for norm in _NORMS]
     chains += [(*head, *tail) for head in sums for tail in ((), ("relu",), ("clamp",))]
     chains += [(f"conv_transpose{rank}d", "batch_norm") for rank in (1, 2, 3)]
     chains += [(kind, act) for kind in ("batch_norm", "add", "mul") for act in ("relu", "clamp")]

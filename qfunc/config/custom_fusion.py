@@ -106,8 +106,9 @@ def _nested(graph: Graph, chain: Chain) -> Any:
 
 
 def _side(graph: Graph, side: Arg | Chain) -> Any:
-    if isinstance(side, tuple) and side and isinstance(side[0], Matched):
-        return _nested(graph, side)
+    if isinstance(side, tuple):
+        chain = tuple(part for part in side if isinstance(part, Matched))
+        return _nested(graph, chain) if chain else side
     return graph[side.id] if isinstance(side, Ref) else side
 
 

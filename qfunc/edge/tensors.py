@@ -32,10 +32,21 @@ def fingerprint(tensor: Tensor) -> tuple[int, object]:
     return version, memory
 
 
+_COUNTED = ("running_mean", "running_var")
+
+
+def _state(model: nn.Module, name: str, tensor: Tensor) -> object:
+    """What changes with a tensor's values; of a batch norm's statistics, which are updated unnoticed, their count."""
+    path, _, leaf = name.rpartition(".")
+    count = _attribute(model, f"{path}.num_batches_tracked" if path else "num_batches_tracked")
+    counted = leaf in _COUNTED and isinstance(count, Tensor)
+    return fingerprint(tensor), fingerprint(count) if counted else None
+
+
 def is_current(source: Source, name: str) -> bool:
     """Whether the model still has, under this name, the tensor that it had when traced, with the same values."""
     tensor, before = source.tensors[name]
-    return before is None or (_attribute(source.model, name) is tensor and fingerprint(tensor) == before)
+    return before is None or (_attribute(source.model, name) is tensor and _state(source.model, name, tensor) == before)
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
@@ -62,7 +73,7 @@ def source_of(model: nn.Module, others: Mapping[str, Tensor]) -> Source:
     """
     tensors = {**dict(named_tensors(model)), **others}
     table = {
-        name: (tensor, fingerprint(tensor) if _attribute(model, name) is tensor else None)
+        name: (tensor, _state(model, name, tensor) if _attribute(model, name) is tensor else None)
         for name, tensor in tensors.items()
     }
     return Source(model, type(model).__name__, MappingProxyType(table))

@@ -15,9 +15,9 @@ from qfunc.ir import Graph, Node
 from qfunc.match import WRONG_KIND, NoMatch
 from qfunc.params import FoldBatchNorm
 from qfunc.passes.columns import aligned
-from qfunc.passes.fold import NOT_FOLDED
 from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
-from qfunc.passes.fusing import Fused, Fusing, patterns_by_root
+from qfunc.passes.fusing import Fusing, patterns_by_root
+from qfunc.passes.fusion_log import Fused
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.result import R
 
@@ -78,17 +78,18 @@ def explain_fusion(
     if problems:
         return Failure(several(problems))
     fusing = Fusing(graph, backend, custom, qat=qat, call_fuser=None)
-    made = fusing.run()
-    if fusing.problems:
-        return Failure(several(fusing.problems))
+    fusing.run()
+    log = fusing.log
+    if log.problems:
+        return Failure(several(log.problems))
     blocked = {} if qat else {problem.node: problem.reason for problem in training_modules(graph)}
     position = {id: index for index, id in enumerate(graph.order)}
-    fused = [*_earlier(graph), *([] if blocked else fusing.fused)]
-    missed = {id: _reason(graph, id, miss) for id, miss in fusing.missed.items()}
-    missed |= {note.node: note.text for note in made.notes if note.node in missed and note.text.startswith(NOT_FOLDED)}
-    missed |= {id: why for node in graph for id, why in _kept(node, graph, backend)}
+    fused = [*_earlier(graph), *([] if blocked else log.fused.values())]
+    missed = {id: _reason(graph, id, miss) for id, miss in log.missed.items()}
+    roots = patterns_by_root(backend)
+    kept = (node for node in graph if kind_as_written(node, graph) != node.kind)
+    missed |= {node.id: why_kept(node, graph) for node in kept if kind_as_written(node, graph) in roots}
     if blocked:
-        roots = patterns_by_root(backend)
         reason = "it is in training mode: call model.eval() and trace again, or fuse for training with qat=True"
         missed |= {node.id: reason for node in graph if node.kind in roots and not _is_fused(node)}
     unfused = sorted((id for id in missed if id in position), key=position.__getitem__)
@@ -113,12 +114,6 @@ def _earlier(graph: Graph) -> list[Fused]:
             kinds = ["batch_norm"] * (node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm))
             found.append(Fused(node, " + ".join([node.kind, *kinds, *(post.kind for post in node.post)]), (node,)))
     return found
-
-
-def _kept(node: Node, graph: Graph, backend: BackendConfig) -> list[tuple[str, str]]:
-    """An operator that would start a pattern, were it not kept as it was written."""
-    written = kind_as_written(node, graph)
-    return [(node.id, why_kept(node, graph))] if written != node.kind and written in patterns_by_root(backend) else []
 
 
 def _reason(graph: Graph, root: str, miss: NoMatch) -> str:

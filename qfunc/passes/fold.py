@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
-
 from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, users
 from qfunc.ir.node import Fact, NamedArgs
+from qfunc.match import NoMatch, Users
 from qfunc.params import FoldBatchNorm, Load
+from qfunc.passes.fusion_log import FusionLog
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-NOT_FOLDED = "not folded into"
 _REAL = ("float32", "float64", "float16", "bfloat16")
-
-Allowed: TypeAlias = Callable[[str, tuple[Node, ...]], bool]
-"""Whether a pattern may be applied to nodes, as the user has it."""
-Report: TypeAlias = Callable[[Node, str, tuple[Node, ...]], None]
-"""Called for each norm that is moved or folded: the resulting node, the pattern's name, the nodes concerned."""
 
 
 def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
@@ -116,25 +109,25 @@ def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, bef
 # A norm before a layer ------------------------------------------------------------------------------------------------
 
 
-def fold_norms_before(graph: Graph, allowed: Allowed, report: Report) -> Graph:
+def fold_norms_before(graph: Graph, log: FusionLog) -> Graph:
     """Fold each batch norm that stands before a convolution or linear layer into that layer, where this is exact."""
     draft, used = Draft(graph), users(graph)
     for layer in graph:
         made = layer
         while made.kind in (*CONVOLUTIONS, "linear") and not made.aliased:
-            norm, pattern = _producer(graph, made), f"batch_norm + {made.kind}"
-            if norm is None or norm.kind != "batch_norm" or norm.post or not allowed(pattern, (norm, made)):
+            norm, pattern = producer(graph, made), f"batch_norm + {made.kind}"
+            if norm is None or norm.kind != "batch_norm" or norm.post or not log.allows(pattern, (norm, made)):
                 break
             reason = hindrance_before(norm, made, len(used[norm.id]))
             if reason:
-                draft.note(norm.id, f"{NOT_FOLDED} {made.place}: {reason}")
+                log.miss(norm.id, NoMatch(norm.id, f"not folded into {made.place}: {reason}", 1))
                 break
             args = _with_norm(made.args, norm, transpose=False, groups=_groups(made), before=True)
             turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
             parts = (norm, made)
             made = Node(made.id, made.kind, turned, made.post, made.origin, made.fact)
             draft.erase([norm.id])
-            report(made, pattern, parts)
+            log.fuse(made, pattern, parts)
         if made is not layer:
             draft.put(made)
     return draft.commit()
@@ -171,33 +164,33 @@ def _pads_zeros(convolution: Node) -> bool:
 # A norm behind an average pool ----------------------------------------------------------------------------------------
 
 
-def move_norms_before_pools(graph: Graph, allowed: Allowed, report: Report) -> Graph:
+def move_norms_before_pools(graph: Graph, log: FusionLog) -> Graph:
     """Have each batch norm behind an average change places with it, where it is then folded into the layer before.
 
     An average over positions whose weights sum to 1 commutes with what is affine in each channel.
     """
-    while (moved := _moved_once(graph, users(graph), allowed, report)) is not graph:
+    while (moved := _moved_once(graph, users(graph), log)) is not graph:
         graph = moved  # a norm behind the one that moved now follows the pool itself
     return graph
 
 
-def _moved_once(graph: Graph, used: Mapping[str, tuple[str, ...]], allowed: Allowed, report: Report) -> Graph:
+def _moved_once(graph: Graph, used: Users, log: FusionLog) -> Graph:
     draft = Draft(graph)
     for norm in graph:
-        pool = _producer(graph, norm) if norm.kind == "batch_norm" else None
-        before = None if pool is None else _producer(graph, pool)
+        pool = producer(graph, norm) if norm.kind == "batch_norm" else None
+        before = None if pool is None else producer(graph, pool)
         if pool is None or before is None or norm.aliased or pool.aliased:
             continue
         if (
             len(used[pool.id]) != 1
             or not _averages(pool, before)
-            or not allowed(f"{pool.kind} + batch_norm", (pool, norm))
+            or not log.allows(f"{pool.kind} + batch_norm", (pool, norm))
         ):
             continue
         layer, *norms = _chain_before(graph, used, pool) or (None,)
         if layer is None or any(isinstance(folded(layer, layer.args, each), str) for each in (*norms, norm)):
             continue
-        if not allowed(f"{layer.kind} + batch_norm", (layer, *norms, norm)):
+        if not log.allows(f"{layer.kind} + batch_norm", (layer, *norms, norm)):
             continue
         early = draft.fresh(f"{norm.id}_{pool.kind}")
         moved = Node(early, "batch_norm", norm.args, origin=norm.origin, fact=before.fact)
@@ -205,19 +198,19 @@ def _moved_once(graph: Graph, used: Mapping[str, tuple[str, ...]], allowed: Allo
         made = Node(norm.id, pool.kind, pool.args, origin=pool.origin, fact=norm.fact).with_args(input=Ref(early))
         draft.put(made)
         draft.erase([pool.id])
-        report(made, f"{pool.kind} + batch_norm", (pool, norm))
+        log.fuse(made, f"{pool.kind} + batch_norm", (pool, norm))
     return draft.commit()
 
 
-def _chain_before(graph: Graph, used: Mapping[str, tuple[str, ...]], pool: Node) -> tuple[Node, ...]:
+def _chain_before(graph: Graph, used: Users, pool: Node) -> tuple[Node, ...]:
     """The layer that a norm before the pool would be folded into, and the norms between; empty where there is none."""
     norms: tuple[Node, ...] = ()
-    node = _producer(graph, pool)
+    node = producer(graph, pool)
     while node is not None and len(used[node.id]) == 1 and not (node.aliased or node.post):
         if node.kind in (*CONVOLUTIONS, *TRANSPOSED):
             return (node, *norms) if isinstance(node.get("weight"), Load) else ()
         norms = (node, *norms)
-        node = _producer(graph, node) if node.kind == "batch_norm" else None
+        node = producer(graph, node) if node.kind == "batch_norm" else None
     return ()
 
 
@@ -241,7 +234,7 @@ def _keeps_channels(mean: Node, fact: Fact) -> bool:
     return all(isinstance(axis, int) and (axis if axis >= 0 else axis + rank) >= 2 for axis in dims)
 
 
-def _producer(graph: Graph, node: Node) -> Node | None:
+def producer(graph: Graph, node: Node) -> Node | None:
     """The node that computes the input of a node."""
     given = node.get("input") if node.has("input") else None
     return graph[given.id] if isinstance(given, Ref) else None

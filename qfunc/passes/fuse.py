@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from returns.result import Failure, Success
 
@@ -12,17 +11,14 @@ from qfunc.backends.cpu import CPU
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
-from qfunc.config.custom_fusion import CustomFusion
 from qfunc.errors import InTrainingMode, Problem, UnknownName, WrongStage, several
-from qfunc.ir import Graph, Node, Opaque
+from qfunc.ir import Graph, Node
 from qfunc.passes.fusing import Fusing, pattern_names
+from qfunc.passes.owned import CallFuser
 from qfunc.passes.record import recorded
 from qfunc.result import R
 
 NOTHING = CustomConfig()
-
-CallFuser = Callable[[Graph, CustomFusion, Any, Node, bool], R[Opaque]]
-"""Calls a user's fuser: graph, fusion, the matched nodes nested as its pattern, the root, whether for training."""
 
 
 def fuse(
@@ -55,8 +51,9 @@ def fuse(
         return Failure(several(problems))
     fusing = Fusing(graph, backend, custom, qat=qat, call_fuser=call_fuser)
     fused = fusing.run()
-    if fusing.problems or fusing.unfit:
-        return Failure(several([*fusing.problems, *fusing.unfit]))
+    problems = [*fusing.log.problems, *fusing.log.unfit]
+    if problems:
+        return Failure(several(problems))
     kept = custom.preserved_attributes
     if not set(kept) <= set(graph.preserved):
         fused = replace(fused, preserved=tuple(dict.fromkeys((*graph.preserved, *kept))))

@@ -27,4 +27,4 @@ def why_kept(node: Node, graph: Graph) -> str:
         return f"its module {fact.own}"
     if fact is not None and fact.base:
         return f"its type is a subclass of {fact.base}, which may compute something else"
-    return "it is called with arguments that the operator does not usually take"
+    return "it is called with arguments that this operator is not known to take"

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, fx, nn
 
+from qfunc import fuse
 from qfunc.config.custom_config import CustomConfig
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import StaleSource, UserFunctionFailed, WrongStage, problems
 from qfunc.ir import Graph
-from qfunc.passes.fuse import fuse
 from qfunc.result import unwrap
 from qfunc.testing import same_bits
 from tests.laws.test_trace import state
@@ -457,3 +457,12 @@ def test_leaves_that_cannot_be_copied_are_told() -> None:
 @pytest.mark.parametrize("given", [None, 3, nn.Linear(2, 2), Graph])
 def test_other_things_are_refused(given: object) -> None:
     assert isinstance(materialize(given).failure(), WrongStage)
+
+
+def test_statistics_that_trained_on_are_stale():
+    """Batch norm updates them without a trace in their versions; its count tells."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+    graph = unwrap(fuse(unwrap(trace(model))))
+    model.train()(torch.randn(4, 2, 3, 3))
+    names = {problem.node for problem in problems(materialize(graph).failure())}
+    assert names >= {"1.running_mean", "1.running_var"}

@@ -148,13 +148,17 @@ def test_a_sum_is_fused_however_it_is_written(add: Act, activation: Callable[[Te
 
 @pytest.mark.parametrize(
     "clamp",
-    [
-        lambda x: x.clamp(0.5, 1.0),
-        lambda x: F.hardtanh(x, -2.0, -1.0),
-        lambda x: torch.clamp(x, min=0.1),
-        lambda x: torch.clamp(x, x.mean(), x.max()),
-    ],
+    [lambda x: x.clamp(0.5, 1.0), lambda x: F.hardtanh(x, -2.0, -1.0), lambda x: torch.clamp(x, min=0.1)],
 )
-def test_a_clamp_without_zero_or_with_computed_bounds_stays(clamp: Callable[[Tensor], Tensor]) -> None:
+def test_a_clamp_without_zero_is_fused_behind_a_layer_only(clamp: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
-    assert "conv2d" in kinds(fused(model(lambda self, x: clamp(self.conv(x)), conv=conv()), image(), tolerance=0))
+    layer = kinds(fused(model(lambda self, x: clamp(self.conv(x)), conv=conv()), image(), tolerance=0))
+    assert layer == ["conv2d + clamp"]
+    product = kinds(fused(model(lambda self, x: clamp(x * self.conv(x)), conv=conv()), image(), tolerance=0))
+    assert product == ["conv2d", "mul", "clamp"]
+
+
+def test_a_clamp_with_computed_bounds_stays() -> None:
+    torch.manual_seed(0)
+    made = model(lambda self, x: torch.clamp(self.conv(x), x.mean(), x.max()), conv=conv())
+    assert "conv2d" in kinds(fused(made, image(), tolerance=0))

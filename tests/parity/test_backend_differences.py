@@ -57,9 +57,9 @@ class Shifted(nn.Module):
 
 
 class Norm(nn.Module):
-    def __init__(self):
+    def __init__(self, conv=None):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv, self.norm = conv or nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
 
     def forward(self, x):
         n = self.norm
@@ -92,6 +92,27 @@ class PreNorm(nn.Module):
 
     def forward(self, x):
         return self.conv(torch.sin(self.norm(x)))
+
+
+def convs(*between):
+    """A model's maker: modules between two convolutions."""
+    return lambda: nn.Sequential(nn.Conv2d(4, 4, 1), *(made() for made in between), nn.Conv2d(4, 4, 1))
+
+
+def linears(*between):
+    """A model's maker: modules between two linear layers."""
+    return lambda: nn.Sequential(nn.Linear(8, 8), *(made() for made in between), nn.Linear(8, 8))
+
+
+def norm():
+    made = nn.BatchNorm2d(4)
+    made.running_mean.normal_()
+    made.running_var.uniform_(0.5, 2.0)
+    return made
+
+
+def transposed():
+    return nn.ConvTranspose2d(4, 4, 2, stride=2)
 
 
 def calibrated(model, backend):
@@ -130,7 +151,7 @@ class Difference:
 
     what: str
     reason: str
-    model: type
+    model: object
     look: object
     cpu: object
     x86: object
@@ -169,6 +190,49 @@ DIFFERENCES = (
         "clamp fused",
         "the observed range is the clamped one, so that no code stands for what is clamped away",
         *(Clamped, kinds, ["conv2d + clamp", "conv2d"], ["conv2d", "clamp", "conv2d"]),
+    ),
+    *(
+        Difference(
+            f"{kind} fused behind a {layer}",
+            "the kernel computes it before it rounds",
+            *(model(activation), kinds, [f"{layer} + {kind}", layer], [layer, kind, layer]),
+        )
+        for layer, model, kind, activation in (
+            ("conv2d", convs, "silu", nn.SiLU),
+            ("conv2d", convs, "hardswish", nn.Hardswish),
+            ("linear", linears, "silu", nn.SiLU),
+            ("linear", linears, "hardswish", nn.Hardswish),
+            ("linear", linears, "gelu", nn.GELU),
+            ("linear", linears, "leaky_relu", nn.LeakyReLU),
+            ("linear", linears, "tanh", nn.Tanh),
+        )
+    ),
+    Difference(
+        "leaky ReLU and ELU float",
+        "the default backend has no rule for them but behind a linear layer",
+        *(convs(nn.LeakyReLU, nn.ELU), lambda s: {"1", "2"} & {p.strip("_") for p in quantized(s)}, set(), {"1", "2"}),
+    ),
+    Difference(
+        "transposed convolution float",
+        "no engine has a kernel for it, so that quantizing it would only add noise",
+        *(convs(transposed), lambda s: len(s.prepared.weights), 2, 3),
+    ),
+    Difference(
+        "any batch norm folded into a transposed convolution",
+        "how an operator is written says nothing about what it computes",
+        *(lambda: Norm(transposed()), kinds, ["conv_transpose2d"], ["conv_transpose2d", "batch_norm"]),
+    ),
+    Difference(
+        "batch norm folded into the layer behind it",
+        "where that does not pad, it is the same function with an operator less",
+        *(lambda: nn.Sequential(nn.ReLU(), norm(), nn.Conv2d(4, 4, 1)), kinds),
+        *(["relu", "conv2d"], ["relu", "batch_norm", "conv2d"]),
+    ),
+    Difference(
+        "batch norm folded before an average pool",
+        "an average commutes with it, so that the layer before both can take it in",
+        *(convs(lambda: nn.AvgPool2d(2), norm), kinds),
+        *(["conv2d", "avg_pool2d", "conv2d"], ["conv2d", "avg_pool2d", "batch_norm", "conv2d"]),
     ),
     Difference(
         "functional batch norm folded",

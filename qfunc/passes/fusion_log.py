@@ -1,0 +1,64 @@
+"""What one run of fusion may do, has done, and has left, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qfunc.config.custom_config import CustomConfig
+from qfunc.errors import Problem
+from qfunc.ir import Node
+from qfunc.match import NoMatch
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A chain that became one node: its pattern's name and its nodes, in order, as they were.
+
+    `own` says that a fuser of the user's makes of it what it likes.
+    """
+
+    node: Node
+    pattern: str
+    parts: tuple[Node, ...]
+    own: bool = False
+
+
+class FusionLog:
+    """The log of one run, and the user's switches.
+
+    `fused` is by the id of the node that a chain became, `missed` by that of the node that starts a pattern. `problems`
+    are faults of the user's functions, `unfit` the parts that cannot be trained together as they stand.
+    """
+
+    def __init__(self, custom: CustomConfig, patterns: Iterable[str]) -> None:
+        self.fused: dict[str, Fused] = {}
+        self.missed: dict[str, NoMatch] = {}
+        self.problems: list[Problem] = []
+        self.unfit: list[Problem] = []
+        self._patterns = frozenset(patterns) - frozenset(custom.unfused_patterns)
+        self._unfused = custom.unfused_names
+
+    def allows(self, pattern: str, nodes: Sequence[Node]) -> bool:
+        """Whether there is such a pattern, and the user lets it be applied to these nodes."""
+        return pattern in self._patterns and not any(
+            _within(node.origin.module, name) for name in self._unfused for node in nodes
+        )
+
+    def fuse(self, node: Node, pattern: str, parts: tuple[Node, ...], *, own: bool = False) -> None:
+        """Note that `parts` became `node`; where it was a chain already, what comes before joins that."""
+        earlier = self.fused.pop(node.id, None) if node.id == parts[-1].id else None
+        if earlier is not None:
+            parts = (*parts[:-1], *earlier.parts)
+            pattern = " + ".join(part.kind for part in parts)
+        self.fused[node.id] = Fused(node, pattern, parts, own)
+        for part in parts:
+            self.missed.pop(part.id, None)
+
+    def miss(self, node: str, miss: NoMatch) -> None:
+        """Note why an operator that starts a pattern is left alone."""
+        self.missed[node] = miss
+
+
+def _within(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}.") or name == ""
