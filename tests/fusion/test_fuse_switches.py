@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qfunc import CPU, CustomConfig, explain_fusion, fuse, materialize, trace, unwrap
+from qfunc.errors import BadConfig
 from tests.fusion.models import conv, fused, image, kinds, norm, traced, trained
 
 X = image()
