@@ -35,7 +35,8 @@ class Step:
 
     `takes` names the arguments that may hold the previous step's value, `#0` being the first as written. `sides` says
     what other arguments as written must be: anything, a constant, or the end of a chain of its own; with `arity` the
-    call must be written with so many positional arguments. A step that `repeats` matches one or more times.
+    call must be written with so many operands, and no options by keyword. A step that `repeats` matches one or more
+    times.
     """
 
     kinds: tuple[str, ...] = ()
@@ -147,7 +148,7 @@ def _next(graph: Graph, users: Users, step: Step, previous: Node, depth: int) ->
     node = graph[readers[0]]
     miss = _misfit(step, node)
     if miss is not None:
-        return NoMatch(node.id, miss, depth, step.kinds)
+        return NoMatch(node.id, miss, depth, step.kinds or tuple(sorted(step.forms)))
     slots = [name for name in _slots(node, step) if node.get(name) == Ref(previous.id)]
     if sum(used == previous.id for used in node.uses()) != 1:
         return NoMatch(node.id, "reads it more than once", depth)
@@ -157,10 +158,14 @@ def _next(graph: Graph, users: Users, step: Step, previous: Node, depth: int) ->
 
 
 def _step(graph: Graph, users: Users, step: Step, node: Node, taken: str, depth: int) -> Matched | NoMatch:
-    """Match a step with a node whose argument `taken` is settled, and its sides with what they hold."""
+    """Match a step with a node whose argument `taken` is settled."""
     miss = _misfit(step, node)
     if miss is not None:
-        return NoMatch(node.id, miss, depth, step.kinds)
+        return NoMatch(node.id, miss, depth, step.kinds or tuple(sorted(step.forms)))
+    return _with_sides(graph, users, step, node, taken, depth)
+
+
+def _with_sides(graph: Graph, users: Users, step: Step, node: Node, taken: str, depth: int) -> Matched | NoMatch:
     sides: list[tuple[int, Arg | Chain]] = []
     for position, side in step.sides:
         slot = _slot(node, f"#{position}")
@@ -208,9 +213,18 @@ def _slot(node: Node, name: str) -> str:
     """The name of an argument that is given by name or by position as written; empty where there is none."""
     if not name.startswith("#"):
         return name if node.has(name) else ""
-    written = node.origin.written
+    positions = operands(node)
     position = int(name[1:])
-    return written.args[position].lstrip("*") if written is not None and position < len(written.args) else ""
+    return positions[position] if position < len(positions) else ""
+
+
+def operands(node: Node) -> tuple[str, ...]:
+    """The names of a call's arguments by position as written; values given by keyword stand where they belong."""
+    written = node.origin.written
+    if written is None:
+        return ()
+    given = {name for _, name in written.kwargs if isinstance(node.get(name), Ref)}
+    return (*(name.lstrip("*") for name in written.args), *(name for name, _ in node.args if name in given))
 
 
 def _misfit(step: Step, node: Node) -> str | None:
@@ -218,16 +232,24 @@ def _misfit(step: Step, node: Node) -> str | None:
     if step.kinds and node.kind not in step.kinds:
         return WRONG_KIND
     if step.forms and form_of(node) not in step.forms:
+        if not step.kinds:
+            return WRONG_KIND
         return f"is written as {form_of(node)}, which this pattern does not cover"
     if node.aliased:
         return "shares memory with a value that is changed in place"
     if node.post or node.kind == "owned":
         return "is fused already"
+    return None if step.arity is None else _other_arity(step.arity, node)
+
+
+def _other_arity(arity: int, node: Node) -> str | None:
+    """Why a call does not have so many operands and nothing else."""
+    given = len(operands(node))
+    if given != arity:
+        return f"is written with {given} operands, not {arity}"
     written = node.origin.written
-    given = 0 if written is None else len(written.args)
-    if step.arity is not None and given != step.arity:
-        return f"is written with {given} positional arguments, not {step.arity}"
-    return None
+    options = [keyword for keyword, name in written.kwargs if not isinstance(node.get(name), Ref)] if written else []
+    return f"is given {', '.join(options)}, which the pattern does not take" if options else None
 
 
 def _nodes(chain: Chain) -> Iterator[Node]:

@@ -412,7 +412,7 @@ ENGINES = (
 )
 
 EAGER = (
-    row("order", lambda m: fuse_modules(m.model, ["1", "0"]), ("CannotFuse", "1 + 0", "no fuser is known")),
+    row("order", lambda m: fuse_modules(m.model, ["1", "0"]), ("CannotFuse", "1 + 0", "do not follow each other")),
     row("training", lambda _: fuse_modules(training(), ["0", "1"]), ("InTrainingMode", "0 + 1", "training mode")),
     row("in part", lambda _: fuse_modules(partly_training(), ["0", "1"]), ("CannotFuse", "0 + 1", "different modes")),
 )

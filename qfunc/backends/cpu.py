@@ -27,6 +27,7 @@ from qfunc.numerics.observers import FixedQParams, Histogram, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 AVERAGE_POOLS = (
@@ -61,7 +62,8 @@ def _chains() -> tuple[Pattern, ...]:
         chains += [(layer, "batch_norm"), *((layer, *norm, act) for norm in _NORMS for act in activations)]
     sums = [(conv, *norm, "add") for conv in ("conv1d", "conv2d") for norm in _NORMS]
     chains += [(*head, *tail) for head in sums for tail in ((), ("relu",), ("clamp",))]
-    chains += [(f"conv_transpose{rank}d", "batch_norm") for rank in (1, 2, 3)]
+    for layer in TRANSPOSED:
+        chains += [(layer, "batch_norm"), *((layer, *norm, act) for norm in _NORMS for act in ("relu", "clamp"))]
     chains += [(kind, act) for kind in ("batch_norm", "add", "mul") for act in ("relu", "clamp")]
     return tuple(_chain(*chain) for chain in chains)
 

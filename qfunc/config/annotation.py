@@ -6,16 +6,19 @@ backend. `combine` joins several, `prepare` makes observation sites of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
-from qfunc.errors import BadConfig, Problem, UnknownName, several
-from qfunc.ir import Graph, Node, refs
+from qfunc.config.qconfig import activation_problems
+from qfunc.errors import BadConfig, Problem, UnknownName, UnsupportedDType, several
+from qfunc.ir import Expression, Graph, Node, refs
+from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.observers import Observer, validate_observer
+from qfunc.numerics.qparams import DTYPES
 from qfunc.result import R
 
 
@@ -50,13 +53,13 @@ Spec: TypeAlias = Observer[Any] | SharedWith
 class Annotations:
     """What is quantized.
 
-    `inputs` maps uses of values, `outputs` values (for all their uses), to how; `weights` maps nodes to the observers of
-    their weights. All points of one of the `groups` have the same qparams. `taps` are values that the observer of their
-    own output sees as well, where that is another's. `floats` says of nodes that stay float why; those in `refused` are
-    layers that were meant to be quantized.
+    `inputs` maps uses of values, `outputs` values (for all their uses), to how; `weights` maps nodes to the observers
+    of their weights. All points of one of the `groups` have the same qparams. `taps` are values that the observer of
+    their own output sees as well, where that is another's. `floats` says of nodes that stay float why; those in
+    `refused` are layers that were meant to be quantized.
 
-    A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec` than
-    the value's own quantizes the value anew.
+    A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
+    than the value's own quantizes the value anew.
     """
 
     inputs: PMap[Edge, Spec] = pmap()
@@ -93,37 +96,46 @@ def combine(*annotations: Annotations) -> R[Annotations]:
     Returns:
         Their union, or a `BadConfig` for each point that two of them quantize differently, with both.
     """
-    inputs, outputs, weights = dict[Edge, Spec](), dict[str, Spec](), dict[str, Observer[Any]]()
-    floats = dict[str, str]()
-    problems: list[Problem] = []
-    for index, given in enumerate(annotations):
-        if not isinstance(given, Annotations):
-            problem = BadConfig(f"annotations[{index}]", f"expected Annotations, got a {type(given).__name__}", _REMEDY)
-            problems.append(problem)
-            continue
-        tables: tuple[tuple[dict[Any, Any], PMap[Any, Any]], ...]
-        tables = ((inputs, given.inputs), (outputs, given.outputs), (weights, given.weights))
-        for table, more in tables:
-            problems += [
-                BadConfig(str(point), f"one quantizer gives {table[point]!r}, another {spec!r}", _ONE)
-                for point, spec in more.items()
-                if table.get(point, spec) != spec
-            ]
-            table.update(more)
-        floats.update(given.floats)
+    problems: list[Problem] = [
+        BadConfig(f"annotations[{index}]", f"expected Annotations, got a {type(given).__name__}", _REMEDY)
+        for index, given in enumerate(annotations)
+        if not isinstance(given, Annotations)
+    ]
+    if problems:
+        return Failure(several(problems))
+    inputs = _united((given.inputs for given in annotations), problems)
+    outputs = _united((given.outputs for given in annotations), problems)
+    weights = _united((given.weights for given in annotations), problems)
     if problems:
         return Failure(several(sorted(problems, key=lambda problem: problem.node)))
+    quantized = {*outputs, *weights, *(edge.user for edge in inputs)}
+    floats = {node: reason for given in annotations for node, reason in given.floats.items() if node not in quantized}
     return Success(
         Annotations(
-            pmap(inputs),
-            pmap(outputs),
-            pmap(weights),
+            inputs,
+            outputs,
+            weights,
             frozenset().union(*(given.groups for given in annotations)),
             frozenset().union(*(given.taps for given in annotations)),
-            pmap({node: reason for node, reason in floats.items() if node not in outputs and node not in weights}),
-            frozenset().union(*(given.refused for given in annotations)) - {*outputs, *weights},
+            pmap(floats),
+            frozenset().union(*(given.refused for given in annotations)) - quantized,
         )
     )
+
+
+P = TypeVar("P")
+S = TypeVar("S")
+
+
+def _united(tables: Iterable[PMap[P, S]], problems: list[Problem]) -> PMap[P, S]:
+    """One table of several; a point with two specs is a problem."""
+    united: dict[P, S] = {}
+    for table in tables:
+        for point, spec in table.items():
+            if united.setdefault(point, spec) != spec:
+                reason = f"one quantizer gives {united[point]!r}, another {spec!r}"
+                problems.append(BadConfig(str(point), reason, _ONE))
+    return pmap(united)
 
 
 _REMEDY = "pass what annotate(graph) and other quantizers return"
@@ -132,21 +144,37 @@ _ONE = "have one quantizer annotate it, or take it from the other with keep_floa
 
 def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
     """Nodes, uses and observers that do not exist or cannot be meant."""
-    known = tuple(graph.order)
-    points = [*annotations.inputs, *annotations.outputs, *annotations.weights, *annotations.taps]
-    specs = [*annotations.inputs.values(), *annotations.outputs.values()]
+    specs = (*annotations.inputs.values(), *annotations.outputs.values())
+    points: list[Point] = [*annotations.inputs, *annotations.outputs, *annotations.weights, *annotations.taps]
     points += [spec.other for spec in specs if isinstance(spec, SharedWith)]
     points += [point for group in annotations.groups for point in group]
     for point in dict.fromkeys(points):
-        node = point.user if isinstance(point, Edge) else point
-        if node not in graph.nodes:
-            yield UnknownName(str(node), "node", known)
-        elif isinstance(point, Edge) and used(graph[node], point) is None:
-            reason = f"it has no {point.index}-th value in its argument {point.slot!r}"
-            yield BadConfig(node, reason, "take edges from describe or from the graph's nodes")
-    for spec in (*specs, *annotations.weights.values()):
-        if not isinstance(spec, SharedWith):
-            yield from validate_observer(spec)
+        id = point.user if isinstance(point, Edge) else point
+        if id not in graph.nodes:
+            yield UnknownName(str(id), "node", graph.order)
+        else:
+            yield from _wrong_point(point, graph)
+    for id, observer in annotations.weights.items():
+        node = graph.nodes.get(id)
+        if node is not None and not (node.has("weight") and isinstance(node.get("weight"), Expression)):
+            yield BadConfig(id, "it has no weight that is a parameter", "annotate the weights of layers only")
+        yield from validate_observer(observer)
+    for spec in dict.fromkeys(spec for spec in specs if not isinstance(spec, SharedWith)):
+        yield from validate_observer(spec)
+        yield from activation_problems(spec)
+        if spec.spec.dtype in DTYPES and spec.spec.dtype not in CODE_RANGE:
+            yield UnsupportedDType(type(spec).__name__, f"activations are quantized to 8 bits, not {spec.spec.dtype}")
+
+
+def _wrong_point(point: Point, graph: Graph) -> Iterator[Problem]:
+    id = point.user if isinstance(point, Edge) else point
+    value = used(graph[id], point) if isinstance(point, Edge) else id
+    if value is None:
+        assert isinstance(point, Edge)
+        reason = f"it has no value no. {point.index} in its argument {point.slot!r}"
+        yield BadConfig(id, reason, "name an argument that holds values, and count them from 0")
+    elif graph[value].aliased:
+        yield BadConfig(id, f"the memory of {value!r} is changed in place", "leave it float")
 
 
 def used(node: Node, edge: Edge) -> str | None:

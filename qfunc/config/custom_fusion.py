@@ -8,7 +8,7 @@ from typing import Any
 
 from qfunc.errors import BadConfig, Problem
 from qfunc.ir import Arg, Graph, Node, Ref
-from qfunc.match import Anything, Chain, Constant, Match, MatchAllNode, Matched, Pattern, Side, Step
+from qfunc.match import Anything, Chain, Constant, Match, MatchAllNode, Matched, Pattern, Side, Step, operands
 from qfunc.ops import name_of, type_name
 
 
@@ -95,12 +95,10 @@ def _nested(graph: Graph, chain: Chain) -> Any:
     if not part.taken and not part.sides:
         return part.node
     sides = dict(part.sides)
-    written = part.node.origin.written
-    assert written is not None
     items = (
-        _nested(graph, tuple(before)) if slot.lstrip("*") == part.taken else _side(graph, sides[position])
-        for position, slot in enumerate(written.args)
-        if slot.lstrip("*") == part.taken or position in sides
+        _nested(graph, tuple(before)) if slot == part.taken else _side(graph, sides[position])
+        for position, slot in enumerate(operands(part.node))
+        if slot == part.taken or position in sides
     )
     return (part.node, *items)
 

@@ -134,7 +134,7 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
             found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
         elif choice is not None:
             found += [*validate_observer(choice.activation), *validate_observer(choice.weight)]
-            found += _activation_problems(choice.activation)
+            found += activation_problems(choice.activation)
     return list(dict.fromkeys(found))
 
 
@@ -160,7 +160,8 @@ def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
             yield BadConfig(str(text), f"not a regular expression: {error}", remedy)
 
 
-def _activation_problems(observer: Observer[Any]) -> Iterator[Problem]:
+def activation_problems(observer: Observer[Any]) -> Iterator[Problem]:
+    """Why an observer cannot be an activation's."""
     spec = getattr(observer, "spec", None)
     if isinstance(spec, QuantSpec) and spec.per_channel:
         reason = f"activations have one scale for the whole tensor, the qscheme {spec.qscheme} has one per channel"

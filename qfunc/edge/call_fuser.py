@@ -28,8 +28,8 @@ def call_fuser(graph: Graph, fusion: CustomFusion, nodes: Any, root: Node, qat: 
     """
     source = graph.sources["model"]
     matched = [node for node in _flat(nodes, fusion.reversed) if _is_call(node)]
-    paths = [f"{node.origin.module}." for node in matched]
-    stale = [n for n in source.tensors if n.startswith(tuple(paths)) and not is_current(source, n)] if paths else []
+    names = [name for node in matched for name in _tensors(source.model, node.origin.module)]
+    stale = [name for name in names if name not in source.tensors or not is_current(source, name)]
     if stale:
         return Failure(several(map(StaleSource, stale)))
     try:
@@ -42,7 +42,23 @@ def call_fuser(graph: Graph, fusion: CustomFusion, nodes: Any, root: Node, qat: 
     if not isinstance(made, nn.Module):
         reason = f"the fuser of {fusion.name} returned a {type(made).__name__}, not a torch.nn.Module"
         return Failure(UserFunctionFailed(root.place, reason))
-    return Success(Opaque(made))
+    try:
+        owned = copying.deepcopy(made)
+    except Exception as error:  # noqa: BLE001 - the copying of a user's object is the user's code
+        return Failure(UserFunctionFailed(root.place, f"{fusion.name}: its module cannot be copied: {told(error)}"))
+    # What is fused for evaluation evaluates, whatever mode the fuser makes its module in.
+    return Success(Opaque(owned if _trains(graph, root) else owned.eval()))
+
+
+def _tensors(model: nn.Module, path: str) -> Iterator[str]:
+    """The names of a module's parameters and buffers."""
+    module = model.get_submodule(path)
+    yield from (f"{path}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers()))
+
+
+def _trains(graph: Graph, root: Node) -> bool:
+    fact = graph.modules.get(root.origin.module)
+    return graph.training if fact is None else fact.training
 
 
 def _given(graph: Graph, nodes: Any, pattern: Any, root: Node, memo: dict[int, Any]) -> Any:
@@ -60,8 +76,7 @@ def _given(graph: Graph, nodes: Any, pattern: Any, root: Node, memo: dict[int, A
         case "call_method":
             return written.target
         case _ if written.target == _RELU:
-            fact = graph.modules.get(root.origin.module)
-            return nn.ReLU().train(graph.training if fact is None else fact.training)
+            return nn.ReLU().train(_trains(graph, root))
         case _:
             target = written.target
             return graph.objects[Token(target[1:]).id].value if target.startswith("$") else resolve(target)

@@ -6,10 +6,9 @@ Each is an `nn.Sequential` of its parts, computes what they compute one after th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class FusedModule(nn.Sequential):
@@ -98,18 +97,6 @@ class LinearBn1d(FusedModule):
     parts = (nn.Linear, nn.BatchNorm1d)
 
 
-class LinearLeakyReLU(FusedModule):
-    """A linear layer and a leaky ReLU."""
-
-    parts = (nn.Linear, nn.LeakyReLU)
-
-
-class LinearTanh(FusedModule):
-    """A linear layer and a tanh."""
-
-    parts = (nn.Linear, nn.Tanh)
-
-
 class BNReLU2d(FusedModule):
     """A batch norm and a ReLU."""
 
@@ -120,35 +107,3 @@ class BNReLU3d(FusedModule):
     """A batch norm and a ReLU."""
 
     parts = (nn.BatchNorm3d, nn.ReLU)
-
-
-class ConvAdd2d(FusedModule):
-    """A convolution, and the sum of its result and a second input; `add` is a function or a module of two tensors."""
-
-    parts = (nn.Conv2d,)
-
-    def __init__(self, conv: nn.Conv2d, add: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(conv)
-        self.add = add
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
-        """`conv(x) + other`."""
-        return self.add(self[0](x), other)
-
-
-class ConvAddReLU2d(FusedModule):
-    """A convolution, the sum of its result and a second input, and a ReLU."""
-
-    parts = (nn.Conv2d,)
-
-    def __init__(self, conv: nn.Conv2d, add: Callable[[Tensor, Tensor], Tensor], relu: nn.ReLU) -> None:
-        super().__init__(conv)
-        if not isinstance(relu, nn.ReLU):
-            raise TypeError(f"ConvAddReLU2d ends in a ReLU, not in a {type(relu).__name__}")
-        self.add = add
-        self.relu = relu
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
-        """`relu(conv(x) + other)`."""
-        fused: Tensor = self.relu(self.add(self[0](x), other))
-        return fused

@@ -49,7 +49,11 @@ def fuse_known_modules(
     """
     types = tuple(map(type, modules))
     extra = (extra_fusers or {}).get(types)
-    fuser = extra or FUSERS.get(types)
+    fuser = FUSERS.get(types) if extra is None else extra
+    for part in modules:
+        if "forward" in vars(part):
+            reason = f"its {type(part).__name__} has a forward of its own, which would be lost"
+            _refuse(modules, reason, "make it a module type, and pass extra_fusers for that; or leave it out")
     parametrized = [part for part in modules if is_parametrized(part)]
     if parametrized:
         reason = f"a parameter of its {type(parametrized[0]).__bases__[0].__name__} is computed by a parametrization"

@@ -50,6 +50,19 @@ def group_problems(model: nn.Module, groups: Groups) -> Iterator[Problem]:
             yield from _shared(group, {"": model, **known}, paths)
             yield from _bound(group, {"": model, **known}, held)
             yield from unmovable([known[name] for name in group], group)
+            yield from _apart(group, {"": model, **known})
+
+
+def _apart(group: Sequence[str], known: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    """Modules of one plain `nn.Sequential`, whose order is known, that do not follow each other in it."""
+    parents, leaves = {name.rpartition(".")[0] for name in group}, [name.rpartition(".")[2] for name in group]
+    if len(parents) != 1 or type(parent := known[min(parents)]) is not nn.Sequential:
+        return
+    children = list(parent._modules)
+    first = children.index(leaves[0])
+    if children[first : first + len(leaves)] != leaves:
+        reason = f"they do not follow each other in {min(parents) or 'the model'}, an nn.Sequential"
+        yield CannotFuse(" + ".join(group), reason, "list modules that are called one right after the other")
 
 
 def _bound(

@@ -11,9 +11,14 @@ from qfunc.ir import Node, Written
 from qfunc.ops import BY_NAME
 from qfunc.params import Load
 
-_VIEWS = frozenset(
-    ("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "dropout", "identity")
+VIEWS = frozenset(
+    (
+        *("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "unflatten", "contiguous", "detach"),
+        *("getitem", "narrow", "chunk", "split", "unbind", "expand", "dropout", "identity"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "interpolate"),
+    )
 )
+"""The kinds whose result may share the memory of their input."""
 _VIEWING_LAYERS = frozenset(
     f"torch.nn.{name}"
     for name in (
@@ -95,7 +100,7 @@ def may_alias(node: Node, plain: Node) -> tuple[tuple[str, ...], bool]:
     if node.kind == "output":
         return (), False
     if node.kind in BY_NAME:
-        return (tuple(node.uses())[:1] if node.kind in _VIEWS else ()), False
+        return (tuple(node.uses())[:1] if node.kind in VIEWS else ()), False
     inputs = tuple(dict.fromkeys(plain.uses()))
     if written.op == "call_module":
         ours = plain.kind.startswith("torch.nn.")

@@ -14,16 +14,18 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from qfunc.config.arguments import wrong_arguments
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, preserved_problems
 from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader, module_fact
+from qfunc.edge.schema import VIEWS
 from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
 from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, Untraceable, several
 from qfunc.ir import Graph, Note, Source
+from qfunc.ops import type_name
 from qfunc.result import R
 
 NOTHING = CustomConfig()
@@ -151,8 +153,12 @@ def _attribute(model: nn.Module, target: str) -> Any:
 
 
 def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
-    """The out-of-place twins that give another dtype or shape than writing in place does."""
-    pairs = ((id, graph[id].fact, graph[operand].fact) for id, operand in converted.items())
+    """The out-of-place twins that give another dtype or shape than writing in place does.
+
+    Those that only change the shape, `x.unsqueeze_(0)`, do so in place as well.
+    """
+    writes = ((id, operand) for id, operand in converted.items() if graph[id].kind not in VIEWS)
+    pairs = ((id, graph[id].fact, graph[operand].fact) for id, operand in writes)
     return frozenset(id for id, after, before in pairs if before is not None and after != before)
 
 
@@ -160,11 +166,7 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     errors: list[QuantError] = [
         UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
     ]
-    errors += [
-        UnknownName(name, "attribute", tuple(vars(model)))
-        for name in custom.preserved_attributes
-        if not hasattr(model, name)
-    ]
+    errors += preserved_problems(model, custom.preserved_attributes)
     if custom.concrete_args:
         inputs = signature(model.forward).parameters
         errors += [UnknownName(name, "input", tuple(inputs)) for name in custom.concrete_args if name not in inputs]
@@ -179,10 +181,14 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     return several(errors) if errors else None
 
 
+_FLOAT_FUNCTIONAL = "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"
+
+
 class _Tracer(StatementTracer):
     """Symbolic tracing with the reference's leaf rule.
 
-    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made.
+    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made. Of the reference's
+    wrapper `FloatFunctional` only the operators are recorded, as there.
     """
 
     def __init__(self, custom: CustomConfig, root: nn.Module, *, buffers: bool) -> None:
@@ -191,9 +197,13 @@ class _Tracer(StatementTracer):
         called = root.graph.find_nodes(op="call_module") if isinstance(root, fx.GraphModule) else ()
         self._names = {*custom.non_traceable_names, *(str(node.target) for node in called)}
         self._types = custom.non_traceable_types
+        wrappers = (path for path, module in root.named_modules() if type_name(type(module)) == _FLOAT_FUNCTIONAL)
+        self._observed = {f"{path}.activation_post_process".lstrip(".") for path in wrappers}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         library = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
         compiled = isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("torch._dynamo")
         chosen = module_qualified_name in self._names or isinstance(m, self._types)
+        if type(m) is nn.Identity and module_qualified_name in self._observed:
+            return chosen  # where a wrapper would have its observer
         return chosen or compiled or (library and not isinstance(m, nn.Sequential))

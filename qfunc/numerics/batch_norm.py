@@ -50,9 +50,7 @@ def fold_batch_norm(
     (1.0, -0.5)
     """
     with torch.no_grad():
-        factor = torch.rsqrt(running_var.double() + eps)
-        if gamma is not None:
-            factor = factor * gamma.double()
+        factor = _factor(running_var, eps, gamma)
         shift = -running_mean.double() if bias is None else bias.double() - running_mean.double()
         shift = shift * factor
         if beta is not None:
@@ -82,9 +80,7 @@ def fold_batch_norm_before(
     (1.0, -1.0)
     """
     with torch.no_grad():
-        factor = torch.rsqrt(running_var.double() + eps)
-        if gamma is not None:
-            factor = factor * gamma.double()
+        factor = _factor(running_var, eps, gamma)
         shift = -running_mean.double() * factor
         if beta is not None:
             shift = shift + beta.double()
@@ -96,6 +92,12 @@ def fold_batch_norm_before(
         if bias is None:
             return folded, offset.to(weight.dtype)
         return folded, (bias.double() + offset).to(bias.dtype)
+
+
+def _factor(running_var: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
+    """What a batch norm multiplies each channel with, in float64."""
+    factor = torch.rsqrt(running_var.double() + eps)
+    return factor if gamma is None else factor * gamma.double()
 
 
 def _scaled(weight: Tensor, factor: Tensor, transpose: bool, groups: int) -> Tensor:

@@ -44,6 +44,8 @@ def bind(
         elif value is not REQUIRED:
             values[param.name] = value
     values.update(form.fixed)
+    if isinstance(values.get("tensors"), Ref):
+        return None  # a list that the graph computes: nothing here tells what is in it
     full = _complete(row, values)
     if full is None:
         return None
@@ -137,15 +139,17 @@ def _complete(row: Kind, values: dict[str, Arg]) -> NamedArgs | None:
         value = by_name[name]
         if value is None and fallback:
             value = by_name[fallback]
+        if row.rank and isinstance(value, Ref):
+            return None  # one number for all dimensions, or a tuple of them: nothing here tells
         by_name[name] = _size(value, row.rank)
     return tuple(by_name.items())
 
 
 def _size(value: Arg, rank: int) -> Arg:
-    items = _items(value) if isinstance(value, (tuple, ListArg)) else (value,)
-    if isinstance(value, str) or value is None:
-        return value
-    return items * rank if len(items) == 1 else items
+    if isinstance(value, (tuple, ListArg)):
+        items = _items(value)
+        return items * rank if rank and len(items) == 1 else items
+    return (value,) * rank if rank and isinstance(value, int) else value
 
 
 def _items(value: Arg) -> tuple[Arg, ...]:

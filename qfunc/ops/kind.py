@@ -64,8 +64,9 @@ class Kind:
     """An operator: its parameters, which of them take tensors, which are weights, and its forms.
 
     `tensors` are the activation operands (each a value, or a list of values); `weights` the parameter operands. `sizes`
-    are parameters given as one int or as `rank` of them, always kept as a tuple. `call` computes a node that has no
-    written form; `full_call` does where a parameter that `call` leaves out is not at its default.
+    are parameters given as one int or as `rank` of them, or as lists where no `rank` is said; they are kept as tuples.
+    `call` computes a node that has no written form; `full_call` does where a parameter that `call` leaves out is not at
+    its default.
     """
 
     name: str

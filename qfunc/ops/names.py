@@ -49,8 +49,8 @@ _NAMED = MappingProxyType(
 def name_of(target: Any) -> str | None:
     """The canonical name of a function, class, dtype or other torch object; `None` for what no import would find again.
 
-    >>> name_of(torch.nn.ReLU), name_of(torch.float16), name_of(lambda: 0)
-    ('torch.nn.ReLU', 'torch.float16', None)
+    >>> name_of(torch.nn.ReLU), name_of(torch.sin), name_of(torch.float16), name_of(lambda: 0)
+    ('torch.nn.ReLU', 'torch.sin', 'torch.float16', None)
     """
     if (known := _NAMED.get(id(target))) is not None:
         return known
@@ -62,7 +62,8 @@ def name_of(target: Any) -> str | None:
     qualified = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
     if qualified is None or "<" in qualified or place == "__main__":
         return None
-    for candidate in (f"torch.nn.{qualified}", f"{place}.{qualified}", f"torch.{qualified}"):
+    own = qualified.removeprefix("_VariableFunctionsClass.")  # where torch keeps its functions written in C++
+    for candidate in (f"torch.nn.{own}", f"{place}.{own}", f"torch.{own}"):
         try:
             if resolve(candidate) is target:
                 return candidate

@@ -111,7 +111,7 @@ class _Rules:
             reason = "an operand is no floating-point tensor"
         elif "other" in BY_NAME[node.kind].tensors and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
-        elif node.kind == "add" and node.get("alpha") != 1:
+        elif node.kind in ("add", "sub") and node.get("alpha") != 1:
             reason = "the sum is scaled by alpha"
         elif any(isinstance(node.get(name), Ref) for name in BY_NAME[node.kind].weights):
             reason = "its weight is computed by the graph"
@@ -212,8 +212,10 @@ def _weight_problems(node: Node) -> Iterator[Problem]:
         )
 
 
-_WEIGHTED = frozenset(row.name for row in KINDS if "weight" in row.weights) - {"batch_norm", "prelu"}
-"""The layers whose weight is quantized; a batch norm's and a PReLU's are factors of single channels."""
+_WEIGHTED = frozenset(
+    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
+)
+"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""
 
 
 def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:

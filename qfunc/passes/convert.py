@@ -103,11 +103,11 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
     for edge, site in sorted(
         prepared.inputs.items(), key=lambda item: (position[item[0].user], item[0].slot, item[0].index)
     ):
-        value = used(graph[edge.user], edge)
-        assert value is not None, edge
-        if (value, site) not in pairs:
-            pairs[value, site] = _quantized(draft, graph[value], qparams[site])
-        turned.setdefault(edge.user, {})[edge] = pairs[value, site]
+        source = used(graph[edge.user], edge)
+        assert source is not None, edge
+        if (source, site) not in pairs:
+            pairs[source, site] = _quantized(draft, graph[source], qparams[site])
+        turned.setdefault(edge.user, {})[edge] = pairs[source, site]
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
     for id, observer in prepared.weights.items():

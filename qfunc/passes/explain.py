@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from returns.result import Failure, Success
@@ -86,6 +87,12 @@ def explain_fusion(
     position = {id: index for index, id in enumerate(graph.order)}
     fused = [*_earlier(graph), *([] if blocked else log.fused.values())]
     missed = {id: _reason(graph, id, miss) for id, miss in log.missed.items()}
+    for id, (pattern, miss) in log.missed_own.items():
+        reason = _reason(graph, id, miss)
+        if id not in missed:
+            missed[id] = f"{pattern}: {reason}"
+        elif miss.reason != WRONG_KIND and reason != missed[id]:
+            missed[id] = f"{missed[id]}; {pattern}: {reason}"
     roots = patterns_by_root(backend)
     kept = (node for node in graph if kind_as_written(node, graph) != node.kind)
     missed |= {node.id: why_kept(node, graph) for node in kept if kind_as_written(node, graph) in roots}
@@ -103,17 +110,29 @@ def explain_fusion(
 
 
 def _is_fused(node: Node) -> bool:
-    return bool(node.post) or (node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm))
+    folded = node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm)
+    return bool(node.post) or folded or node.kind == "owned"
 
 
 def _earlier(graph: Graph) -> list[Fused]:
     """What an earlier run has fused, as its nodes tell."""
     found = []
     for node in graph:
-        if _is_fused(node):
-            kinds = ["batch_norm"] * (node.has("weight") and isinstance(node.get("weight"), FoldBatchNorm))
-            found.append(Fused(node, " + ".join([node.kind, *kinds, *(post.kind for post in node.post)]), (node,)))
+        if node.kind == "owned":
+            found.append(Fused(node, str(node.get("pattern")), (node,), own=True))
+        elif _is_fused(node):
+            folds = list(_folds(node.get("weight") if node.has("weight") else None))
+            before = ["batch_norm"] * sum(fold.before for fold in folds)
+            behind = ["batch_norm"] * (len(folds) - len(before))
+            chain = [*before, node.kind, *behind, *(post.kind for post in node.post)]
+            found.append(Fused(node, " + ".join(chain), (node,)))
     return found
+
+
+def _folds(weight: object) -> Iterator[FoldBatchNorm]:
+    while isinstance(weight, FoldBatchNorm):
+        yield weight
+        weight = weight.weight
 
 
 def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
@@ -124,6 +143,8 @@ def _reason(graph: Graph, root: str, miss: NoMatch) -> str:
         return f"{node.place}{' ' if miss.reason.split()[0] in _VERBS else ': '}{miss.reason}"
     if kind_as_written(node, graph) in miss.wanted:
         return f"{node.place} behind it is kept as it was written: {why_kept(node, graph)}"
+    if node.kind == "owned":
+        return f"followed by {node.place}, which a fuser made"
     follows = "the model's output" if node.kind == "output" else node.place
     named = follows if node.kind in ("output", follows) else f"{follows} ({node.kind})"
     *others, last = miss.wanted

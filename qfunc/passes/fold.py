@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from qfunc.backends.cpu import CONVOLUTIONS, TRANSPOSED
 from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, users
 from qfunc.ir.node import Fact, NamedArgs
 from qfunc.match import NoMatch, Users
 from qfunc.params import FoldBatchNorm, Load
-from qfunc.passes.fusion_log import FusionLog
+from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_CLOSE = 2
+"""How close a miss of a norm is that stands beside its layer or pool: closer than any pattern that starts with it."""
 _REAL = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -21,6 +22,12 @@ def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
     weight = root.get("weight")
     reason = _unfit(norm, weight, root.get("bias")) or misaligned(root, norm)
     return reason or _with_norm(args, norm, transpose=root.kind in TRANSPOSED, groups=_groups(root))
+
+
+def is_folded(node: Node) -> bool:
+    """Whether a norm is folded into the node: it is the result of an earlier run."""
+    weight = node.get("weight") if node.has("weight") else None
+    return isinstance(weight, Expression) and not isinstance(weight, Load)
 
 
 def misaligned(root: Node, norm: Node) -> str:
@@ -120,7 +127,7 @@ def fold_norms_before(graph: Graph, log: FusionLog) -> Graph:
                 break
             reason = hindrance_before(norm, made, len(used[norm.id]))
             if reason:
-                log.miss(norm.id, NoMatch(norm.id, f"not folded into {made.place}: {reason}", 1))
+                log.miss(norm.id, NoMatch(norm.id, f"not folded into {made.place}: {reason}", _CLOSE))
                 break
             args = _with_norm(made.args, norm, transpose=False, groups=_groups(made), before=True)
             turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
@@ -179,18 +186,11 @@ def _moved_once(graph: Graph, used: Users, log: FusionLog) -> Graph:
     for norm in graph:
         pool = producer(graph, norm) if norm.kind == "batch_norm" else None
         before = None if pool is None else producer(graph, pool)
-        if pool is None or before is None or norm.aliased or pool.aliased:
+        if pool is None or before is None or not (pool.kind == "mean" or "pool" in pool.kind):
             continue
-        if (
-            len(used[pool.id]) != 1
-            or not _averages(pool, before)
-            or not log.allows(f"{pool.kind} + batch_norm", (pool, norm))
-        ):
-            continue
-        layer, *norms = _chain_before(graph, used, pool) or (None,)
-        if layer is None or any(isinstance(folded(layer, layer.args, each), str) for each in (*norms, norm)):
-            continue
-        if not log.allows(f"{layer.kind} + batch_norm", (layer, *norms, norm)):
+        reason = _hindrance_to_move(graph, used, log, norm, pool)
+        if reason:
+            log.miss(norm.id, NoMatch(norm.id, f"not moved before {pool.place}: {reason}", _CLOSE))
             continue
         early = draft.fresh(f"{norm.id}_{pool.kind}")
         moved = Node(early, "batch_norm", norm.args, origin=norm.origin, fact=before.fact)
@@ -200,6 +200,26 @@ def _moved_once(graph: Graph, used: Users, log: FusionLog) -> Graph:
         draft.erase([pool.id])
         log.fuse(made, f"{pool.kind} + batch_norm", (pool, norm))
     return draft.commit()
+
+
+def _hindrance_to_move(graph: Graph, used: Users, log: FusionLog, norm: Node, pool: Node) -> str:
+    """Why a batch norm cannot change places with the pool before it, to be folded into the layer before that."""
+    before = producer(graph, pool)
+    assert before is not None
+    if norm.aliased or pool.aliased:
+        return "it shares memory with a value that is changed in place"
+    if len(used[pool.id]) != 1:
+        return f"the pool's value has {len(used[pool.id])} users"
+    if not _averages(pool, before):
+        return "the pool is no average, with weights that sum to 1, of each channel"
+    layer, *norms = _chain_before(graph, used, pool) or (None,)
+    if layer is None:
+        return "no layer before the pool can take it"
+    reasons = [reason for each in (*norms, norm) if isinstance(reason := folded(layer, layer.args, each), str)]
+    if reasons:
+        return reasons[0]
+    patterns = ((f"{pool.kind} + batch_norm", (pool, norm)), (f"{layer.kind} + batch_norm", (layer, *norms, norm)))
+    return "" if all(log.allows(*pattern) for pattern in patterns) else SWITCHED_OFF
 
 
 def _chain_before(graph: Graph, used: Users, pool: Node) -> tuple[Node, ...]:

@@ -10,7 +10,7 @@ from returns.result import Failure, Success
 from qfunc.backends.cpu import CPU
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, preserved_problems
 from qfunc.errors import InTrainingMode, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Graph, Node
 from qfunc.passes.fusing import Fusing, pattern_names
@@ -69,10 +69,8 @@ def unknown_names(graph: Graph, backend: BackendConfig, custom: CustomConfig) ->
     for name in custom.unfused_patterns:
         if name not in patterns:
             yield UnknownName(name, "pattern", patterns)
-    for name in custom.preserved_attributes:
-        models = [source.model for source in graph.sources.values()]
-        if not any(hasattr(model, name) for model in models):
-            yield UnknownName(name, "attribute", tuple(known for model in models for known in vars(model)))
+    for source in graph.sources.values():
+        yield from preserved_problems(source.model, custom.preserved_attributes)
 
 
 def training_modules(graph: Graph) -> Iterator[Problem]:

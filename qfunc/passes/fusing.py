@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qfunc.backends.cpu import CONVOLUTIONS
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.errors import CannotFuse
-from qfunc.ir import Draft, Expression, Graph, Node, PostOp, TensorFact, users
+from qfunc.ir import Draft, Graph, Node, PostOp, TensorFact, users
 from qfunc.ir.node import NamedArgs
 from qfunc.match import WRONG_KIND, Match, Matched, NoMatch, Pattern, Users, match
-from qfunc.params import Load
 from qfunc.passes.fold import (
-    CONVOLUTIONS,
     fold_norms_before,
     folded,
+    is_folded,
     misaligned,
     move_norms_before_pools,
     off_axis,
     producer,
 )
-from qfunc.passes.fusion_log import FusionLog
+from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
 from qfunc.passes.owned import CallFuser, fuse_owned
 
 _DROPPED = ("dropout", "identity")
@@ -80,7 +80,7 @@ class Fusing:
     def _chains(self, graph: Graph) -> Graph:
         draft, used = Draft(graph), users(graph)
         for node in graph:
-            if node.id not in self._taken and node.kind in self._patterns and not node.post and not _is_folded(node):
+            if node.id not in self._taken and node.kind in self._patterns and not node.post and not is_folded(node):
                 self._chain(draft, graph, used, node)
         return draft.commit()
 
@@ -108,8 +108,7 @@ class Fusing:
         if self._qat and not found.pattern.trains:
             return NoMatch(root.id, f"{found.pattern.name} is fused for evaluation only", len(found.parts))
         if not self.log.allows(found.pattern.name, found.nodes):
-            reason = f"the custom configuration leaves {found.pattern.name} unfused here"
-            return NoMatch(root.id, reason, len(found.parts))
+            return NoMatch(root.id, f"{found.pattern.name}: {SWITCHED_OFF}", len(found.parts))
         args, post = root.args, root.post
         for depth, part in enumerate(found.parts[1:], 1):
             if part.node.id in self._taken or (part.taken == "other" and self._fuses_left(graph, used, part.node)):
@@ -211,13 +210,6 @@ def _deepest(misses: list[NoMatch]) -> NoMatch:
     alike = [m.wanted for m in misses if (m.node, m.depth, m.reason) == (best.node, best.depth, WRONG_KIND)]
     wanted = tuple(dict.fromkeys(kind for kinds in alike for kind in kinds))
     return replace(best, wanted=wanted)
-
-
-def _is_folded(node: Node) -> bool:
-    """Whether a norm is folded into the node: it is the result of an earlier run."""
-    return (
-        node.has("weight") and isinstance(node.get("weight"), Expression) and not isinstance(node.get("weight"), Load)
-    )
 
 
 def _trains(graph: Graph, node: Node) -> bool:

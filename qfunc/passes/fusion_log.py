@@ -10,6 +10,8 @@ from qfunc.errors import Problem
 from qfunc.ir import Node
 from qfunc.match import NoMatch
 
+SWITCHED_OFF = "the custom configuration leaves it unfused here"
+
 
 @dataclass(frozen=True, slots=True)
 class Fused:
@@ -27,13 +29,15 @@ class Fused:
 class FusionLog:
     """The log of one run, and the user's switches.
 
-    `fused` is by the id of the node that a chain became, `missed` by that of the node that starts a pattern. `problems`
+    `fused` is by the id of the node that a chain became, `missed` by that of the node that starts a pattern, and
+    `missed_own` by that of one that starts a pattern of the user's, whose name it holds. `problems`
     are faults of the user's functions, `unfit` the parts that cannot be trained together as they stand.
     """
 
     def __init__(self, custom: CustomConfig, patterns: Iterable[str]) -> None:
         self.fused: dict[str, Fused] = {}
         self.missed: dict[str, NoMatch] = {}
+        self.missed_own: dict[str, tuple[str, NoMatch]] = {}
         self.problems: list[Problem] = []
         self.unfit: list[Problem] = []
         self._patterns = frozenset(patterns) - frozenset(custom.unfused_patterns)
@@ -54,10 +58,17 @@ class FusionLog:
         self.fused[node.id] = Fused(node, pattern, parts, own)
         for part in parts:
             self.missed.pop(part.id, None)
+            self.missed_own.pop(part.id, None)
 
     def miss(self, node: str, miss: NoMatch) -> None:
-        """Note why an operator that starts a pattern is left alone."""
-        self.missed[node] = miss
+        """Note why an operator that starts a pattern is left alone; of two reasons, that of the closer miss stays."""
+        if node not in self.missed or self.missed[node].depth <= miss.depth:
+            self.missed[node] = miss
+
+    def miss_own(self, node: str, pattern: str, miss: NoMatch) -> None:
+        """Note why a pattern of the user's does not match where its first operator does."""
+        if miss.depth and (node not in self.missed_own or self.missed_own[node][1].depth < miss.depth):
+            self.missed_own[node] = (pattern, miss)
 
 
 def _within(path: str, name: str) -> bool:

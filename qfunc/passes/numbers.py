@@ -23,7 +23,7 @@ def non_tensors(graph: Graph) -> set[str]:
             continue
         used = list(node.uses())
         attribute = node.kind == "builtins.getattr" and node.get("1") in _ATTRIBUTES
-        derived = bool(used) and node.kind not in ("output", "cat") and all(value in found for value in used)
+        derived = bool(used) and node.kind not in ("output", "cat", "stack") and all(value in found for value in used)
         if node.kind in _NUMBERS or attribute or (derived and not isinstance(node.fact, TensorFact)):
             found.add(node.id)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -12,9 +12,10 @@ from qfunc.config.custom_fusion import CustomFusion, compiled, nested
 from qfunc.errors import CannotFuse, Problem, UserFunctionFailed, problems, told
 from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token, users
 from qfunc.ir.node import NamedArgs
-from qfunc.match import Match, match
+from qfunc.match import Match, NoMatch, match
 from qfunc.ops import type_name
-from qfunc.passes.fusion_log import FusionLog
+from qfunc.passes.fold import is_folded
+from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
 from qfunc.result import R
 
 CallFuser: TypeAlias = Callable[[Graph, CustomFusion, Any, Node, bool], R[Opaque]]
@@ -30,13 +31,20 @@ def fuse_owned(
     """
     draft, used, taken = Draft(graph), users(graph), set[str]()
     objects = dict[str, Opaque]()
+    position = {id: index for index, id in enumerate(graph.order)}
     for fusion in fusions:
         pattern = compiled(fusion)
-        for node in graph:
+        for node in (node for node in graph if not is_folded(node)):
             found = match(graph, used, pattern, node)
-            if not isinstance(found, Match) or not taken.isdisjoint(n.id for n in found.nodes):
+            if isinstance(found, NoMatch):
+                log.miss_own(node.id, pattern.name, found)
                 continue
-            chosen = _ends(graph, found, fusion, log) if log.allows(pattern.name, found.nodes) else None
+            if any(n.id in taken or is_folded(n) for n in found.nodes):
+                continue
+            if not log.allows(pattern.name, found.nodes):
+                log.miss_own(node.id, pattern.name, NoMatch(node.id, SWITCHED_OFF, len(found.parts)))
+                continue
+            chosen = _ends(graph, position, found, fusion, log)
             if chosen is None:
                 continue
             root, extra = chosen
@@ -45,7 +53,7 @@ def fuse_owned(
                 log.problems += problems(module.failure())
                 continue
             last = found.nodes[-1]
-            made = _node(last, root, extra, None if module is None else module.unwrap())
+            made = _node(pattern.name, last, root, extra, None if module is None else module.unwrap())
             if module is not None:
                 objects[f"fused:{last.id}"] = module.unwrap()
             draft.erase(n.id for n in found.nodes if n.id != last.id)
@@ -56,7 +64,9 @@ def fuse_owned(
     return replace(fused, objects=fused.objects.update(objects)) if objects else fused
 
 
-def _ends(graph: Graph, found: Match, fusion: CustomFusion, log: FusionLog) -> tuple[Node, tuple[Node, ...]] | None:
+def _ends(
+    graph: Graph, position: Mapping[str, int], found: Match, fusion: CustomFusion, log: FusionLog
+) -> tuple[Node, tuple[Node, ...]] | None:
     """The root and the extra inputs of a match, by the user's getters; what is wrong with them goes to the log."""
     nodes = nested(graph, found)
     try:
@@ -65,7 +75,7 @@ def _ends(graph: Graph, found: Match, fusion: CustomFusion, log: FusionLog) -> t
     except Exception as error:  # noqa: BLE001 - the getters are the user's code
         log.problems.append(UserFunctionFailed(fusion.name, told(error)))
         return None
-    problem = _wrong_root(found, fusion, root) or _wrong_extra(graph, found, fusion, extra)
+    problem = _wrong_root(found, fusion, root) or _wrong_extra(position, found, fusion, extra)
     if problem is not None:
         log.problems.append(problem)
         return None
@@ -78,13 +88,18 @@ def _last(nodes: Any) -> Any:
     return nodes
 
 
-def _node(last: Node, root: Node, extra: tuple[Node, ...], module: Opaque | None) -> Node:
+def _node(pattern: str, last: Node, root: Node, extra: tuple[Node, ...], module: Opaque | None) -> Node:
     """The call of the fused module: with the root's arguments, and the extra inputs behind them."""
     written = root.origin.written
     assert written is not None
     inputs = tuple(root.get(name) for name in written.args) + tuple(Ref(node.id) for node in extra)
     keywords = tuple((keyword, root.get(name)) for keyword, name in written.kwargs)
-    args: NamedArgs = (("module", Token(f"fused:{last.id}")), ("inputs", inputs), ("keywords", keywords))
+    args: NamedArgs = (
+        ("pattern", pattern),
+        ("module", Token(f"fused:{last.id}")),
+        ("inputs", inputs),
+        ("keywords", keywords),
+    )
     type = root.origin.type if module is None else type_name(module.value.__class__)
     return Node(last.id, "owned", args, origin=Origin(root.origin.module, type, line=root.origin.line), fact=last.fact)
 
@@ -106,12 +121,14 @@ def _wrong_root(found: Match, fusion: CustomFusion, root: object) -> Problem | N
     return None
 
 
-def _wrong_extra(graph: Graph, found: Match, fusion: CustomFusion, extra: tuple[object, ...]) -> Problem | None:
+def _wrong_extra(
+    position: Mapping[str, int], found: Match, fusion: CustomFusion, extra: tuple[object, ...]
+) -> Problem | None:
     """Why nodes cannot be extra inputs of the fused module."""
     matched = {node.id for node in found.nodes}
     last = found.nodes[-1]
-    before = frozenset(graph.order[: graph.order.index(last.id)]) if extra else frozenset()
-    if all(isinstance(node, Node) and node.id in before - matched for node in extra):
+    end = position[last.id]
+    if all(isinstance(n, Node) and n.id not in matched and position.get(n.id, end) < end for n in extra):
         return None
     reason = "an extra input is no node of the graph before it, or is a part of the match"
     return CannotFuse(last.place, reason, f"mend the extra_inputs_getter of {fusion.name}")

@@ -71,8 +71,8 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepare
 class _Sharing:
     """Which points have the same qparams: a disjoint-set forest over sites, so that sharing is transitive.
 
-    A walk in graph order finds the site of each point: of a value's own, of a use that is quantized as the value is, and
-    of all other uses of the value with one observer.
+    A walk in graph order finds the site of each point: of a value's own, of a use that is quantized as the value is,
+    and of all other uses of the value with one observer.
     """
 
     def __init__(self, graph: Graph, annotations: Annotations) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from qfunc.testing import forms as written
 from qfunc.testing.draft import Draft, Pick
 from qfunc.testing.program import Shape
 
@@ -46,7 +47,7 @@ _SPATIAL = _rank(3, 4, 5)
 def _unary(kind: str, family: str, *forms: str, fits: Fits = _ANY) -> Operation:
     """An operator of one operand. A form that begins with "nn." is a module; others are expressions over x.
 
-    Forms may also name `{y}`, a value of the same shape, `{c}`, the size of dimension 1, and `{last}`, of the last.
+    What forms may name is said in `qfunc.testing.forms`.
     """
 
     def write(draft: Draft, x: str, pick: Pick) -> str:
@@ -137,23 +138,6 @@ def _batch_norm(draft: Draft, x: str, pick: Pick) -> str:
     mean, weight, bias = (draft.attribute("b", f"nn.Buffer(0.3 * torch.randn({channels}))") for _ in range(3))
     var = draft.attribute("b", f"nn.Buffer(0.3 + torch.rand({channels}))")
     return f"F.batch_norm({x}, {mean}, {var}, {weight}, {bias}, False, 0.1, 1e-05)"
-
-
-_POOLS = (
-    "nn.MaxPool{n}d(2)",
-    "nn.MaxPool{n}d(3, stride=2, padding=1, ceil_mode=True)",
-    "nn.AvgPool{n}d(2)",
-    "nn.AvgPool{n}d(3, stride=1, padding=1, count_include_pad=False)",
-    "nn.AdaptiveAvgPool{n}d(1)",
-    "nn.AdaptiveMaxPool{n}d(2)",
-    "F.max_pool{n}d({x}, 2)",
-    "F.max_pool{n}d({x}, kernel_size=3, stride=1, padding=1)",
-    "torch.max_pool{n}d({x}, 2)",
-    "F.avg_pool{n}d({x}, 2, stride=1)",
-    "F.adaptive_avg_pool{n}d({x}, 1)",
-    "F.adaptive_avg_pool{n}d({x}, output_size=2)",
-    "F.adaptive_max_pool{n}d({x}, 1)",
-)
 
 
 def _reshape(draft: Draft, x: str, pick: Pick) -> str:
@@ -267,33 +251,34 @@ def _block(draft: Draft, x: str, pick: Pick) -> str:
     return draft.call(f"nn.Sequential({pick(forms)})", x)
 
 
-_FLOAT_FORMS = (
-    "torch.tanh({x})",
-    "F.mish({x})",
-    "torch.softmax({x}, -1)",
-    "{x}.softmax(dim=-1)",
-    "F.celu({x}, 0.5)",
-    "nn.Softsign()",
-    "nn.PReLU()",
-    "nn.PReLU({c})",
-    "torch.sin({x})",
-    "F.layer_norm({x}, ({last},))",
-    "nn.LayerNorm({last})",
-    "nn.GroupNorm(1, {c})",
-    "F.pad({x}, (1, 1))",
-    "torch.where({x} > 0, {x}, {y})",
-    "torch.maximum({x}, {y})",
-    "{x}.unsqueeze(1).squeeze(1)",
-    "torch.stack([{x}, {y}], 2).sum(2)",
-    "{x}.masked_fill({x} < -1, -1.0)",
-)
-_SPATIAL_FORMS = (
-    "F.interpolate({x}, scale_factor=2)",
-    "torch.matmul({x}, {x}.transpose(-1, -2))",
-    "{x} @ {y}.transpose(-2, -1)",
-    "{x}[:, :, 1:]",
-    "{x}[..., 0]",
-)
+def _repeat(draft: Draft, x: str, pick: Pick) -> str:
+    ones = ["1"] * (len(draft.shape(x)) - 2)
+    return pick(("{x}.repeat({s})", "{x}.repeat(({s}))")).format(x=x, s=", ".join(["1", "2", *ones]))
+
+
+def _product_with_weight(draft: Draft, x: str, pick: Pick) -> str:
+    inputs = draft.shape(x)[-1]
+    weight, offset = draft.attribute("w", _parameter(inputs, 4)), draft.attribute("b", "nn.Parameter(torch.randn(4))")
+    forms = ("torch.addmm({b}, {x}, {w})", "torch.addmm({b}, {x}, {w}, beta=0.5, alpha=2)", "{x} @ {w} + {b}")
+    return pick((*forms, "torch.matmul({x}, {w})")).format(x=x, w=weight, b=offset)
+
+
+def _embedding(draft: Draft, x: str, pick: Pick) -> str:
+    """A table read at the signs of a value."""
+    index = f"({x} > 0).long()"
+    bags = len(draft.shape(x)) == 2
+    form = pick(["module", "function", *(["bag", "bag function"] if bags else [])])
+    if form in ("module", "bag"):
+        layer = "nn.Embedding(2, 4)" if form == "module" else "nn.EmbeddingBag(2, 4, mode='sum')"
+        return f"{draft.attribute('m', layer)}({index})"
+    table = draft.attribute("w", _parameter(2, 4))
+    return f"F.embedding({index}, {table})" if form == "function" else f"F.embedding_bag({index}, {table})"
+
+
+def _shufflable(draft: Draft, x: str) -> bool:
+    """Whether the channels are pixels of twice the size."""
+    return len(draft.shape(x)) == 4 and draft.shape(x)[1] % 4 == 0
+
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("convolution", "conv", _SPATIAL, _convolution),
@@ -333,7 +318,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _unary("sigmoid", "sigmoid", "nn.Sigmoid()", "torch.sigmoid({x})", "{x}.sigmoid()", "F.sigmoid({x})"),
     _unary("hardsigmoid", "sigmoid", "nn.Hardsigmoid()", "F.hardsigmoid({x})"),
     _unary("hardswish", "sigmoid", "nn.Hardswish()", "F.hardswish({x})"),
-    _unary("pool", "pool", *_POOLS, fits=_rank(3, 4, 5, least=3)),
+    _unary("pool", "pool", *written.POOLS, fits=_rank(3, 4, 5, least=3)),
     _unary(
         "flatten",
         "shape",
@@ -367,39 +352,23 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("size", "size", _ANY, _size),
     Operation("again", "sharing", lambda draft, x: bool(_calls(draft, x)), _again),
     Operation("tied", "sharing", lambda draft, x: bool(_calls(draft, x, _WITH_WEIGHT)), _tied),
-    _unary("float", "float", *_FLOAT_FORMS),
-    _unary("float", "float", *_SPATIAL_FORMS, fits=_rank(3, 4, 5, least=2)),
+    _unary("float", "float", *written.FLOATS),
+    _unary("difference", "difference", *written.DIFFERENCES),
+    _unary("product", "product", *written.PRODUCTS, fits=_SPATIAL),
+    _unary("batched product", "product", *written.BATCHED_PRODUCTS, fits=_rank(3)),
+    Operation("product with a weight", "product", _rank(2), _product_with_weight),
+    _unary("norm of each", "other norm", *written.NORMS),
+    _unary("norm of groups", "other norm", *written.GROUP_NORMS, fits=lambda draft, x: draft.shape(x)[1] > 1),
+    _unary("norm of each", "other norm", *written.SPATIAL_NORMS, fits=_rank(3, 4, 5, least=2)),
+    _unary("softmax", "softmax", *written.SOFTMAXES),
+    _unary("resize", "resize", *written.RESIZES, fits=_rank(3, 4, 5, least=2)),
+    _unary("pixel shuffle", "resize", *written.PIXELS, fits=_shufflable),
+    _unary("part", "part", *written.PARTS),
+    _unary("part", "part", *written.SPATIAL_PARTS, fits=_rank(3, 4, 5, least=2)),
+    _unary("copy", "copy", *written.COPIES),
+    Operation("repeat", "copy", _ANY, _repeat),
+    Operation("embedding", "embedding", _rank(2, 3), _embedding),
 )
-
-IN_PLACE: tuple[str, ...] = (
-    "{x}.relu_()",
-    "nn.ReLU(inplace=True)",
-    "F.relu({x}, inplace=True)",
-    "torch.relu_({x})",
-    "nn.ReLU6(inplace=True)",
-    "F.relu6({x}, inplace=True)",
-    "F.hardtanh_({x})",
-    "nn.Hardtanh(-0.5, 2.0, inplace=True)",
-    "{x}.clamp_(-1, 1)",
-    "nn.Hardswish(inplace=True)",
-    "nn.SiLU(inplace=True)",
-    "F.leaky_relu_({x}, 0.1)",
-    "F.elu({x}, inplace=True)",
-    "{x}.sigmoid_()",
-    "{x}.add_({y})",
-    "{x}.mul_(0.5)",
-    "{x}.add_(1)",
-)
-"""Operators that write to `x` and give it back; `{y}` is another value of the same shape."""
-
-ALIASES: tuple[str, ...] = (
-    "{x}.flatten(1)",
-    "{x}[:, :1]",
-    "{x}.transpose(1, -1)",
-    "{x}.reshape({x}.size(0), -1)",
-    "F.dropout({x}, 0.3, self.training)",
-)
-"""Operators that give the memory of `x` under another name."""
 
 FAMILIES: tuple[str, ...] = (*dict.fromkeys(row.family for row in OPERATIONS), "inplace")
 """The names that `families` of the strategies accepts."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qfunc.testing.draft import Draft, Pick
-from qfunc.testing.operations import ALIASES, FAMILIES, IN_PLACE, OPERATIONS
+from qfunc.testing.forms import ALIASES, IN_PLACE
+from qfunc.testing.operations import FAMILIES, OPERATIONS
 from qfunc.testing.program import Input, Program, Shape
 
 _SHAPES: tuple[Shape, ...] = (

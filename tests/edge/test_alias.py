@@ -62,7 +62,7 @@ SOURCES = {
     "out": "y = x * 2\nz = y.t()\ntorch.add(x, 1, out=y)\nreturn z, y",
     "two outs": "a, b = x[0] * 2, x[0].long()\ntorch.max(x, 0, out=(a, b))\nreturn a, b",
     "unknown module": "y = x * 2\nz = y.t()\nself.mish(y)\nreturn z, y",
-    "unknown method": "y = x * 2\ny.sub_(1)\nreturn y",
+    "unknown method": "y = x * 2\ny.neg_()\nreturn y",
     "fill": "y = x * 2\nz = y[0]\nz.zero_()\nreturn y",
     "dropout is an alias": "y = x * 2\nz = self.drop(y)\nz.add_(1)\nreturn y",
     "identity is an alias": "y = x * 2\nz = self.same(y)\nz.add_(1)\nreturn y",
@@ -74,6 +74,25 @@ SOURCES = {
     "expand_as and detach": "y = x * 2\nz = y.detach()\nz.add_(1)\nreturn y",
     "alpha dropout is an alias": "y = x * 2\nz = self.alpha(y)\nz.add_(1)\nreturn y",
     "split": "a, b = (x * 2).split(2, 1)\na.add_(b)\nreturn torch.cat((a, b), 1)",
+    "chunk": "y = x * 2\na, b = y.chunk(2, 1)\na.add_(1)\nreturn y, b",
+    "parts by functions": "y = x * 2\na = torch.split(y, 2, 1)[0]\nb = torch.chunk(y, 4, 1)[3]\na += b\nreturn y",
+    "part of parts": "y = x * 2\na = y.split(1, 1)[1:3][0]\na.mul_(3)\nreturn y",
+    "narrow": "y = x * 2\na = y.narrow(1, 0, 2)\na.sub_(1)\nreturn y",
+    "expand": "y = x * 2\na = y.expand(2, 4, 4)\ny.div_(3)\nreturn a",
+    "broadcast_to": "y = x * 2\na = torch.broadcast_to(y, (2, 4, 4))\ny.masked_fill_(y > 0, 1)\nreturn a",
+    "unflatten": "y = x * 2\na = y.unflatten(1, (2, 2))\na.relu_()\nreturn y",
+    "detach": "y = x * 2\na = torch.detach(y)\na.relu_()\nreturn y",
+    "getitem of getitem": "y = x * 2\na = y[1:][..., 0]\na -= 1\nreturn y",
+    "repeat is no alias": "y = x * 2\na = y.repeat(1, 1)\na.add_(1)\nreturn y, a",
+    "interpolate is taken for an alias": "y = (x * 2)[None]\na = F.interpolate(y, size=4)\na.add_(1)\nreturn y, a",
+    "shape in place": "y = x * 2\ny.unsqueeze_(0).transpose_(0, 2)\nreturn y.squeeze_(1)",
+    "shape in place, old name": "y = x * 2\nz = y\ny.unsqueeze_(0)\nreturn z + 1, y",
+    "shape in place of a view": "y = x * 2\nz = y[1]\nz.unsqueeze_(0)\nz.add_(1)\nreturn y, z",
+    "shape in place of an input": "x.unsqueeze_(0)\nreturn x + 1",
+    "detach in place": "y = x * 2\ny.detach_()\ntorch.detach_(y)\nreturn y + 1",
+    "differences and quotients": "y = x * 2\nz = y\ny -= 1\ny /= 2\ny //= 3\nreturn z",
+    "differences and quotients by methods": "y = x * 2\nz = y\ny.sub_(1).div_(2).floor_divide_(0.5)\nreturn z",
+    "quotient of a number": "n = x.size(0)\nm = n\nn //= 2\nreturn x[:n], m / 2 - n",
     "unbind": "y = x * 2\na = y.unbind(0)[0]\na.add_(1)\nreturn y",
     "one module at two sites": "y = x * 2\na = self.relu(y)\nb = a.t()\nc = self.relu(b - 1)\nreturn y, c, b",
     "one module, kept and not": "y = x * 2\nv = y.t()\nself.relu(y)\nz = x - 1\nw = self.relu(z)\nreturn v, w",
@@ -135,6 +154,12 @@ def test_what_nobody_else_reads_becomes_out_of_place(line: str) -> None:
     interpreter = torch.fx.Interpreter(made, garbage_collect_values=False)
     interpreter.run(INPUT[0])
     assert any((value < 0).any() for node, value in interpreter.env.items() if node.name == "mul")
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_shape_changed_in_place_becomes_out_of_place(example: bool) -> None:
+    graph = unwrap(trace(model("y = x * 2\ny.unsqueeze_(0)\nreturn y"), INPUT if example else None))
+    assert kinds(graph) == ["placeholder", "mul", "unsqueeze", "output"]
 
 
 def test_what_is_kept_is_marked() -> None:

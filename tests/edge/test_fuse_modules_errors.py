@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from qfunc import fuse_known_modules, fuse_modules, fuse_modules_qat, unwrap
-from qfunc.edge import fused
 from qfunc.errors import BadConfig, CannotFuse, InTrainingMode, NotAModule, UnknownName, UserFunctionFailed
 from qfunc.result import QuantException
 from qfunc.testing import oracle, same_bits
@@ -249,9 +248,9 @@ def test_extra_fusers_extend_and_override(function):
         return Scaled(*modules)
 
     model, x = sequence(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU()), torch.ones(2, 4)
-    extra = {(nn.Linear, nn.Tanh): lambda _, *m: fused.LinearTanh(*m), (nn.Linear, nn.ReLU): scaled}
+    extra = {(nn.Linear, nn.Tanh): lambda _, *m: nn.Sequential(*m), (nn.Linear, nn.ReLU): scaled}
     made = unwrap(function(model, [["0", "1"], ["2", "3"]], extra_fusers=extra))
-    assert [type(part) for part in made] == [fused.LinearTanh, nn.Identity, Scaled, nn.Identity]
+    assert [type(part) for part in made] == [nn.Sequential, nn.Identity, Scaled, nn.Identity]
     assert not made[2].training
     assert modes == [function is fuse_modules_qat]
     assert close(run(made, x), run(model, x) * 3)
@@ -307,3 +306,16 @@ def test_a_fuser_function_may_go_on_with_qfuncs_own():
     model = chain((nn.Conv2d, nn.BatchNorm2d))
     assert type(unwrap(fuse_modules(model, ["0", "1"], fuser_func=wrapped))[0]) is nn.Conv2d
     only(fuse_modules(model.train(), ["0", "1"], fuser_func=wrapped), InTrainingMode, "0 + 1")
+
+
+def test_a_forward_of_its_own_would_be_lost():
+    model = chain((nn.Conv2d, nn.BatchNorm2d))
+    model[1].forward = lambda x: x * 0
+    for function in (fuse_modules, fuse_modules_qat):
+        only(function(model, ["0", "1"]), CannotFuse, "forward of its own")
+
+
+def test_modules_of_a_sequence_must_be_neighbours():
+    model = chain((nn.Conv2d, nn.BatchNorm2d, nn.ReLU))
+    only(fuse_modules(model, ["0", "2"]), CannotFuse, "0 + 2", "follow")
+    only(fuse_modules(model, ["2", "0"]), CannotFuse, "2 + 0", "follow")

@@ -76,8 +76,8 @@ def test_a_simple_pattern_gives_its_modules_in_forward_order(name: str) -> None:
     graph = fused(made, X, custom=custom(*pattern))
     assert "owned" in kinds(graph)
     part = owned(unwrap(materialize(graph)))
-    assert (part.parts, part.is_qat, part.training) == (parts, False, True)
-    assert not any(inner.training for inner in part.children() if not isinstance(inner, Called))
+    assert (part.parts, part.is_qat, part.training) == (parts, False, False)
+    assert not any(inner.training for inner in part.modules())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -320,3 +320,48 @@ def test_unknown_names_are_told_all_at_once() -> None:
             (UnknownName, "attribute", "sizes"),
         ]
         assert "'conv2d + relu'" in found[1].remedy
+
+
+def test_a_pattern_does_not_match_what_the_backend_has_folded() -> None:
+    """Behind the fold, convolution and sigmoid are neighbours; a fuser would be given the bare convolution."""
+    made = model(lambda self, x: torch.sigmoid(self.b(self.c(x))), c=conv(), b=norm())
+    configured = custom(nn.Conv2d, torch.sigmoid)
+    graph = unwrap(fuse(traced(made, (X,)), custom=configured))
+    assert kinds(graph) == ["conv2d", "sigmoid"]
+    assert unwrap(fuse(graph, custom=configured)) is graph
+
+
+def test_operands_given_by_keyword_count_and_options_do_not_fit() -> None:
+    configured = custom(nn.Conv2d, nn.Sigmoid)
+    made = model(lambda self, x: self.s(input=self.c(input=x)), c=conv(), s=nn.Sigmoid())
+    assert kinds(unwrap(fuse(traced(made, (X,)), custom=configured))) == ["owned"]
+    sums = custom(nn.Conv2d, torch.softmax)
+    made = model(lambda self, x: torch.softmax(self.c(x), dim=1), c=conv())
+    graph = traced(made, (X,))
+    assert "owned" not in kinds(unwrap(fuse(graph, custom=sums)))
+    assert "is given dim, which the pattern does not take" in str(unwrap(explain_fusion(graph, custom=sums)))
+
+
+def test_a_near_miss_of_a_pattern_is_told() -> None:
+    made = model(lambda self, x: (y := self.n(x)).softmax(-1) + y, n=nn.LayerNorm(6))
+    graph = traced(made, (torch.randn(2, 6),))
+    (row,) = [
+        row for row in unwrap(explain_fusion(graph, custom=custom(nn.LayerNorm, "softmax"))).unfused if row.node == "n"
+    ]
+    assert "has 2 users" in row.reason
+    assert row.reason.startswith("torch.nn.LayerNorm + .softmax")
+
+
+def test_what_a_fuser_returns_belongs_to_the_graph() -> None:
+    shared = nn.Sequential(conv(), nn.Dropout(0.9))
+    made = model(lambda self, x: torch.sigmoid(self.c(x)), c=conv())
+    graph = unwrap(
+        fuse(traced(made, (X,)), custom=custom(nn.Conv2d, torch.sigmoid, fuser=lambda _qat, *_parts: shared))
+    )
+    before = unwrap(materialize(graph))(X)
+    with torch.no_grad():
+        shared[0].weight.zero_()
+    after = unwrap(materialize(graph))
+    assert same_bits(after(X), before)
+    assert not any(part.training for part in after.modules())
+    assert shared.training

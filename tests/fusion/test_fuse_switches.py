@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qfunc import CPU, CustomConfig, explain_fusion, fuse, materialize, trace, unwrap
+from qfunc.errors import BadConfig
 from tests.fusion.models import conv, fused, image, kinds, norm, traced, trained
 
 X = image()
@@ -96,7 +97,7 @@ def test_a_report_prints_the_names_that_switch_its_patterns_off() -> None:
     report = unwrap(explain_fusion(graph, custom=off))
     assert report.fused == ()
     (reason,) = {row.reason for row in report.unfused if row.operator == "add"}
-    assert reason == "the custom configuration leaves add + clamp unfused here"
+    assert reason == "add + clamp: the custom configuration leaves it unfused here"
 
 
 @pytest.mark.parametrize("when", ["trace", "fuse"])
@@ -119,3 +120,11 @@ def test_only_data_is_kept_unasked() -> None:
     module = unwrap(materialize(unwrap(fuse(unwrap(trace(built(), X))))))
     assert module.size == 3
     assert not any(hasattr(module, name) for name in ("classes", "predict", "unused", "scaled", "doubled"))
+
+
+@pytest.mark.parametrize("name", ["graph", "meta", "forward", "train"])
+def test_what_a_graph_module_has_of_its_own_cannot_be_preserved(name: str) -> None:
+    made = nn.Sequential(nn.ReLU()).eval()
+    custom = CustomConfig(preserved_attributes=(name,))
+    for result in (trace(made, custom=custom), fuse(unwrap(trace(made)), custom=custom)):
+        assert isinstance(result.failure(), BadConfig)

@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
     "transposed": (
         lambda: sequential(nn.ConvTranspose2d(4, 4, 2), norm(), nn.ReLU()),
         X,
-        ["conv_transpose2d + batch_norm", "relu"],
+        ["conv_transpose2d + batch_norm + relu"],
     ),
     "shared by two sites": (
         lambda: model(lambda self, x: self.b(self.c(self.b(self.c(x)))), c=conv(), b=norm()),

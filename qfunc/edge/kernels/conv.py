@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from qfunc.edge.kernels.affine import clamp_codes
+from qfunc.edge.kernels.affine import Dequantize, Quantize, clamp_codes
 from qfunc.edge.kernels.base import TORCH_DTYPE, Kernel, OutputDType, operator, outside_compile
 from qfunc.edge.kernels.post_op import NO_POST_OP, KernelPostOp, PostOpName
 from qfunc.numerics.grid import Affine
@@ -186,7 +186,8 @@ class OnednnConvAdd(OnednnConv):
 
     The kernel writes into its accumulator. `overwrite=True` lets it write into `other` itself: only for a caller who
     knows that nobody reads `other` afterwards; else a copy is made. `other` has the shape of the output, or broadcasts
-    to it. In 3d the operator does not exist: use `OnednnConv` and `Add`. Post-ops: relu and hardtanh.
+    to it; where the output broadcasts to `other`, the sum is taken in float. In 3d the operator does not exist: use
+    `OnednnConv` and `Add`. Post-ops: relu and hardtanh.
     """
 
     _operator_has = _SUM_HAS
@@ -233,6 +234,8 @@ class OnednnConvAdd(OnednnConv):
             x = x.expand(other.shape[0], *x.shape[1:]).contiguous(memory_format=torch.channels_last)
         shape = (x.shape[0], *size)
         if other.shape != shape:
+            if torch.broadcast_shapes(other.shape, shape) != shape:  # type: ignore[no-untyped-call]
+                return self._in_float(x, other)
             other = other.expand(shape)
         accumulator = other.contiguous(memory_format=torch.channels_last)
         if accumulator is other and not self.overwrite:
@@ -241,6 +244,17 @@ class OnednnConvAdd(OnednnConv):
             return accumulator
         out: Tensor = _binary(x, *head, accumulator, *tail)
         return out if self._clamp is None else out.clamp_(*self._clamp)
+
+    def _in_float(self, x: Tensor, other: Tensor) -> Tensor:
+        """The sum where it is larger than the convolution's result, which the operator would have to spread."""
+        head, (bias, *geometry) = self._operands(x)
+        value = _pointwise(x, *head, bias, *geometry[:-3], 1.0, 0, torch.float32, "none", [], "")
+        value = value + Dequantize(self.other)(other)
+        low, high = {"none": (None, None), "relu": (0.0, None)}.get(self.call.post_op.name, self.call.post_op.scalars)
+        if (low, high) != (None, None):
+            value = value.clamp(low, high)
+        codes: Tensor = Quantize(Affine(self.call.output_scale, self.call.output_zero_point))(value)
+        return codes
 
     def _pack(self, x: Tensor) -> tuple[Any, ...]:
         head, tail = self._operands(x)
