@@ -20,6 +20,7 @@ shares their memory until either side writes (copy on write).
 """
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
+from qfunc.config.annotation import Annotations, Edge, SharedWith, combine
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -40,6 +41,7 @@ from qfunc.numerics.observers import (
     PerChannelMinMax,
 )
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.passes.annotate import annotate
 from qfunc.passes.convert import convert
 from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
@@ -58,12 +60,14 @@ __all__ = [
     "QNNPACK",
     "TENSORRT",
     "X86",
+    "Annotations",
     "Calibrated",
     "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
     "Description",
+    "Edge",
     "FixedQParams",
     "FusionReport",
     "Histogram",
@@ -80,8 +84,11 @@ __all__ = [
     "QuantException",
     "QuantSpec",
     "R",
+    "SharedWith",
+    "annotate",
     "calibrate",
     "check_host",
+    "combine",
     "compare",
     "convert",
     "describe",

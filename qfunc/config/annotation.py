@@ -145,15 +145,18 @@ _ONE = "have one quantizer annotate it, or take it from the other with keep_floa
 def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
     """Nodes, uses and observers that do not exist or cannot be meant."""
     specs = (*annotations.inputs.values(), *annotations.outputs.values())
-    points: list[Point] = [*annotations.inputs, *annotations.outputs, *annotations.weights, *annotations.taps]
-    points += [spec.other for spec in specs if isinstance(spec, SharedWith)]
-    points += [point for group in annotations.groups for point in group]
-    for point in dict.fromkeys(points):
+    quantized: tuple[Point, ...] = (*annotations.inputs, *annotations.outputs)
+    shared: list[Point] = [spec.other for spec in specs if isinstance(spec, SharedWith)]
+    shared += [*annotations.taps, *(point for group in annotations.groups for point in group)]
+    for point in dict.fromkeys((*quantized, *annotations.weights, *shared)):
         id = point.user if isinstance(point, Edge) else point
         if id not in graph.nodes:
             yield UnknownName(str(id), "node", graph.order)
         else:
             yield from _wrong_point(point, graph)
+    for point in dict.fromkeys(shared):
+        if point not in annotations.inputs and point not in annotations.outputs:
+            yield BadConfig(str(point), "others share its qparams, and it is not quantized", "annotate it as well")
     for id, observer in annotations.weights.items():
         node = graph.nodes.get(id)
         if node is not None and not (node.has("weight") and isinstance(node.get("weight"), Expression)):

@@ -1,0 +1,170 @@
+"""Annotations: what a configuration says as data, which quantizers of the user's add to, and which become sites."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qfunc import (
+    CPU,
+    X86,
+    FixedQParams,
+    MinMax,
+    QuantSpec,
+    annotate,
+    calibrate,
+    combine,
+    convert,
+    fuse,
+    lower,
+    materialize,
+    prepare,
+    trace,
+    unwrap,
+)
+from qfunc.config.annotation import Annotations, Edge, SharedWith
+from qfunc.errors import BadConfig, UnknownName, UnsupportedDType, WrongStage, problems
+from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL
+from qfunc.testing import cases, sqnr, walk
+from tests.zoo import ZOO
+
+X = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two branches, a sum of them, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.cat([self.left(x), self.right(x)], 0)))
+
+
+def fused():
+    return unwrap(fuse(unwrap(trace(Net().eval(), X))))
+
+
+def qparams_of(prepared, x=X):
+    calibrated = unwrap(calibrate(prepared, [x], progress=False))
+    states = calibrated.statistics.states
+    return {id: site.observer.finish(states[site.key]) for id, site in prepared.sites.items()}
+
+
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
+def test_a_mapping_and_its_annotations_prepare_alike(case, backend):
+    model, inputs = case.build()
+    graph = unwrap(fuse(unwrap(trace(model, inputs)), backend=backend))
+    annotations = unwrap(annotate(graph, backend=backend))
+    assert unwrap(prepare(graph, annotations, backend=backend)) == unwrap(prepare(graph, backend=backend))
+    assert unwrap(combine(annotations, Annotations())) == annotations == unwrap(combine(annotations, annotations))
+
+
+@settings(deadline=None)
+@given(data=st.data(), case=cases(configured=True))
+def test_any_part_may_be_kept_float(data, case):
+    way = walk(case)
+    if way.prepared is None:
+        return
+    graph = way.prepared.graph
+    annotations = unwrap(annotate(graph, case.qconfig_mapping, backend=case.backend))
+    for id in data.draw(st.lists(st.sampled_from(graph.order), max_size=3)):
+        annotations = annotations.keep_float(id, "as the test has it")
+        assert annotations.floats[id] == "as the test has it"
+    prepared = unwrap(prepare(graph, annotations, backend=case.backend))
+    result = calibrate(prepared, case.batches, progress=False).bind(convert)
+    for converted in [unwrap(result)] if way.converted is not None else []:
+        lowered = unwrap(lower(converted, engine=case.engine))
+        unwrap(materialize(lowered))(*case.inputs)
+
+
+def test_one_node_can_be_kept_float():
+    graph = fused()
+    annotations = unwrap(annotate(graph)).keep_float("left")
+    result = prepare(graph, annotations).bind(lambda prepared: calibrate(prepared, [X], progress=False))
+    lowered = unwrap(result.bind(convert).bind(lower))
+    entries = {entry.node: (bool(entry.kernel), entry.reason) for entry in lowered.certificate.entries}
+    assert entries["left"] == (False, "the annotations keep it float")
+    assert entries["right"] == (True, "")
+
+
+def test_a_use_with_a_spec_of_its_own_quantizes_the_value_anew():
+    graph = fused()
+    coarse = MinMax(QuantSpec(quant_max=15))
+    annotations = unwrap(annotate(graph, CPU.qconfig_mapping))
+    own = Annotations(
+        annotations.inputs.set(Edge("right", "input"), coarse),
+        annotations.outputs,
+        annotations.weights,
+        annotations.groups,
+        annotations.taps,
+    )
+    prepared = unwrap(prepare(graph, own))
+    assert prepared.inputs[Edge("left", "input")] != prepared.inputs[Edge("right", "input")]
+    found = qparams_of(prepared)
+    assert found[prepared.inputs[Edge("right", "input")]].spec.quant_max == 15
+    assert found[prepared.inputs[Edge("left", "input")]].spec.quant_max == 255
+    reference = unwrap(materialize(unwrap(convert(unwrap(calibrate(prepared, [X], progress=False))))))
+    with torch.no_grad():
+        assert sqnr(Net().eval()(X), reference(X)) > 10
+
+
+def test_values_share_qparams_where_annotations_say_so():
+    graph = fused()
+    given = unwrap(annotate(graph, backend=CPU)).keep_float("cat").keep_float("tanh").keep_float("head")
+    outputs = given.outputs.set("left", MinMax()).set("right", SharedWith("left"))
+    prepared = unwrap(prepare(graph, Annotations(given.inputs, outputs, given.weights)))
+    assert prepared.outputs["left"] == prepared.outputs["right"]
+    (site,) = {prepared.outputs["left"]}
+    later = given.outputs.set("left", SharedWith("right")).set("right", MinMax())
+    other = unwrap(prepare(graph, Annotations(given.inputs, later, given.weights)))
+    assert other.outputs["left"] == other.outputs["right"]
+    assert qparams_of(prepared)[site].spec == MinMax().spec
+
+
+def test_quantizers_compose_and_conflicts_name_both():
+    graph = fused()
+    annotations = unwrap(annotate(graph))
+    fixed = FixedQParams(QuantSpec(), 1 / 64, 128)
+    mine = Annotations(outputs=Annotations().outputs.set("tanh", fixed))
+    assert "tanh" in annotations.outputs
+    assert annotations.outputs["tanh"] != fixed
+    (problem,) = problems(combine(annotations, mine).failure())
+    assert (problem.node, str(fixed) in problem.reason) == ("tanh", True)
+    assert str(annotations.outputs["tanh"]) in problem.reason
+    freed = unwrap(combine(annotations.keep_float("tanh"), mine))
+    assert freed == unwrap(combine(mine, annotations.keep_float("tanh")))
+    assert freed.outputs["tanh"] == fixed
+    assert "tanh" not in freed.floats
+
+
+WRONG = (
+    (Annotations(outputs=Annotations().outputs.set("lft", MinMax())), UnknownName, "lft"),
+    (Annotations(inputs=Annotations().inputs.set(Edge("left", "weight"), MinMax())), BadConfig, "left"),
+    (Annotations(inputs=Annotations().inputs.set(Edge("left", "input", 1), MinMax())), BadConfig, "left"),
+    (Annotations(weights=Annotations().weights.set("cat", MinMax(INT8_SYMMETRIC))), BadConfig, "cat"),
+    (Annotations(outputs=Annotations().outputs.set("left", MinMax(INT8_SYMMETRIC_PER_CHANNEL))), BadConfig, "MinMax"),
+    (
+        Annotations(outputs=Annotations().outputs.set("left", MinMax(QuantSpec("int16", -9, 9)))),
+        UnsupportedDType,
+        "MinMax",
+    ),
+    (Annotations(outputs=Annotations().outputs.set("left", SharedWith("right"))), BadConfig, "right"),
+)
+
+
+@pytest.mark.parametrize(("annotations", "kind", "node"), WRONG)
+def test_what_cannot_be_meant_is_told(annotations, kind, node):
+    found = problems(prepare(fused(), annotations).failure())
+    assert [(type(problem), problem.node) for problem in found][:1] == [(kind, node)]
+
+
+def test_other_arguments_are_refused():
+    assert isinstance(annotate(Net()).failure(), WrongStage)
+    assert isinstance(combine(Annotations(), 3).failure(), BadConfig)
