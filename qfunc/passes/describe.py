@@ -9,7 +9,7 @@ from returns.result import Failure, Success
 
 from qfunc.errors import WrongStage
 from qfunc.ir import Graph
-from qfunc.passes.columns import aligned
+from qfunc.config.columns import aligned
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Prepared
 from qfunc.result import R
