@@ -12,7 +12,7 @@ from returns.result import Failure, Success
 from qfunc.config.arguments import shown
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping
-from qfunc.config.reading import LONGEST, Object, Reader, parse
+from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, parse
 from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OPERATORS
 from qfunc.config.writing import Writer
 from qfunc.errors import BadConfig, Problem, several
@@ -23,7 +23,6 @@ Configuration: TypeAlias = QConfig | QConfigMapping | BackendConfig
 VERSION = 1
 """The version of the documents that are written, and the only one that is read."""
 
-_MOST_PROBLEMS = 100
 _NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -50,7 +49,7 @@ def to_json(configuration: Configuration, *, names: Mapping[str, type | Callable
     body = {} if problems else writer.write(DOCUMENTS[kind], configuration, ())
     problems += writer.problems
     if problems:
-        return Failure(several(problems[:_MOST_PROBLEMS]))
+        return Failure(several(problems[:MOST_PROBLEMS]))
     text = json.dumps({"qfunc": kind, "version": VERSION, **body}, indent=1, sort_keys=True, allow_nan=False)
     if len(text) > LONGEST:
         reason = f"its document has {len(text)} characters, the most are {LONGEST}"
@@ -89,7 +88,7 @@ def _document(found: Any, names: Mapping[str, Any]) -> R[Configuration]:
     reader = Reader(names)
     rest = Object(tuple((name, value) for name, value in found.pairs if name not in _HEADER))
     value = reader.read(DOCUMENTS[found.get("qfunc")], rest, ())
-    return Failure(several(reader.problems[:_MOST_PROBLEMS])) if reader.problems else Success(value)
+    return Failure(several(reader.problems[:MOST_PROBLEMS])) if reader.problems else Success(value)
 
 
 _HEADER = ("qfunc", "version")

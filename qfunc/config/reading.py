@@ -23,6 +23,9 @@ from qfunc.result import R
 LONGEST = 1 << 23
 """How many characters a document may have."""
 
+MOST_PROBLEMS = 100
+"""After how many problems the rest is not read."""
+
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
 
 
@@ -85,6 +88,8 @@ class Reader:
 
     def read(self, shape: s.Shape, value: Any, at: Place) -> Any:  # noqa: C901 - one case for each shape
         """The value that some JSON stands for; where there is none, a placeholder and a problem."""
+        if self._full:
+            return _BAD
         match shape:
             case s.Scalar(cls):
                 if not fits(shape, value):
@@ -94,7 +99,7 @@ class Reader:
                 return self._plain(value, at)
             case s.Choices(members):
                 known = {member.value: member for member in members}
-                return known[value] if isinstance(value, str) and value in known else self._unknown(at, value, known)
+                return known[value] if isinstance(value, str) and value in known else self._mistyped(at, " or ".join(map(repr, known)), value)
             case s.Maybe(of):
                 return None if value is None else self.read(of, value, at)
             case s.Many(of):
@@ -103,7 +108,8 @@ class Reader:
                 return _through(frozenset, self._items(s.TEXT, value, at))
             case s.Table(of):
                 fields = self._fields(value, at)
-                return _through(pmap, _whole({key: self.read(of, v, (*at, f"[{key!r}]")) for key, v in fields.items()}))
+                found = {key: self.read(of, item, (*at, f"[{shown(key)}]")) for key, item in fields.items()}
+                return _BAD if any(item is _BAD for item in found.values()) else pmap(found)
             case s.Record():
                 return self._record(shape, value, at)
             case s.Row(fields):
@@ -127,6 +133,10 @@ class Reader:
                 return self._operator(value, at)
             case s.Observed():
                 return self._observer(value, at)
+
+    @property
+    def _full(self) -> bool:
+        return len(self.problems) >= MOST_PROBLEMS
 
     def _plain(self, value: Any, at: Place) -> Any:
         match value:
@@ -153,7 +163,7 @@ class Reader:
             return {}
         found: dict[str, Any] = {}
         for name, item in value.pairs:
-            if name in found:
+            if name in found and not self._full:
                 self._wrong((*at, _step(name)), "it stands there twice", "keep one of the two")
             found[name] = item
         return found
@@ -162,7 +172,7 @@ class Reader:
         before = len(self.problems)
         given = self._fields(value, at)
         for name in given:
-            if name not in shapes:
+            if name not in shapes and not self._full:
                 reason, known = f"there is no field {shown(name)} here", _close(name, shapes)
                 self._wrong((*at, _step(name)), reason, known)
         if isinstance(value, Object):
@@ -229,30 +239,24 @@ class Reader:
 
     def _unregistered(self, at: Place, value: Any, what: str, known: Mapping[str, Any] | None = None) -> Any:
         if not isinstance(value, str):
-            return self._mistyped(at, f"the name of an {what}" if what[0] in "o" else f"the name of a {what}", value)
+            return self._mistyped(at, f"the name of {_ARTICLES[what]} {what}", value)
         close = get_close_matches(value[:100], [*(known or ()), *self._names], n=1)
-        remedy = f"register it: names={{{shown(value)}: ...}}" + (f"; or did you mean {close[0]!r}?" if close else "")
+        register = f"register yours: names={{{shown(value)}: ...}}"
+        remedy = f"did you mean {close[0]!r}? If not, {register}" if close else register
         return self._wrong(at, f"there is no {what} {shown(value)}", remedy)
-
-    def _unknown(self, at: Place, value: Any, known: Mapping[str, Any]) -> Any:
-        return self._mistyped(at, " or ".join(map(repr, known)), value)
 
     def _too_large(self, at: Place) -> Any:
         return self._wrong(at, "the number is not finite or too large", "write a number of at most 64 bits")
 
     def _mistyped(self, at: Place, expected: str, value: Any) -> Any:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not fits(s.FLOAT, value):
-            if not (isinstance(value, int) and fits(s.INT, value)):
-                return self._too_large(at)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not fits(s.INT, value) and not fits(s.FLOAT, value):
+            return self._too_large(at)
         return self._wrong(at, f"expected {expected}, got {_json(value)}", "write that instead")
 
     def _wrong(self, at: Place, reason: str, remedy: str) -> Any:
         self.problems.append(BadConfig(place_of(at), reason, remedy))
         return _BAD
-
-
-def _whole(found: dict[str, Any]) -> Any:
-    return _BAD if any(item is _BAD for item in found.values()) else found
 
 
 def _through(build: Any, found: Any) -> Any:
@@ -287,4 +291,5 @@ def _json(value: Any) -> str:
             return shown(value)
 
 
+_ARTICLES: Mapping[str, str] = {"function": "a", "operator": "an", "observer": "an"}
 _CALLED: Mapping[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
