@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from textwrap import fill
 from typing import Any
 
 from qfunc.config.columns import aligned
@@ -79,14 +80,13 @@ class BackendConfig:
         return None
 
     def __str__(self) -> str:
-        head = f"{self.name}: {len(self.fusions)} fusions, {len(self.operators)} rows of operators"
         rows = [
-            (", ".join(row.kinds), ", ".join(row.dtypes.activation), ", ".join(row.dtypes.weight), _result(row))
+            (", ".join(row.dtypes.activation), ", ".join(row.dtypes.weight), _result(row), ", ".join(row.kinds))
             for row in self.operators
         ]
-        operators = aligned([("operators", "activations", "weights", "result"), *rows]) if rows else []
-        fusions = aligned([("fusion",), *((fusion.name,) for fusion in self.fusions)]) if self.fusions else []
-        return "\n".join([head, *operators, *fusions, str(self.qconfig_mapping)])
+        operators = aligned([("activations", "weights", "result", "operators"), *rows]) if rows else []
+        fusions = [fill("fuses " + "; ".join(fusion.name for fusion in self.fusions), 120, break_on_hyphens=False)]
+        return "\n".join([self.name, *operators, *(fusions if self.fusions else []), str(self.qconfig_mapping)])
 
 
 def _result(row: OperatorConfig) -> str:
@@ -123,7 +123,7 @@ def wrong_backend(backend: BackendConfig) -> Iterator[Problem]:
 
 def _wrong_steps(name: str, steps: tuple[Step, ...]) -> Iterator[Problem]:
     if not steps:
-        yield BadConfig(name, "a pattern or a side of it has no steps", "give it at least one Step(kinds)")
+        yield BadConfig(name, "the pattern has no steps", "give it at least one Step(kinds)")
     for step in steps:
         for take in step.takes:
             if take.startswith("#") and not (take[1:].isascii() and take[1:].isdigit()):
@@ -132,4 +132,5 @@ def _wrong_steps(name: str, steps: tuple[Step, ...]) -> Iterator[Problem]:
             if position < 0:
                 yield BadConfig(name, f"{position} is no position", "count the arguments as written from 0")
             if isinstance(side, tuple):
-                yield from _wrong_steps(name, side)
+                reason = f"its argument {position} is a chain of its own, which only a function of the user's can fuse"
+                yield BadConfig(name, reason, "use CustomFusion with a complex_pattern, or Anything() at that side")

@@ -123,15 +123,21 @@ def _tables(mapping: QConfigMapping) -> tuple[tuple[str, Mapping[Any, Choice]], 
 
 def resolve_qconfigs(mapping: QConfigMapping, graph: Graph) -> dict[str, Choice]:
     """The configuration of every node, by id."""
-    counts: dict[tuple[str, str], int] = {}
     patterns = [(re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
-    chosen: dict[str, Choice] = {}
+    return {node.id: _choose(mapping, patterns, node, key) for node, key in numbered(graph)}
+
+
+def numbered(graph: Graph) -> Iterator[tuple[Node, tuple[str, str, int]]]:
+    """Every node with its key among `module_name_object_type_orders`: the module whose forward calls, what, and which.
+
+    The calls of one thing by one module are counted from 0.
+    """
+    counts: dict[tuple[str, str], int] = {}
     for node in graph:
         form, parent = form_of(node), _container(node)
         index = counts.get((parent, form), 0)
         counts[parent, form] = index + 1
-        chosen[node.id] = _choose(mapping, patterns, node, (parent, form, index))
-    return chosen
+        yield node, (parent, form, index)
 
 
 def _choose(
