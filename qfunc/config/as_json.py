@@ -118,6 +118,6 @@ def _wrong_names(names: object) -> Iterator[Problem]:
         if not isinstance(name, str) or not name or name.startswith("."):
             yield BadConfig("names", f"{shown(name)} is no name: a str without a dot before it", remedy)
         elif name in OBSERVERS or name in OPERATORS:
-            yield BadConfig(f"names[{name!r}]", "the name is qfunc's or torch's own", "choose another, with your prefix")
+            yield BadConfig(f"names[{name!r}]", "the name is qfunc's or torch's own", "put your own before it")
         elif not callable(value):
             yield BadConfig(f"names[{name!r}]", f"expected a class or a function, got {shown(value)}", remedy)

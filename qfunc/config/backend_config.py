@@ -112,7 +112,9 @@ def wrong_backend(backend: BackendConfig) -> Iterator[Problem]:
                 yield from _wrong_steps(name, steps)
             case _:
                 reason = f"expected a Pattern or a CustomFusion, got a {type(fusion).__name__}"
-                yield BadConfig(f"fusions[{index}]", reason, "pass Pattern(name, steps), or CustomFusion(fuser, pattern)")
+                yield BadConfig(
+                    f"fusions[{index}]", reason, "pass Pattern(name, steps), or CustomFusion(fuser, pattern)"
+                )
     for index, row in enumerate(backend.operators):
         if not isinstance(row, OperatorConfig):
             reason = f"expected an OperatorConfig, got a {type(row).__name__}"

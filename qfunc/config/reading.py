@@ -1,4 +1,4 @@
-"""JSON as a value of a configuration, by its shape. What is read is not trusted: names are looked up, and that is all."""
+"""JSON as a value of a configuration, by its shape. The text is not trusted: what it names is looked up, no more."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def parse(text: str) -> R[Any]:
         found = json.loads(text, object_pairs_hook=lambda pairs: Object(tuple(pairs)), parse_int=_integer)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        return Failure(BadConfig(place, f"this is no JSON: {error.msg}", "mend the text; to_json writes such documents"))
+        return Failure(
+            BadConfig(place, f"this is no JSON: {error.msg}", "mend the text; to_json writes such documents")
+        )
     return Success(found)
 
 
@@ -99,7 +101,9 @@ class Reader:
                 return self._plain(value, at)
             case s.Choices(members):
                 known = {member.value: member for member in members}
-                return known[value] if isinstance(value, str) and value in known else self._mistyped(at, " or ".join(map(repr, known)), value)
+                if not isinstance(value, str) or value not in known:
+                    return self._mistyped(at, " or ".join(map(repr, known)), value)
+                return known[value]
             case s.Maybe(of):
                 return None if value is None else self.read(of, value, at)
             case s.Many(of):

@@ -191,7 +191,7 @@ _SIDE = OneOf(
         "steps": (tuple, Many(Late(lambda: _STEP))),
     }
 )
-_STEP = Record(
+_STEP: Record = Record(
     Step,
     {
         "kinds": Many(TEXT),

@@ -34,16 +34,22 @@ def place_of(at: Place) -> str:
 
 def fits(scalar: s.Scalar, value: object) -> bool:
     """Whether a value is of a scalar's type; an int that a float holds exactly counts as one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return isinstance(value, scalar.type)
-    if isinstance(value, float):
-        return scalar.type is float and math.isfinite(value)
-    return scalar.type in (int, float) and -(2**63) <= value < 2**63 and (scalar.type is int or int(float(value)) == value)
+    match value:
+        case bool() | str():
+            return isinstance(value, scalar.type)
+        case float():
+            return scalar.type is float and math.isfinite(value)
+        case int() if scalar.type is float:
+            return -(2**63) <= value < 2**63 and int(float(value)) == value
+        case int():
+            return scalar.type is int and -(2**63) <= value < 2**63
+        case _:
+            return False
 
 
 def user_record(cls: Any) -> s.Record | None:
     """The shape of a class of the user's, if it is a dataclass: fields annotated with a scalar or a spec hold that."""
-    if not dataclasses.is_dataclass(cls):
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         return None
     try:
         hints = get_type_hints(cls)
@@ -178,12 +184,12 @@ class Writer:
                 return name
         if not callable(value):
             return self._mistyped(at, f"a {what}", value)
-        own = getattr(value, "__name__", type(value).__name__)
+        own = str(getattr(value, "__name__", type(value).__name__))
         remedy = f"give it one, here and in from_json: names={{'mine.{own.strip('<>')}': {own}}}"
         return self._wrong(at, f"the {what} {own} has no registered name", remedy)
 
     def _mistyped(self, at: Place, expected: str, value: object) -> Any:
-        return self._wrong(at, f"expected {expected}, got {shown(value)}", "mend the configuration: this cannot be meant")
+        return self._wrong(at, f"expected {expected}, got {shown(value)}", "mend the configuration")
 
     def _wrong(self, at: Place, reason: str, remedy: str) -> Any:
         self.problems.append(BadConfig(place_of(at), reason, remedy))

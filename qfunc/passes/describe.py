@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from returns.result import Failure, Success
 
+from qfunc.config.columns import aligned
 from qfunc.errors import WrongStage
 from qfunc.ir import Graph
-from qfunc.config.columns import aligned
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Note, Prepared
 from qfunc.result import R

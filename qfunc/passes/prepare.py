@@ -41,8 +41,9 @@ def prepare(
         backend: what can be quantized.
 
     Returns:
-        The prepared graph, with a note for each entry of the configuration that matches nothing, or all of: `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig`
-        for impossible observers, `UnsupportedDType` for dtypes that the backend does not list for an operator.
+        The prepared graph, with a note for each entry of the configuration that matches nothing. Or all of:
+        `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig` for impossible observers,
+        `UnsupportedDType` for dtypes that the backend does not list for an operator.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))

@@ -59,8 +59,8 @@ class Prepared:
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
-    float why; those of them in `refused` are layers that the configuration meant to quantize. `notes` tell of entries of
-    the configuration that match nothing.
+    float why; those of them in `refused` are layers that the configuration meant to quantize. `notes` tell of
+    entries of the configuration that match nothing.
     """
 
     graph: Graph

@@ -68,12 +68,12 @@ def _of_orders(orders: Iterable[tuple[str, str, int]], known: Iterable[tuple[str
         of_module[form] = of_module.get(form, 0) + 1
     for name, form, index in orders:
         entry = f"module_name_object_type_orders[{name!r}, {form!r}, {index}]"
-        found = counts.get(name, {})
+        found, who = counts.get(name, {}), repr(name) if name else "the model"
         if form in found:
             times = "once" if found[form] == 1 else f"{found[form]} times"
-            hint = f"{name!r} calls it {times}, counted from 0"
+            hint = f"{who} calls it {times}, counted from 0"
         else:
-            hint = f"of what {name!r} itself calls, {_closest(form, found)}" if found else f"{name!r} itself calls none"
+            hint = f"of what {who} itself calls, {_closest(form, found)}" if found else f"{who} itself calls none"
         yield Note(entry, "matches no call", hint)
 
 
@@ -82,7 +82,10 @@ def _closest(text: str, known: Iterable[str]) -> str:
     names = [name for name in known if name]
     last = {name.rpartition(".")[2].lower(): name for name in reversed(names)}
     wanted = text.rpartition(".")[2].lower()
-    close = [*get_close_matches(text, names, n=2), *(last[key] for key in get_close_matches(wanted, list(last), n=2))]
+    close = [
+        *get_close_matches(text, names, n=2, cutoff=0.85),
+        *(last[key] for key in get_close_matches(wanted, list(last), n=2)),
+    ]
     if close:
         return f"the closest there: {' and '.join(dict.fromkeys(close[:2]))}"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
