@@ -75,7 +75,7 @@ CPU = BackendConfig(
     fusions=_chains(),
     operators=(
         OperatorConfig((*CONVOLUTIONS, "linear"), Observation.OWN, float_output=True),
-        OperatorConfig(("add", "mul", "hardswish"), Observation.OWN),
+        OperatorConfig(("add", "mul", "hardswish", "silu", "gelu", "leaky_relu", "elu"), Observation.OWN),
         OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, fixed=_fixed(1 / 256, 0)),
         OperatorConfig(("tanh",), Observation.OWN, fixed=_fixed(2 / 256, 128)),
         OperatorConfig((*AVERAGE_POOLS, "mean"), Observation.SHARED),
