@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -111,8 +111,8 @@ class Reader:
             case s.Names():
                 return _through(frozenset, self._items(s.TEXT, value, at))
             case s.Table(of):
-                fields = self._fields(value, at)
-                found = {key: self.read(of, item, (*at, f"[{shown(key)}]")) for key, item in fields.items()}
+                fields = self._fields(value, at, _key)
+                found = {key: self.read(of, item, (*at, _key(key))) for key, item in fields.items()}
                 return _BAD if any(item is _BAD for item in found.values()) else pmap(found)
             case s.Record():
                 return self._record(shape, value, at)
@@ -160,7 +160,7 @@ class Reader:
         found = tuple([self.read(of, item, (*at, f"[{index}]")) for index, item in enumerate(value)])
         return _BAD if any(item is _BAD for item in found) else found
 
-    def _fields(self, value: Any, at: Place) -> dict[str, Any]:
+    def _fields(self, value: Any, at: Place, step: Callable[[str], str] | None = None) -> dict[str, Any]:
         """The fields of an object, each once; empty, with a problem, where it is none."""
         if not isinstance(value, Object):
             self._mistyped(at, "an object", value)
@@ -168,7 +168,7 @@ class Reader:
         found: dict[str, Any] = {}
         for name, item in value.pairs:
             if name in found and not self._full:
-                self._wrong((*at, _step(name)), "it stands there twice", "keep one of the two")
+                self._wrong((*at, (step or _step)(name)), "it stands there twice", "keep one of the two")
             found[name] = item
         return found
 
@@ -272,7 +272,11 @@ def _first(value: Object, name: str) -> int:
 
 
 def _step(name: str) -> str:
-    return f".{name}" if name.isidentifier() and len(name) <= 60 else f"[{shown(name)}]"
+    return f".{name}" if name.isidentifier() and len(name) <= 60 else _key(name)
+
+
+def _key(name: str) -> str:
+    return f"[{shown(name)}]"
 
 
 def _close(name: str, known: Mapping[str, Any]) -> str:

@@ -35,8 +35,10 @@ def place_of(at: Place) -> str:
 def fits(scalar: s.Scalar, value: object) -> bool:
     """Whether a value is of a scalar's type; an int that a float holds exactly counts as one."""
     match value:
-        case bool() | str():
-            return isinstance(value, scalar.type)
+        case bool():
+            return scalar.type is bool
+        case str():
+            return scalar.type is str
         case float():
             return scalar.type is float and math.isfinite(value)
         case int() if scalar.type is float:
@@ -184,8 +186,8 @@ class Writer:
                 return name
         if not callable(value):
             return self._mistyped(at, f"a {what}", value)
-        own = str(getattr(value, "__name__", type(value).__name__))
-        remedy = f"give it one, here and in from_json: names={{'mine.{own.strip('<>')}': {own}}}"
+        own = str(getattr(value, "__name__", type(value).__name__)).strip("<>")
+        remedy = f"give it one, here and in from_json: names={{'mine.{own}': {own}}}"
         return self._wrong(at, f"the {what} {own} has no registered name", remedy)
 
     def _mistyped(self, at: Place, expected: str, value: object) -> Any:
