@@ -124,8 +124,8 @@ def wrong_backend(backend: BackendConfig) -> Iterator[Problem]:
 
 
 def _wrong_steps(name: str, steps: tuple[Step, ...]) -> Iterator[Problem]:
-    if not steps:
-        yield BadConfig(name, "the pattern has no steps", "give it at least one Step(kinds)")
+    if len(steps) < 2:
+        yield BadConfig(name, f"a pattern of {len(steps)} steps fuses nothing", "give it two or more")
     for step in steps:
         for take in step.takes:
             if take.startswith("#") and not (take[1:].isascii() and take[1:].isdigit()):

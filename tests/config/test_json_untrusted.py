@@ -61,7 +61,7 @@ MAPPING = (
     .set_module_name_object_type_order("", nn.ReLU, 0, QConfig(MinMax(), Strict()))
 )
 FUSION = {"fuser": "mine.keep", "complex_pattern": ["torch.nn.ReLU", ["operator.add", "MatchAllNode", ".relu", 3]]}
-SIDES = {"name": "x", "steps": [{"sides": [{"position": 1, "side": {"constant": {"value": [1, None]}}}]}]}
+SIDES = {"name": "x", "steps": [{"sides": [{"position": 1, "side": {"constant": {"value": [1, None]}}}]}] * 2}
 
 
 def documents() -> list[Any]:
