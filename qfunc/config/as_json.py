@@ -12,7 +12,7 @@ from returns.result import Failure, Success
 from qfunc.config.arguments import shown
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping
-from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, parse
+from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, as_written, parse
 from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OPERATORS
 from qfunc.config.writing import Writer
 from qfunc.errors import BadConfig, Problem, several
@@ -102,10 +102,12 @@ def _wrong_header(document: Object) -> Iterator[Problem]:
     kind, version = document.get("qfunc"), document.get("version")
     if not isinstance(kind, str) or kind not in DOCUMENTS:
         known = " or ".join(f'"{name}"' for name in DOCUMENTS)
-        reason = "it is missing" if "qfunc" not in keys else f"there is no document of {shown(kind)}"
+        reason = "it is missing" if "qfunc" not in keys else f"there is no document of {as_written(kind)}"
         yield BadConfig("qfunc", reason, f'write "qfunc": {known}')
     if version != VERSION or isinstance(version, (bool, float)):
-        reason = "it is missing" if "version" not in keys else f"it is {shown(version)}, and only {VERSION} can be read"
+        reason = (
+            "it is missing" if "version" not in keys else f"it is {as_written(version)}, and only {VERSION} can be read"
+        )
         yield BadConfig("version", reason, f'write "version": {VERSION}; later versions need a later qfunc')
 
 

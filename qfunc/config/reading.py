@@ -26,7 +26,8 @@ LONGEST = 1 << 23
 MOST_PROBLEMS = 100
 """After how many problems the rest is not read."""
 
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|([\[{])|([\]}])', re.DOTALL)
+# A string that does not end goes to the end, so that the search takes a time in proportion to the text.
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ class Reader:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not fits(s.INT, value) and not fits(s.FLOAT, value):
             return self._too_large(at)
-        return self._wrong(at, f"expected {expected}, got {_json(value)}", "write that instead")
+        return self._wrong(at, f"expected {expected}, got {as_written(value)}", "write that instead")
 
     def _wrong(self, at: Place, reason: str, remedy: str) -> Any:
         self.problems.append(BadConfig(place_of(at), reason, remedy))
@@ -284,8 +285,12 @@ def _close(name: str, known: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, known)) or 'none'}"
 
 
-def _json(value: Any) -> str:
-    """A value in a message, in the words of JSON."""
+def as_written(value: Any) -> str:
+    """A value in a message, in the words of JSON.
+
+    >>> as_written([1]), as_written(None)
+    ('an array', 'null')
+    """
     match value:
         case None | bool():
             return {None: "null", True: "true", False: "false"}[value]
