@@ -188,10 +188,13 @@ class Reader:
         return _BAD if len(self.problems) > before else found
 
     def _record(self, shape: s.Record, value: Any, at: Place) -> Any:
-        parts = [field for field in dataclasses.fields(shape.type) if field.init]
-        missing = dataclasses.MISSING
-        optional = frozenset(f.name for f in parts if f.default is not missing or f.default_factory is not missing)
-        return _through(lambda fields: shape.type(**fields), self._row(shape.fields, value, at, optional))
+        return _through(lambda fields: shape.type(**fields), self._parts(shape, value, at))
+
+    def _parts(self, shape: s.Record, value: Any, at: Place) -> Any:
+        """The fields of a record that are given."""
+        fields, missing = (field for field in dataclasses.fields(shape.type) if field.init), dataclasses.MISSING
+        optional = (f.name for f in fields if f.default is not missing or f.default_factory is not missing)
+        return self._row(shape.fields, value, at, frozenset(optional))
 
     def _rows(self, fields: Mapping[str, s.Shape], value: Any, at: Place) -> Any:
         rows = self._items(s.Row(fields), value, at)
@@ -234,10 +237,11 @@ class Reader:
             reason = f"what is registered as {name!r} is no class of an observer"
             return self._wrong((*at, ".observer"), reason, "register a frozen dataclass under this name")
         rest = Object(tuple(value.pairs[: (tag := _first(value, "observer"))] + value.pairs[tag + 1 :]))
-        if own is None:
-            return self._record(record, rest, at)
+        fields = self._parts(record, rest, at)
+        if fields is _BAD or own is None:
+            return _through(lambda found: record.type(**found), fields)
         try:
-            return self._record(record, rest, at)
+            return record.type(**fields)
         except Exception as error:  # noqa: BLE001 - the user's class: anything may come out of it
             self.problems.append(UserFunctionFailed(place_of(at), f"{name} raised {told(error)}"))
             return _BAD
