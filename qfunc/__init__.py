@@ -20,6 +20,8 @@ shares their memory until either side writes (copy on write).
 """
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
+from qfunc.config.as_json import from_json, to_json
+from qfunc.config.backend_config import BackendConfig, DTypeConfig, Observation, OperatorConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -30,7 +32,7 @@ from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
-from qfunc.match import MatchAllNode
+from qfunc.match import MatchAllNode, Pattern, Step
 from qfunc.numerics.observers import (
     FixedQParams,
     Histogram,
@@ -45,7 +47,7 @@ from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
-from qfunc.passes.stages import Calibrated, Converted, Prepared
+from qfunc.passes.stages import Calibrated, Converted, Note, Prepared
 from qfunc.quantize import fuse, lower, quantize
 from qfunc.result import QuantException, R, unwrap
 
@@ -58,11 +60,13 @@ __all__ = [
     "QNNPACK",
     "TENSORRT",
     "X86",
+    "BackendConfig",
     "Calibrated",
     "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "DTypeConfig",
     "Description",
     "FixedQParams",
     "FusionReport",
@@ -72,6 +76,10 @@ __all__ = [
     "MinMax",
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
+    "Note",
+    "Observation",
+    "OperatorConfig",
+    "Pattern",
     "PerChannelMinMax",
     "Prepared",
     "QConfig",
@@ -80,12 +88,14 @@ __all__ = [
     "QuantException",
     "QuantSpec",
     "R",
+    "Step",
     "calibrate",
     "check_host",
     "compare",
     "convert",
     "describe",
     "explain_fusion",
+    "from_json",
     "fuse",
     "fuse_known_modules",
     "fuse_modules",
@@ -95,6 +105,7 @@ __all__ = [
     "prepare",
     "quantize",
     "render",
+    "to_json",
     "trace",
     "unwrap",
 ]

@@ -21,7 +21,8 @@ from qfunc.ops import BY_NAME, KINDS
 from qfunc.params import loads
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
-from qfunc.passes.stages import Edge, Prepared, Site
+from qfunc.passes.stages import Edge, Note, Prepared, Site
+from qfunc.passes.unmatched import unmatched
 from qfunc.result import R
 
 
@@ -40,8 +41,9 @@ def prepare(
         backend: what can be quantized.
 
     Returns:
-        The prepared graph, or all of: `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig`
-        for impossible observers, `UnsupportedDType` for dtypes that the backend does not list for an operator.
+        The prepared graph, with a note for each entry of the configuration that matches nothing. Or all of:
+        `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig` for impossible observers,
+        `UnsupportedDType` for dtypes that the backend does not list for an operator.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -57,7 +59,8 @@ def prepare(
     plan = _Plan(graph, mapping, backend)
     if plan.problems:
         return Failure(several(plan.problems))
-    return Success(plan.prepared())
+    asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+    return Success(plan.prepared(unmatched(asked, graph, backend.qconfig_mapping)))
 
 
 class _Plan:
@@ -87,7 +90,7 @@ class _Plan:
             if node.id in self._chosen:
                 self._place(node, *self._chosen[node.id])
 
-    def prepared(self) -> Prepared:
+    def prepared(self, notes: tuple[Note, ...]) -> Prepared:
         """The decisions as a value."""
         names, sites = self._sites.named(self.graph.order)
         return Prepared(
@@ -99,6 +102,7 @@ class _Plan:
             self.backend.name,
             pmap(self.floats),
             frozenset(self.refused),
+            notes,
         )
 
     def _keep(self, node: Node, reason: str) -> None:

@@ -42,12 +42,25 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What deserves telling and is no error: about which entry of a configuration, what, and what may be meant."""
+
+    entry: str
+    reason: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"note: {self.entry} {self.reason}; {self.hint}"
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A graph and its observation sites, as data.
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
-    float why; those of them in `refused` are layers that the configuration meant to quantize.
+    float why; those of them in `refused` are layers that the configuration meant to quantize. `notes` tell of
+    entries of the configuration that match nothing.
     """
 
     graph: Graph
@@ -58,6 +71,7 @@ class Prepared:
     backend: str
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     refused: frozenset[str] = field(default=frozenset(), compare=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     __hash__ = None  # type: ignore[assignment]
 
