@@ -21,6 +21,8 @@ shares their memory until either side writes (copy on write).
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.annotation import Annotations, Edge, SharedWith, combine
+from qfunc.config.as_json import from_json, to_json
+from qfunc.config.backend_config import BackendConfig, DTypeConfig, Observation, OperatorConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.qconfig import QConfig, QConfigMapping
@@ -31,7 +33,7 @@ from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
-from qfunc.match import MatchAllNode
+from qfunc.match import MatchAllNode, Pattern, Step
 from qfunc.numerics.observers import (
     FixedQParams,
     Histogram,
@@ -61,11 +63,13 @@ __all__ = [
     "TENSORRT",
     "X86",
     "Annotations",
+    "BackendConfig",
     "Calibrated",
     "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "DTypeConfig",
     "Description",
     "Edge",
     "FixedQParams",
@@ -76,6 +80,9 @@ __all__ = [
     "MinMax",
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
+    "Observation",
+    "OperatorConfig",
+    "Pattern",
     "PerChannelMinMax",
     "Prepared",
     "QConfig",
@@ -85,6 +92,7 @@ __all__ = [
     "QuantSpec",
     "R",
     "SharedWith",
+    "Step",
     "annotate",
     "calibrate",
     "check_host",
@@ -93,6 +101,7 @@ __all__ = [
     "convert",
     "describe",
     "explain_fusion",
+    "from_json",
     "fuse",
     "fuse_known_modules",
     "fuse_modules",
@@ -102,6 +111,7 @@ __all__ = [
     "prepare",
     "quantize",
     "render",
+    "to_json",
     "trace",
     "unwrap",
 ]

@@ -15,7 +15,7 @@ from returns.result import Failure, Success
 
 from qfunc.config.qconfig import activation_problems
 from qfunc.errors import BadConfig, Problem, UnknownName, UnsupportedDType, several
-from qfunc.ir import Expression, Graph, Node, refs
+from qfunc.ir import Expression, Graph, Node, Note, refs
 from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.observers import Observer, validate_observer
 from qfunc.numerics.qparams import DTYPES
@@ -56,7 +56,7 @@ class Annotations:
     `inputs` maps uses of values, `outputs` values (for all their uses), to how; `weights` maps nodes to the observers
     of their weights. All points of one of the `groups` have the same qparams. `taps` are values that the observer of
     their own output sees as well, where that is another's. `floats` says of nodes that stay float why; those in
-    `refused` are layers that were meant to be quantized.
+    `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
     than the value's own quantizes the value anew.
@@ -69,6 +69,7 @@ class Annotations:
     taps: frozenset[str] = frozenset()
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     refused: frozenset[str] = field(default=frozenset(), compare=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -83,6 +84,7 @@ class Annotations:
             self.taps - {node},
             self.floats.set(node, reason),
             self.refused - {node},
+            self.notes,
         )
 
 
@@ -119,6 +121,7 @@ def combine(*annotations: Annotations) -> R[Annotations]:
             frozenset().union(*(given.taps for given in annotations)),
             pmap(floats),
             frozenset().union(*(given.refused for given in annotations)) - quantized,
+            tuple(dict.fromkeys(note for given in annotations for note in given.notes)),
         )
     )
 

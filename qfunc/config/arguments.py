@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from qfunc.config.backend_config import BackendConfig
+from qfunc.config.backend_config import BackendConfig, wrong_backend
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import wrong_fusion
 from qfunc.config.host_report import HostReport
@@ -54,6 +54,8 @@ def _wrong(name: str, value: object) -> Iterator[Problem]:
         yield BadConfig(name, f"expected a {expected.__name__}, got {shown(value)}", remedy)
     elif isinstance(value, tuple) and not all(isinstance(row, KernelRow) for row in value):
         yield BadConfig(name, "not every item is a KernelRow", remedy)
+    elif isinstance(value, BackendConfig):
+        yield from wrong_backend(value)
     elif isinstance(value, CustomConfig):
         yield from _wrong_custom(value)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from textwrap import fill
 from typing import Any
 
-from qfunc.config.custom_fusion import CustomFusion
+from qfunc.config.columns import aligned
+from qfunc.config.custom_fusion import CustomFusion, wrong_fusion
 from qfunc.config.qconfig import QConfigMapping
+from qfunc.errors import BadConfig, Problem
 from qfunc.ir import Node
-from qfunc.match import Pattern, form_of
-from qfunc.numerics.observers import Observer
+from qfunc.match import Pattern, Step, form_of
+from qfunc.numerics.observers import Observer, validate_observer
 
 
 class Observation(Enum):
@@ -74,3 +78,61 @@ class BackendConfig:
             if node.kind in row.kinds and (not row.forms or form_of(node) in row.forms):
                 return row
         return None
+
+    def __str__(self) -> str:
+        rows = [
+            (", ".join(row.dtypes.activation), ", ".join(row.dtypes.weight), _result(row), ", ".join(row.kinds))
+            for row in self.operators
+        ]
+        operators = aligned([("activations", "weights", "result", "operators"), *rows]) if rows else []
+        fusions = [fill("fuses " + "; ".join(fusion.name for fusion in self.fusions), 120, break_on_hyphens=False)]
+        return "\n".join([self.name, *operators, *(fusions if self.fusions else []), str(self.qconfig_mapping)])
+
+
+def _result(row: OperatorConfig) -> str:
+    if row.fixed is not None:
+        return "a fixed range"
+    return _RESULTS[row.observation]
+
+
+_RESULTS = {
+    Observation.OWN: "a range of its own",
+    Observation.SHARED: "the range of its inputs",
+    Observation.BY_TENSORS: "a range of its own, with a number that of its input",
+}
+
+
+def wrong_backend(backend: BackendConfig) -> Iterator[Problem]:
+    """What is wrong with a backend as a configuration: patterns that cannot be matched, impossible fixed ranges."""
+    for index, fusion in enumerate(backend.fusions):
+        match fusion:
+            case CustomFusion():
+                yield from wrong_fusion(fusion)
+            case Pattern(name, steps):
+                yield from _wrong_steps(name, steps)
+            case _:
+                reason = f"expected a Pattern or a CustomFusion, got a {type(fusion).__name__}"
+                yield BadConfig(
+                    f"fusions[{index}]", reason, "pass Pattern(name, steps), or CustomFusion(fuser, pattern)"
+                )
+    for index, row in enumerate(backend.operators):
+        if not isinstance(row, OperatorConfig):
+            reason = f"expected an OperatorConfig, got a {type(row).__name__}"
+            yield BadConfig(f"operators[{index}]", reason, "pass OperatorConfig(kinds, observation)")
+        elif row.fixed is not None:
+            yield from validate_observer(row.fixed)
+
+
+def _wrong_steps(name: str, steps: tuple[Step, ...]) -> Iterator[Problem]:
+    if len(steps) < 2:
+        yield BadConfig(name, f"a pattern of {len(steps)} steps fuses nothing", "give it two or more")
+    for step in steps:
+        for take in step.takes:
+            if take.startswith("#") and not (take[1:].isascii() and take[1:].isdigit()):
+                yield BadConfig(name, f"{take!r} is no position", "write '#0' for the first argument, or a name")
+        for position, side in step.sides:
+            if position < 0:
+                yield BadConfig(name, f"{position} is no position", "count the arguments as written from 0")
+            if isinstance(side, tuple):
+                reason = f"its argument {position} is a chain of its own, which only a function of the user's can fuse"
+                yield BadConfig(name, reason, "use CustomFusion with a complex_pattern, or Anything() at that side")

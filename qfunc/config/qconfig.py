@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from pyrsistent import PMap, pmap
 
+from qfunc.config.columns import aligned
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Graph, Node
 from qfunc.match import form_of
@@ -23,6 +24,9 @@ class QConfig:
 
     activation: Observer[Any]
     weight: Observer[Any]
+
+    def __str__(self) -> str:
+        return f"activation: {_told(self.activation)}; weight: {_told(self.weight)}"
 
 
 Choice: TypeAlias = QConfig | None
@@ -75,9 +79,37 @@ class QConfigMapping:
         parts = [f"global_qconfig={self.global_qconfig!r}"]
         for name, table in _tables(self):
             if table:
-                keys = list(table) if name == "module_name_regexes" else sorted(table)
+                keys = list(table) if name == "module_name_regexes" else sorted(table, key=str)
                 parts.append(f"{name}={{{', '.join(f'{key!r}: {table[key]!r}' for key in keys)}}}")
         return f"QConfigMapping({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        rows = [(entry, *_observers(choice)) for entry, choice in _entries(self)]
+        return "\n".join(aligned([("entry", "activation", "weight"), *rows]))
+
+
+def _entries(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
+    """Every entry in words, the strongest first."""
+    for (name, form, index), choice in sorted(mapping.module_name_object_type_orders.items(), key=str):
+        yield f"{form} no. {index} of module {name!r}", choice
+    yield from ((f"module {name!r}", mapping.module_names[name]) for name in sorted(mapping.module_names, key=str))
+    yield from ((f"modules like {text!r}", choice) for text, choice in mapping.module_name_regexes)
+    yield from ((f"type {form}", mapping.object_types[form]) for form in sorted(mapping.object_types, key=str))
+    yield "everything else", mapping.global_qconfig
+
+
+def _observers(choice: Choice) -> tuple[str, str]:
+    if choice is None:
+        return "float", "float"
+    return (_told(choice.activation), _told(choice.weight)) if isinstance(choice, QConfig) else (repr(choice), "")
+
+
+def _told(observer: object) -> str:
+    """An observer in words: its class, the integers it is for, and the scheme."""
+    spec = getattr(observer, "spec", None)
+    if not isinstance(spec, QuantSpec):
+        return repr(observer)
+    return f"{type(observer).__name__} {spec.dtype} {spec.quant_min}..{spec.quant_max} {spec.qscheme}"
 
 
 def _tables(mapping: QConfigMapping) -> tuple[tuple[str, Mapping[Any, Choice]], ...]:
@@ -91,15 +123,21 @@ def _tables(mapping: QConfigMapping) -> tuple[tuple[str, Mapping[Any, Choice]], 
 
 def resolve_qconfigs(mapping: QConfigMapping, graph: Graph) -> dict[str, Choice]:
     """The configuration of every node, by id."""
-    counts: dict[tuple[str, str], int] = {}
     patterns = [(re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
-    chosen: dict[str, Choice] = {}
+    return {node.id: _choose(mapping, patterns, node, key) for node, key in numbered(graph)}
+
+
+def numbered(graph: Graph) -> Iterator[tuple[Node, tuple[str, str, int]]]:
+    """Every node with its key among `module_name_object_type_orders`: the module whose forward calls, what, and which.
+
+    The calls of one thing by one module are counted from 0.
+    """
+    counts: dict[tuple[str, str], int] = {}
     for node in graph:
         form, parent = form_of(node), _container(node)
         index = counts.get((parent, form), 0)
         counts[parent, form] = index + 1
-        chosen[node.id] = _choose(mapping, patterns, node, (parent, form, index))
-    return chosen
+        yield node, (parent, form, index)
 
 
 def _choose(
@@ -155,7 +193,7 @@ def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
     for text, _ in mapping.module_name_regexes:
         try:
             re.compile(text)
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             remedy = "pass a regular expression as a str, such as r'layer1\\..*'"
             yield BadConfig(str(text), f"not a regular expression: {error}", remedy)
 

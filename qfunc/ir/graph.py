@@ -58,10 +58,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that deserves telling and is no error."""
+    """Something that deserves telling and is no error, of a node or of an entry of a configuration.
+
+    >>> print(Note("conv", "is kept as it was written"))
+    note: conv is kept as it was written
+    """
 
     node: str
     text: str
+
+    def __str__(self) -> str:
+        return f"note: {self.node} {self.text}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig, QConfigMapping, problems_of, resolve_qconfigs
 from qfunc.errors import BadConfig, Problem, UnsupportedDType, WrongStage, several
-from qfunc.ir import Expression, Graph, Node, Ref, TensorFact, refs, users
+from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, refs, users
 from qfunc.numerics.grid import CODE_RANGE
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.ops import BY_NAME, KINDS
 from qfunc.params import loads
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
+from qfunc.passes.unmatched import unmatched
 from qfunc.result import R
 
 
@@ -37,8 +38,9 @@ def annotate(
         backend: what can be quantized.
 
     Returns:
-        The annotations, or all of: `UnknownName` for a module that does not exist or an unknown dtype, `BadConfig`
-        for impossible observers, `UnsupportedDType` for dtypes that the backend does not list for an operator.
+        The annotations, with a note for each entry of the configuration that matches nothing; or all of: `UnknownName`
+        for a module that does not exist or an unknown dtype, `BadConfig` for impossible observers, `UnsupportedDType`
+        for dtypes that the backend does not list for an operator.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -52,7 +54,10 @@ def annotate(
     if problems:
         return Failure(several(problems))
     rules = _Rules(graph, mapping, backend)
-    return Failure(several(rules.problems)) if rules.problems else Success(rules.annotations())
+    if rules.problems:
+        return Failure(several(rules.problems))
+    asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+    return Success(rules.annotations(unmatched(asked, graph, backend.qconfig_mapping)))
 
 
 class _Rules:
@@ -76,7 +81,7 @@ class _Rules:
                 self._chosen[id] = (row, qconfig)
         self._read_quantized = self._keep_useful() if backend.lazy else None
 
-    def annotations(self) -> Annotations:
+    def annotations(self, notes: tuple[Note, ...]) -> Annotations:
         """The decisions as a value."""
         inputs, outputs = dict[Edge, Spec](), dict[str, Spec]()
         groups: list[tuple[Point, ...]] = []
@@ -93,7 +98,7 @@ class _Rules:
                 outputs[node.id] = qconfig.activation if row.fixed is None else row.fixed
         weights = {id: q.weight for id, (_, q) in self._chosen.items() if _has_weight(self.graph[id])}
         tables = (pmap(inputs), pmap(outputs), pmap(weights), frozenset(groups), frozenset(taps))
-        return Annotations(*tables, pmap(self.floats), frozenset(self.refused))
+        return Annotations(*tables, pmap(self.floats), frozenset(self.refused), notes)
 
     def _keep(self, node: Node, reason: str) -> None:
         """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""

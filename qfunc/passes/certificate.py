@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfunc.passes.columns import aligned
+from qfunc.config.columns import aligned
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from returns.result import Failure, Success
 
+from qfunc.config.columns import aligned
 from qfunc.errors import WrongStage
-from qfunc.ir import Graph
-from qfunc.passes.columns import aligned
+from qfunc.ir import Graph, Note
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Prepared
 from qfunc.result import R
@@ -50,12 +50,13 @@ class FloatRow:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The decisions of `prepare`; prints as tables."""
+    """The decisions of `prepare` and its notes; prints as tables."""
 
     backend: str
     sites: tuple[SiteRow, ...]
     weights: tuple[WeightRow, ...]
     floats: tuple[FloatRow, ...]
+    notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.backend}: {len(self.sites)} sites, {len(self.weights)} weights, {len(self.floats)} left float"
@@ -67,7 +68,13 @@ class Description:
             [("weight of", "module", "observer", "dtype", "scheme"), *weights] if weights else [],
             [("float", "module", "operator", "why"), *floats] if floats else [],
         )
-        return "\n".join([head, *(line for table in tables for line in aligned(table))])
+        return "\n".join(
+            [
+                head,
+                *(line for table in tables for line in aligned(table)),
+                *map(str, self.notes),
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ def describe(prepared: Prepared) -> R[Description]:
                 for node in graph
                 if node.id in prepared.floats and node.kind not in _PLUMBING and node.id not in numbers
             ),
+            prepared.notes,
         )
     )
 

@@ -10,12 +10,12 @@ from returns.result import Failure, Success
 from qfunc.backends.cpu import CPU
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
+from qfunc.config.columns import aligned
 from qfunc.config.custom_config import CustomConfig
 from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph, Node
 from qfunc.match import WRONG_KIND, NoMatch
 from qfunc.params import FoldBatchNorm
-from qfunc.passes.columns import aligned
 from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
 from qfunc.passes.fusing import Fusing, patterns_by_root
 from qfunc.passes.fusion_log import Fused

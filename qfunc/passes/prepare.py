@@ -64,6 +64,7 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepare
             backend,
             annotations.floats,
             annotations.refused,
+            annotations.notes,
         )
     )
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from pyrsistent import PMap, pmap
 
 from qfunc.config.annotation import Edge
-from qfunc.ir import Graph
+from qfunc.ir import Graph, Note
 from qfunc.numerics.observers import Observer
 
 Key: TypeAlias = tuple[tuple[str, ...], Any]
@@ -35,7 +35,8 @@ class Prepared:
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
-    float why; those of them in `refused` are layers that the configuration meant to quantize.
+    float why; those of them in `refused` are layers that the configuration meant to quantize. `notes` tell of
+    entries of the configuration that match nothing.
     """
 
     graph: Graph
@@ -46,6 +47,7 @@ class Prepared:
     backend: str
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     refused: frozenset[str] = field(default=frozenset(), compare=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     __hash__ = None  # type: ignore[assignment]
 

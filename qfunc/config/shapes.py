@@ -1,0 +1,258 @@
+"""How the values of a configuration look in a document, as data: what is written and what may be read.
+
+A shape says of one value which JSON stands for it. `qfunc.config.writing` and `qfunc.config.reading` are the two ways
+between them; nothing that a document names is imported or evaluated, only looked up in these tables.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from qfunc.config.backend_config import BackendConfig, DTypeConfig, Observation, OperatorConfig
+from qfunc.config.custom_fusion import CustomFusion
+from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.match import Anything, Constant, MatchAllNode, Pattern, Step
+from qfunc.numerics import observers
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.ops import FORMS, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A str, bool, int of at most 64 bits, or finite float."""
+
+    type: type
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """What a field of the user's own observer may hold: scalars, `None`, tuples, specs and observers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A member of an enumeration, by its value."""
+
+    members: type[Observation]
+
+
+@dataclass(frozen=True, slots=True)
+class Maybe:
+    """A value or `None`."""
+
+    of: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """A tuple, as an array."""
+
+    of: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A frozenset of names, as a sorted array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A map from names, as an object."""
+
+    of: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A frozen dataclass, as an object of its fields; those left out have their defaults."""
+
+    type: type
+    fields: Mapping[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tuple with a name for each item, as an object."""
+
+    fields: Mapping[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A map whose keys are tuples, as an array of objects: the items of the key, then the value."""
+
+    fields: Mapping[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of several types, as an object of one field, whose name says which."""
+
+    cases: Mapping[str, tuple[type, Shape]]
+
+
+@dataclass(frozen=True, slots=True)
+class WithOrWithout:
+    """One of two records, told apart by a field that only the first has."""
+
+    field: str
+    first: Record
+    second: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A shape that holds itself."""
+
+    shape: Callable[[], Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function of the user's, by its registered name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """An operator in a pattern of the user's, by its canonical or registered name; or a nested pattern, or a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """An observer: an object of its fields, and of `observer`, the name of its class."""
+
+
+Shape: TypeAlias = (
+    Scalar
+    | Plain
+    | Choices
+    | Maybe
+    | Many
+    | Names
+    | Table
+    | Record
+    | Row
+    | Rows
+    | OneOf
+    | WithOrWithout
+    | Late
+    | Function
+    | Operator
+    | Observed
+)
+
+TEXT, INT, FLOAT, FLAG = Scalar(str), Scalar(int), Scalar(float), Scalar(bool)
+SCALARS: Mapping[Any, Scalar] = MappingProxyType({shape.type: shape for shape in (TEXT, INT, FLOAT, FLAG)})
+
+SPEC = Record(
+    QuantSpec,
+    {"dtype": TEXT, "quant_min": INT, "quant_max": INT, "qscheme": TEXT, "ch_axis": Maybe(INT), "eps": FLOAT},
+)
+
+OBSERVERS: Mapping[str, Record] = MappingProxyType(
+    {
+        "FixedQParams": Record(observers.FixedQParams, {"spec": SPEC, "scale": FLOAT, "zero_point": INT}),
+        "Histogram": Record(observers.Histogram, {"spec": SPEC, "bins": INT, "upsample_rate": INT}),
+        "MinMax": Record(observers.MinMax, {"spec": SPEC}),
+        "MovingAverageMinMax": Record(observers.MovingAverageMinMax, {"spec": SPEC, "averaging_constant": FLOAT}),
+        "MovingAveragePerChannelMinMax": Record(
+            observers.MovingAveragePerChannelMinMax, {"spec": SPEC, "averaging_constant": FLOAT}
+        ),
+        "PerChannelMinMax": Record(observers.PerChannelMinMax, {"spec": SPEC}),
+    }
+)
+"""qfunc's observers by the names of their classes."""
+
+QCONFIG = Record(QConfig, {"activation": Observed(), "weight": Observed()})
+_CHOICE = Maybe(QCONFIG)
+_MAPPING = Record(
+    QConfigMapping,
+    {
+        "global_qconfig": _CHOICE,
+        "object_types": Table(_CHOICE),
+        "module_name_regexes": Many(Row({"regex": TEXT, "qconfig": _CHOICE})),
+        "module_names": Table(_CHOICE),
+        "module_name_object_type_orders": Rows(
+            {"module_name": TEXT, "object_type": TEXT, "index": INT, "qconfig": _CHOICE}
+        ),
+    },
+)
+
+_SIDE = OneOf(
+    {
+        "anything": (Anything, Record(Anything, {})),
+        "constant": (Constant, Record(Constant, {"value": Plain()})),
+        "steps": (tuple, Many(Late(lambda: _STEP))),
+    }
+)
+_STEP: Record = Record(
+    Step,
+    {
+        "kinds": Many(TEXT),
+        "forms": Names(),
+        "takes": Many(TEXT),
+        "sides": Many(Row({"position": INT, "side": _SIDE})),
+        "arity": Maybe(INT),
+        "repeats": FLAG,
+    },
+)
+_FUSION = WithOrWithout(
+    "fuser",
+    Record(
+        CustomFusion,
+        {
+            "fuser": Function(),
+            "pattern": Many(Operator()),
+            "complex_pattern": Many(Operator()),
+            "root_node_getter": Maybe(Function()),
+            "extra_inputs_getter": Maybe(Function()),
+        },
+    ),
+    Record(Pattern, {"name": TEXT, "steps": Many(_STEP), "trains": FLAG}),
+)
+_OPERATOR = Record(
+    OperatorConfig,
+    {
+        "kinds": Many(TEXT),
+        "observation": Choices(Observation),
+        "dtypes": Record(DTypeConfig, {"activation": Many(TEXT), "weight": Many(TEXT)}),
+        "forms": Names(),
+        "fixed": Maybe(Observed()),
+        "float_output": FLAG,
+    },
+)
+_BACKEND = Record(
+    BackendConfig,
+    {
+        "name": TEXT,
+        "fusions": Many(_FUSION),
+        "operators": Many(_OPERATOR),
+        "qconfig_mapping": _MAPPING,
+        "lazy": FLAG,
+        "observe_shared_outputs": FLAG,
+        "drop_identities": FLAG,
+        "move_norms": FLAG,
+    },
+)
+
+DOCUMENTS: Mapping[str, Record] = MappingProxyType(
+    {"QConfig": QCONFIG, "QConfigMapping": _MAPPING, "BackendConfig": _BACKEND}
+)
+"""What a document can hold."""
+
+OPERATORS: Mapping[str, Any] = MappingProxyType(
+    {
+        **{form.target: resolve(form.target) for (op, _), (_, form) in FORMS.items() if op != "call_method"},
+        **{f"torch.nn.{name}": item for name, item in vars(nn).items() if isinstance(item, type)},
+        **{f"operator.{name}": getattr(operator, name) for name in operator.__all__},
+        "builtins.getattr": getattr,
+        "MatchAllNode": MatchAllNode,
+    }
+)
+"""The operators that a user's pattern can name without registering them; a method is a name behind a dot."""

@@ -1,0 +1,169 @@
+"""Entries of a configuration that match nothing are told as notes, and no others are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from qfunc import CPU, Histogram, MinMax, QConfig, QConfigMapping, describe, fuse, prepare, trace, unwrap
+from qfunc.config.qconfig import resolve_qconfigs
+from qfunc.errors import BadConfig, UnknownName, problems
+from qfunc.numerics.qparams import INT8_SYMMETRIC
+from qfunc.testing import models
+from qfunc.testing.strategies import BACKENDS, configurations
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(functional.relu6(self.layer1(x)).mean((2, 3)))
+
+
+GRAPH = unwrap(fuse(unwrap(trace(Model().eval(), torch.randn(1, 3, 4, 4)))))
+
+
+def notes(mapping, graph=GRAPH, backend=CPU):
+    return [str(note) for note in unwrap(prepare(graph, mapping, backend=backend)).notes]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "note"),
+    [
+        (QConfigMapping().set_object_type(nn.Conv1d, None),
+         "object_types['torch.nn.Conv1d'] matches no operator; the closest there: torch.nn.Conv2d"),
+        (QConfigMapping().set_object_type("relu6", None),
+         "object_types['.relu6'] matches no operator; the closest there: torch.nn.functional.relu6"),
+        (QConfigMapping().set_object_type(nn.LSTM, None),
+         ("object_types['torch.nn.LSTM'] matches no operator; "
+         "there are .mean, torch.nn.Conv2d, torch.nn.Linear, torch.nn.functional.relu6")),
+        (QConfigMapping().set_object_type(nn.ReLU, None),
+         ("object_types['torch.nn.ReLU'] matches no operator; "
+         "the graph's are fused behind other operators, whose type or name to configure instead")),
+        (QConfigMapping().set_object_type(nn.BatchNorm2d, None),
+         ("object_types['torch.nn.BatchNorm2d'] matches no operator; "
+         "the model's are folded into other operators, removed, or never called on their own")),
+        (QConfigMapping().set_module_name_regex(r"layers1\..*", None),
+         (r"module_name_regexes['layers1\\..*'] matches the path of no module with an operator; "
+         "the closest there: layer1.0")),
+        (QConfigMapping().set_module_name_regex("(en|de)coder", None),
+         ("module_name_regexes['(en|de)coder'] matches the path of no module with an operator; "
+         "there are head, layer1.0")),
+        (QConfigMapping().set_module_name_object_type_order("", nn.Linear, 1, None),
+         ("module_name_object_type_orders['', 'torch.nn.Linear', 1] matches no call; "
+         "the model calls it once, counted from 0")),
+        (QConfigMapping().set_module_name_object_type_order("layer1", nn.Conv1d, 0, None),
+         ("module_name_object_type_orders['layer1', 'torch.nn.Conv1d', 0] matches no call; "
+         "of what 'layer1' itself calls, the closest there: torch.nn.Conv2d")),
+        (QConfigMapping().set_module_name_object_type_order("head", nn.Conv1d, 0, None),
+         "module_name_object_type_orders['head', 'torch.nn.Conv1d', 0] matches no call; 'head' itself calls none"),
+    ],
+)  # fmt: skip
+def test_what_matches_nothing_is_told_with_what_may_be_meant(mapping, note):
+    assert notes(mapping) == [f"note: {note}"]
+    described = str(unwrap(describe(unwrap(prepare(GRAPH, mapping)))))
+    assert described.splitlines()[-1] == f"note: {note}"
+
+
+def test_what_matches_is_not_told_of_even_if_a_stronger_entry_takes_it():
+    mapping = (
+        QConfigMapping()
+        .set_object_type(nn.Conv2d, None)
+        .set_object_type(functional.relu6, None)
+        .set_module_name_regex("layer.*", None)
+        .set_module_name_regex("layer1.*", None)
+        .set_module_name("layer1", None)
+        .set_module_name_object_type_order("layer1", nn.Conv2d, 0, None)
+    )
+    assert notes(mapping) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_backend_s_own_entries_are_not_told_of(backend):
+    graph = unwrap(trace(Model().eval(), torch.randn(1, 3, 4, 4)))
+    assert notes(None, graph, backend) == []
+    changed = backend.qconfig_mapping.set_module_name("head", None)
+    assert notes(changed, graph, backend) == []
+    asked = changed.set_object_type(nn.ConvTranspose2d, CPU.qconfig_mapping.global_qconfig)
+    assert [note.split("'")[1] for note in notes(asked, graph, backend)] == ["torch.nn.ConvTranspose2d"]
+
+
+def test_unknown_modules_and_wrong_regexes_stay_errors():
+    mapping = QConfigMapping().set_module_name("layer2", None).set_module_name_regex("x{99999999999999}", None)
+    mapping = mapping.set_module_name_regex("(" * 9000, None)
+    found = problems(prepare(GRAPH, mapping).failure())
+    assert [type(problem) for problem in found] == [UnknownName, BadConfig, BadConfig]
+
+
+def test_notes_are_no_part_of_a_stage_s_meaning():
+    mapping = CPU.qconfig_mapping
+    noted = unwrap(prepare(GRAPH, mapping.set_object_type(nn.LSTM, None)))
+    assert noted.notes
+    assert noted == unwrap(prepare(GRAPH, mapping))
+
+
+@given(model=models(max_nodes=6), data=st.data())
+def test_an_entry_is_told_of_just_if_it_chooses_nothing(model, data):
+    """Alone in a mapping, an entry with a note chooses for no node, one without for at least one."""
+    mapping = data.draw(configurations(model.module))
+    graph = unwrap(trace(model.module, model.example_inputs))
+    mark = QConfig(MinMax(), MinMax(INT8_SYMMETRIC))
+    alone = {f"object_types[{form!r}]": QConfigMapping(object_types=QConfigMapping().object_types.set(form, mark))
+             for form in mapping.object_types}  # fmt: skip
+    for text, _ in mapping.module_name_regexes:
+        alone[f"module_name_regexes[{text!r}]"] = QConfigMapping().set_module_name_regex(text, mark)
+    for name, form, index in mapping.module_name_object_type_orders:
+        orders = QConfigMapping().module_name_object_type_orders.set((name, form, index), mark)
+        alone[f"module_name_object_type_orders[{name!r}, {form!r}, {index}]"] = QConfigMapping(
+            module_name_object_type_orders=orders
+        )
+    operators = {node.id for node in graph if node.kind not in ("placeholder", "get_attr", "output")}
+    for entry, single in alone.items():
+        chosen = {id for id, choice in resolve_qconfigs(single, graph).items() if choice is mark} & operators
+        found = [note.node for note in unwrap(prepare(graph, single, backend=CPU)).notes]
+        assert found == ([] if chosen else [entry])
+
+
+def test_a_mapping_prints_as_a_table_and_in_full():
+    mapping = (
+        QConfigMapping()
+        .set_global(QConfig(Histogram(), MinMax()))
+        .set_object_type("relu", None)
+        .set_module_name_regex("b.*", None)
+        .set_module_name("a", None)
+        .set_module_name_object_type_order("a", nn.Linear, 1, QConfig(MinMax(), MinMax()))
+    )
+    minmax, histogram = "MinMax uint8 0..255 per_tensor_affine", "Histogram uint8 0..255 per_tensor_affine"
+    assert [re.split(" {2,}", line) for line in str(mapping).splitlines()] == [
+        ["entry", "activation", "weight"],
+        ["torch.nn.Linear no. 1 of module 'a'", minmax, minmax],
+        ["module 'a'", "float", "float"],
+        ["modules like 'b.*'", "float", "float"],
+        ["type .relu", "float", "float"],
+        ["everything else", histogram, minmax],
+    ]
+    assert str(mapping.global_qconfig) == f"activation: {histogram}; weight: {minmax}"
+    for entry in ("global_qconfig", "'.relu': None", "'b.*': None", "'a': None", "('a', 'torch.nn.Linear', 1)"):
+        assert entry in repr(mapping)
+    assert repr(QConfigMapping().set_module_name(3, None).set_module_name("a", None))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_backend_prints_with_all_that_it_fuses_and_runs(backend):
+    text = str(backend)
+    lines = text.splitlines()
+    assert lines[0] == backend.name
+    words = " ".join(lines)
+    assert all(fusion.name in words for fusion in backend.fusions)
+    assert all(", ".join(row.kinds) in text for row in backend.operators)
+    assert text.endswith(str(backend.qconfig_mapping))
+    assert repr(backend.qconfig_mapping) in repr(backend)
