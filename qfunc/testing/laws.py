@@ -290,8 +290,8 @@ LAWS: tuple[Law[Walk], ...] = (
     Law(
         1,
         "fusing for training keeps the meaning",
-        "Fused for training, a model computes the same bits in evaluation; in training the same outputs, statistics and"
-        " gradients, bit for bit.",
+        "Fused for training, a model computes the same bits in evaluation; in training the same outputs and statistics,"
+        " and the gradients of the traced model, bit for bit.",
         training_is_exact,
     ),
     Law(2, "purity", "No function changes its input: digests, state, hooks, flags and outputs stay.", _nothing_changes),
