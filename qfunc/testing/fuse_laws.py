@@ -74,7 +74,7 @@ def _trained_otherwise(case: Case) -> str:
     fused = fuse(graph.unwrap(), backend=case.backend, qat=True)
     if isinstance(fused, Failure):
         return f"a model in training mode is not fused for training: {render(fused.failure())}"
-    module = made(fused.unwrap())
+    traced, module = made(graph.unwrap()), made(fused.unwrap())
     try:
         expected = _trained(model, case.inputs)
     except RuntimeError:
@@ -87,7 +87,6 @@ def _trained_otherwise(case: Case) -> str:
     if changed:
         return f"fused for training, it updates otherwise: {', '.join(changed)}"
     # Of an in-place operator torch takes the derivative by its result, of the out-of-place twin by its input.
-    traced = made(graph.unwrap())
     _trained(traced, case.inputs)
     gradients = dict(_gradients(module))
     wrong = [name for name, gradient in _gradients(traced) if not same_bits(gradient, gradients.get(name))]
