@@ -184,12 +184,24 @@ def _wrong_point(point: Point, graph: Graph) -> Iterator[Problem]:
 
 
 def used(node: Node, edge: Edge) -> str | None:
-    """The value that an edge carries."""
-    if edge.slot.startswith("post."):
-        _, position, name = edge.slot.split(".")
+    """The value that an edge carries; None where there is no such use."""
+    values = values_in(node, edge.slot)
+    return values[edge.index] if 0 <= edge.index < len(values) else None
+
+
+def values_in(node: Node, slot: str) -> tuple[str, ...]:
+    """The values in one argument of a node or of an operator fused behind it, in order."""
+    name, args = slot, node.args
+    if slot.startswith("post."):
+        _, position, name = slot.split(".")
         posts = node.post[int(position) : int(position) + 1]
         args = posts[0].args if posts else ()
-    else:
-        name, args = edge.slot, node.args
-    values = [value for key, arg in args if key == name for value in refs(arg)]
-    return values[edge.index] if 0 <= edge.index < len(values) else None
+    return tuple([value for key, arg in args if key == name for value in refs(arg)])
+
+
+def edges_by_slot(edges: Iterable[Edge]) -> dict[tuple[str, str], list[Edge]]:
+    """Edges by user and slot, each list in order: so that an argument of many values is looked through once."""
+    found: dict[tuple[str, str], list[Edge]] = {}
+    for edge in sorted(edges, key=lambda edge: (edge.slot, edge.index)):
+        found.setdefault((edge.user, edge.slot), []).append(edge)
+    return found

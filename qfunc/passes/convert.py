@@ -7,7 +7,7 @@ from typing import Any
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
-from qfunc.config.annotation import Edge, used
+from qfunc.config.annotation import Edge, edges_by_slot, values_in
 from qfunc.errors import Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, fact_in
@@ -100,14 +100,14 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
     pairs: dict[tuple[str, str], str] = {}
     turned: dict[str, dict[Edge, str]] = {}
     position = {id: index for index, id in enumerate(graph.order)}
-    for edge, site in sorted(
-        prepared.inputs.items(), key=lambda item: (position[item[0].user], item[0].slot, item[0].index)
-    ):
-        source = used(graph[edge.user], edge)
-        assert source is not None, edge
-        if (source, site) not in pairs:
-            pairs[source, site] = _quantized(draft, graph[source], qparams[site])
-        turned.setdefault(edge.user, {})[edge] = pairs[source, site]
+    slots = edges_by_slot(prepared.inputs)
+    for user, slot in sorted(slots, key=lambda key: (position[key[0]], key[1])):
+        values = values_in(graph[user], slot)
+        for edge in slots[user, slot]:
+            pair = (values[edge.index], prepared.inputs[edge])
+            if pair not in pairs:
+                pairs[pair] = _quantized(draft, graph[pair[0]], qparams[pair[1]])
+            turned.setdefault(user, {})[edge] = pairs[pair]
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
     for id, observer in prepared.weights.items():

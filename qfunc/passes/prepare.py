@@ -9,7 +9,16 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
-from qfunc.config.annotation import Annotations, Edge, Point, SharedWith, Spec, used, wrong_annotations
+from qfunc.config.annotation import (
+    Annotations,
+    Edge,
+    Point,
+    SharedWith,
+    Spec,
+    edges_by_slot,
+    values_in,
+    wrong_annotations,
+)
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.qconfig import QConfigMapping
@@ -85,13 +94,12 @@ class _Sharing:
         self._of_uses: dict[tuple[str, Observer[Any]], int] = {}
         self._inputs: list[Edge] = []
         self._outputs = [id for id in graph.order if id in annotations.outputs]
-        edges: dict[str, list[Edge]] = {}
-        for edge in sorted(annotations.inputs, key=lambda edge: (edge.slot, edge.index)):
-            edges.setdefault(edge.user, []).append(edge)
+        uses: dict[str, list[tuple[Edge, str]]] = {}
+        for (user, slot), edges in edges_by_slot(annotations.inputs).items():
+            values = values_in(graph[user], slot)
+            uses.setdefault(user, []).extend((edge, values[edge.index]) for edge in edges)
         for node in graph:
-            for edge in edges.get(node.id, ()):
-                value = used(node, edge)
-                assert value is not None, edge
+            for edge, value in uses.get(node.id, ()):
                 self._use(edge, value, annotations.inputs[edge])
             if node.id in annotations.outputs:
                 self._value(node.id, annotations.outputs[node.id])
