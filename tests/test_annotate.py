@@ -13,15 +13,19 @@ from qfunc import (
     X86,
     FixedQParams,
     MinMax,
+    QConfig,
+    QConfigMapping,
     QuantSpec,
     annotate,
     calibrate,
     combine,
     convert,
+    from_json,
     fuse,
     lower,
     materialize,
     prepare,
+    to_json,
     trace,
     unwrap,
 )
@@ -113,6 +117,21 @@ def test_a_use_with_a_spec_of_its_own_quantizes_the_value_anew():
     reference = unwrap(materialize(unwrap(convert(unwrap(calibrate(prepared, [X], progress=False))))))
     with torch.no_grad():
         assert sqnr(Net().eval()(X), reference(X)) > 10
+
+
+def test_inputs_may_have_a_configuration_of_their_own():
+    graph = fused()
+    weight = CPU.qconfig_mapping.global_qconfig.weight
+    own = QConfig(MinMax(), weight, input_activation=MinMax(QuantSpec(quant_max=15)))
+    prepared = unwrap(prepare(graph, CPU.qconfig_mapping.set_module_name("right", own)))
+    site = prepared.sites[prepared.inputs[Edge("right", "input")]]
+    assert site.observer == own.input_activation
+    assert prepared.sites[prepared.inputs[Edge("left", "input")]].observer.spec.quant_max == 255
+    mapping = CPU.qconfig_mapping.set_global(own)
+    assert unwrap(from_json(unwrap(to_json(mapping)))) == mapping
+    wrong = QConfig(MinMax(), weight, input_activation=MinMax(QuantSpec("int16", -9, 9)))
+    found = problems(prepare(graph, QConfigMapping().set_module_name("left", wrong)).failure())
+    assert [type(problem) for problem in found] == [UnsupportedDType]
 
 
 def test_values_share_qparams_where_annotations_say_so():

@@ -20,13 +20,23 @@ from qfunc.ops import name_of, type_name
 
 @dataclass(frozen=True, slots=True)
 class QConfig:
-    """The observers of a node: of its input and output activations, and of its weight."""
+    """The observers of a node: of its activations, and of its weight.
+
+    `input_activation` is for its inputs, where they are to be quantized otherwise than its output.
+    """
 
     activation: Observer[Any]
     weight: Observer[Any]
+    input_activation: Observer[Any] | None = None
+
+    @property
+    def of_inputs(self) -> Observer[Any]:
+        """The observer of its inputs."""
+        return self.activation if self.input_activation is None else self.input_activation
 
     def __str__(self) -> str:
-        return f"activation: {_told(self.activation)}; weight: {_told(self.weight)}"
+        given = "" if self.input_activation is None else f"input: {_told(self.input_activation)}; "
+        return f"{given}activation: {_told(self.activation)}; weight: {_told(self.weight)}"
 
 
 Choice: TypeAlias = QConfig | None
@@ -101,7 +111,10 @@ def _entries(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
 def _observers(choice: Choice) -> tuple[str, str]:
     if choice is None:
         return "float", "float"
-    return (_told(choice.activation), _told(choice.weight)) if isinstance(choice, QConfig) else (repr(choice), "")
+    if not isinstance(choice, QConfig):
+        return repr(choice), ""
+    both = dict.fromkeys(_told(observer) for observer in (choice.of_inputs, choice.activation))
+    return " -> ".join(both), _told(choice.weight)
 
 
 def _told(observer: object) -> str:
@@ -171,8 +184,10 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
             reason = f"expected a QConfig or None, got a {type(choice).__name__}"
             found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
         elif choice is not None:
-            found += [*validate_observer(choice.activation), *validate_observer(choice.weight)]
-            found += activation_problems(choice.activation)
+            given = [choice.activation] if choice.input_activation is None else [choice.of_inputs, choice.activation]
+            for activation in given:
+                found += [*validate_observer(activation), *activation_problems(activation)]
+            found += validate_observer(choice.weight)
     return list(dict.fromkeys(found))
 
 

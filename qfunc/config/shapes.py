@@ -169,7 +169,7 @@ OBSERVERS: Mapping[str, Record] = MappingProxyType(
 )
 """qfunc's observers by the names of their classes."""
 
-QCONFIG = Record(QConfig, {"activation": Observed(), "weight": Observed()})
+QCONFIG = Record(QConfig, {"activation": Observed(), "weight": Observed(), "input_activation": Maybe(Observed())})
 _CHOICE = Maybe(QCONFIG)
 _MAPPING = Record(
     QConfigMapping,

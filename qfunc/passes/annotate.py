@@ -89,7 +89,7 @@ class _Rules:
         for node in (node for node in self.graph if node.id in self._chosen):
             row, qconfig = self._chosen[node.id]
             edges = [edge for edge, _ in self._operands(node)]
-            inputs.update(dict.fromkeys(edges, qconfig.activation))
+            inputs.update(dict.fromkeys(edges, qconfig.of_inputs))
             if self._shares(node, row):
                 outputs[node.id] = SharedWith(edges[0])
                 groups += [tuple(edges)] if len(edges) > 1 else []
@@ -123,7 +123,8 @@ class _Rules:
         if reason:
             self._keep(node, reason)
             return False
-        dtypes = [("activation", qconfig.activation.spec.dtype, row.dtypes.activation)]
+        activations = dict.fromkeys(observer.spec.dtype for observer in (qconfig.of_inputs, qconfig.activation))
+        dtypes = [("activation", dtype, row.dtypes.activation) for dtype in activations]
         if _has_weight(node):
             dtypes.append(("weight", qconfig.weight.spec.dtype, row.dtypes.weight))
             self.problems += [*_weight_problems(node), *_axis_problems(node, qconfig.weight.spec)]

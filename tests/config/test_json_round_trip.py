@@ -265,7 +265,7 @@ def test_the_text_is_of_this_form():
     spec = {"ch_axis": None, "dtype": "uint8", "eps": 2.0**-23, "qscheme": "per_tensor_affine"}
     observer = {"observer": "MinMax", "spec": {**spec, "quant_max": 255, "quant_min": 0}}
     document = {
-        "global_qconfig": {"activation": observer, "weight": observer},
+        "global_qconfig": {"activation": observer, "input_activation": None, "weight": observer},
         "module_name_object_type_orders": [],
         "module_name_regexes": [],
         "module_names": {},
