@@ -47,18 +47,13 @@ def call_fuser(graph: Graph, fusion: CustomFusion, nodes: Any, root: Node, qat: 
     except Exception as error:  # noqa: BLE001 - the copying of a user's object is the user's code
         return Failure(UserFunctionFailed(root.place, f"{fusion.name}: its module cannot be copied: {told(error)}"))
     # What is fused for evaluation evaluates, whatever mode the fuser makes its module in.
-    return Success(Opaque(owned if _trains(graph, root) else owned.eval()))
+    return Success(Opaque(owned if graph.trains(root) else owned.eval()))
 
 
 def _tensors(model: nn.Module, path: str) -> Iterator[str]:
     """The names of a module's parameters and buffers."""
     module = model.get_submodule(path)
     yield from (f"{path}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers()))
-
-
-def _trains(graph: Graph, root: Node) -> bool:
-    fact = graph.modules.get(root.origin.module)
-    return graph.training if fact is None else fact.training
 
 
 def _given(graph: Graph, nodes: Any, pattern: Any, root: Node, memo: dict[int, Any]) -> Any:
@@ -76,7 +71,7 @@ def _given(graph: Graph, nodes: Any, pattern: Any, root: Node, memo: dict[int, A
         case "call_method":
             return written.target
         case _ if written.target == _RELU:
-            return nn.ReLU().train(_trains(graph, root))
+            return nn.ReLU().train(graph.trains(root))
         case _:
             target = written.target
             return graph.objects[Token(target[1:]).id].value if target.startswith("$") else resolve(target)

@@ -102,7 +102,7 @@ class Emitter:
         """The operator itself, without what is fused behind it."""
         written = node.origin.written
         known = _is_known(node)
-        if written is None:
+        if written is None or (known and _has_gained(node, written)):
             return self._canonical(node.kind, node.args, node.id)
         args, kwargs = self._written(node, written)
         target = emit_target(written) if known else written.target
@@ -296,6 +296,13 @@ def _is_statement(node: Node) -> bool:
     written = node.origin.written
     names = (*AUGMENTED, "setitem", "delitem")
     return written is not None and written.target in {f"operator.{name}" for name in names}
+
+
+def _has_gained(node: Node, written: Written) -> bool:
+    """Whether a call was written without a parameter that a pass has given it: the bias of a folded norm, say."""
+    given = {*written.args, *(name for _, name in written.kwargs)}
+    lacking = (name for name in BY_NAME[node.kind].weights if name not in given)
+    return written.op != "call_module" and any(node.get(name) is not None for name in lacking)
 
 
 def _calls_module(node: Node) -> bool:

@@ -125,3 +125,8 @@ class Graph:
 
     def __getitem__(self, id: str) -> Node:
         return self.nodes[id]
+
+    def trains(self, node: Node) -> bool:
+        """Whether the module that a call is of, or that contains it, was in training mode."""
+        fact = self.modules.get(node.origin.module)
+        return self.training if fact is None else fact.training

@@ -11,6 +11,7 @@ from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
 
 _CLOSE = 2
 """How close a miss of a norm is that stands beside its layer or pool: closer than any pattern that starts with it."""
+_COMPUTED_GROUPS = "the number of groups is computed by the graph"
 _REAL = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -19,9 +20,12 @@ def folded(root: Node, args: NamedArgs, norm: Node) -> NamedArgs | str:
 
     `root` is the layer as it stands in the graph, `args` its arguments after earlier folds.
     """
-    weight = root.get("weight")
-    reason = _unfit(norm, weight, root.get("bias")) or misaligned(root, norm)
-    return reason or _with_norm(args, norm, transpose=root.kind in TRANSPOSED, groups=_groups(root))
+    transpose = root.kind in TRANSPOSED
+    groups = _groups(root) if transpose else 1  # else an output channel is a row of the weight, whatever the groups
+    if groups is None:
+        return _COMPUTED_GROUPS
+    reason = _unfit(norm, root.get("weight"), root.get("bias")) or misaligned(root, norm)
+    return reason or _with_norm(args, norm, transpose=transpose, groups=groups)
 
 
 def is_folded(node: Node) -> bool:
@@ -69,7 +73,10 @@ def out_channels(layer: Node) -> int | None:
     shape = _shape(layer.get("weight"))
     if shape is None:
         return None
-    return shape[1] * _groups(layer) if layer.kind in TRANSPOSED else shape[0]
+    if layer.kind not in TRANSPOSED:
+        return shape[0]
+    groups = _groups(layer)
+    return None if groups is None else shape[1] * groups
 
 
 def features_of(norm: Node) -> int | None:
@@ -84,10 +91,10 @@ def _shape(value: object) -> tuple[int, ...] | None:
     return value.shape if isinstance(value, Load) else None
 
 
-def _groups(layer: Node) -> int:
+def _groups(layer: Node) -> int | None:
+    """The number of groups of a layer, where it is not computed by the graph."""
     groups = layer.get("groups") if layer.has("groups") else 1
-    assert isinstance(groups, int)
-    return groups
+    return groups if isinstance(groups, int) else None
 
 
 def _unfit(norm: Node, weight: object, bias: object) -> str:
@@ -125,11 +132,12 @@ def fold_norms_before(graph: Graph, log: FusionLog) -> Graph:
             norm, pattern = producer(graph, made), f"batch_norm + {made.kind}"
             if norm is None or norm.kind != "batch_norm" or norm.post or not log.allows(pattern, (norm, made)):
                 break
+            groups = _groups(made)
             reason = hindrance_before(norm, made, len(used[norm.id]))
-            if reason:
+            if reason or groups is None:
                 log.miss(norm.id, NoMatch(norm.id, f"not folded into {made.place}: {reason}", _CLOSE))
                 break
-            args = _with_norm(made.args, norm, transpose=False, groups=_groups(made), before=True)
+            args = _with_norm(made.args, norm, transpose=False, groups=groups, before=True)
             turned = tuple((key, norm.get("input") if key == "input" else value) for key, value in args)
             parts = (norm, made)
             made = Node(made.id, made.kind, turned, made.post, made.origin, made.fact)
@@ -152,8 +160,10 @@ def hindrance_before(norm: Node, layer: Node, readers: int) -> str:
     reason = _unfit(norm, weight, layer.get("bias"))
     if reason:
         return reason
-    shape, fact = _shape(weight), norm.fact
-    channels = None if shape is None else shape[1] * _groups(layer)
+    shape, fact, groups = _shape(weight), norm.fact, _groups(layer)
+    if groups is None:
+        return _COMPUTED_GROUPS
+    channels = None if shape is None else shape[1] * groups
     if layer.kind != "linear" and _pads_zeros(layer):
         return "the convolution pads with zeros, which the batch norm does not see"
     known = isinstance(fact, TensorFact) and len(fact.shape) == 2

@@ -160,9 +160,9 @@ class Fusing:
         if reason:
             remedy = "give the batch norm as many features as the layer has output channels"
             self.log.unfit.append(CannotFuse(place, reason, remedy))
-        if _trains(graph, root) is not (norm.get("training") is True):
+        if graph.trains(root) is not (norm.get("training") is True):
             modes = tuple(
-                "training" if trains else "evaluation" for trains in (_trains(graph, root), norm.get("training"))
+                "training" if trains else "evaluation" for trains in (graph.trains(root), norm.get("training"))
             )
             why = f"the layer is in {modes[0]} mode, the batch norm in {modes[1]} mode"
             remedy = "put both in one mode before tracing, or leave them apart: CustomConfig(unfused_names=...)"
@@ -210,12 +210,6 @@ def _deepest(misses: list[NoMatch]) -> NoMatch:
     alike = [m.wanted for m in misses if (m.node, m.depth, m.reason) == (best.node, best.depth, WRONG_KIND)]
     wanted = tuple(dict.fromkeys(kind for kinds in alike for kind in kinds))
     return replace(best, wanted=wanted)
-
-
-def _trains(graph: Graph, node: Node) -> bool:
-    """Whether the module that a call is of, or that contains it, is in training mode."""
-    fact = graph.modules.get(node.origin.module)
-    return graph.training if fact is None else fact.training
 
 
 def _declines(graph: Graph, root: Node, node: Node) -> str:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qfunc import CustomConfig, explain_fusion, unwrap
-from tests.fusion.models import conv, fused, image, kinds, model, norm, sequential, traced
+from qfunc import CustomConfig, explain_fusion, fuse, materialize, quantize, trace, unwrap
+from qfunc.testing import sqnr
+from tests.fusion.models import conv, fused, image, kinds, model, norm, sequential, traced, trained
 
 X = image()
 
@@ -238,3 +239,47 @@ def test_a_norm_that_may_not_be_folded_does_not_move(custom: CustomConfig) -> No
     torch.manual_seed(0)
     made = model(lambda self, x: self.bn(self.c(x).mean((2, 3))), c=conv(), bn=nn.BatchNorm1d(4))
     assert kinds(fused(made, X, tolerance=0, custom=custom)) == ["conv2d", "mean", "batch_norm"]
+
+
+class ComputedGroups(nn.Module):
+    """A depthwise convolution for however many channels there are, with a norm before, behind, both or none."""
+
+    def __init__(self, function: Callable[..., Tensor], before: bool, behind: bool) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(4, 1, 3, 3))
+        self.before, self.behind = (trained(norm()) if wanted else nn.Identity() for wanted in (before, behind))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.behind(self.function(self.before(x), self.weight, groups=x.size(1))))
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_a_number_of_groups_may_be_computed(function: Callable[..., Tensor], before: bool, behind: bool) -> None:
+    """Folding needs it before a layer and behind a transposed one; kernels need it, and stay away."""
+    torch.manual_seed(0)
+    made, x = ComputedGroups(function, before, behind).eval(), torch.randn(2, 4, 8, 8)
+    graph = fused(made, x)
+    left = sum(kind.startswith("batch_norm") for kind in kinds(graph))
+    assert left == before + (behind and function is F.conv_transpose2d)
+    assert unwrap(materialize(unwrap(fuse(unwrap(trace(made, x)), qat=True))))(x).shape == made(x).shape
+    for engine in ("onednn", "quantized"):
+        int8 = unwrap(materialize(unwrap(quantize(made, [x], engine=engine, progress=False))))
+        assert sqnr(made(x), int8(x)) > 20
+
+
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d, F.linear])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_function_without_a_bias_gains_that_of_the_norm(function: Callable[..., Tensor], before: bool) -> None:
+    torch.manual_seed(0)
+    linear = function is F.linear
+    made_norm = trained(nn.BatchNorm1d(4)) if linear else norm()
+    weight = nn.Parameter(torch.randn(*((4, 4) if linear else (4, 4, 1, 1))))
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return function(self.b(x), self.w) if before else self.b(function(x, self.w))  # type: ignore[operator]
+
+    made = model(forward, b=made_norm, w=weight)
+    graph = fused(made, torch.randn(5, 4) if linear else X)
+    assert ("batch_norm" in kinds(graph)) is (before and function is F.conv_transpose2d)
