@@ -20,12 +20,16 @@ shares their memory until either side writes (copy on write).
 """
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
-from qfunc.config.annotation import Annotations, Edge, SharedWith, combine
+from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared, combine
 from qfunc.config.as_json import from_json, to_json
-from qfunc.config.backend_config import BackendConfig, DTypeConfig, Observation, OperatorConfig
+from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import CustomFusion
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.point import Edge
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
@@ -34,6 +38,7 @@ from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
 from qfunc.match import MatchAllNode, Pattern, Step
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import (
     FixedQParams,
     Histogram,
@@ -42,7 +47,8 @@ from qfunc.numerics.observers import (
     MovingAveragePerChannelMinMax,
     PerChannelMinMax,
 )
-from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.qparams import QParams, QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.passes.annotate import annotate
 from qfunc.passes.convert import convert
 from qfunc.passes.describe import Comparison, Description, compare, describe
@@ -65,16 +71,22 @@ __all__ = [
     "Annotations",
     "BackendConfig",
     "Calibrated",
+    "Cast",
     "Comparison",
     "Converted",
     "CustomConfig",
     "CustomFusion",
     "DTypeConfig",
+    "DTypeWithConstraints",
+    "Derived",
     "Description",
+    "Dynamic",
     "Edge",
+    "FakeQuantize",
     "FixedQParams",
     "FusionReport",
     "Histogram",
+    "KeepFloat",
     "Lowered",
     "MatchAllNode",
     "MinMax",
@@ -87,25 +99,31 @@ __all__ = [
     "Prepared",
     "QConfig",
     "QConfigMapping",
+    "QParams",
     "QuantError",
     "QuantException",
     "QuantSpec",
     "R",
+    "ReuseInput",
     "SharedWith",
     "Step",
+    "Unshared",
     "annotate",
     "calibrate",
     "check_host",
     "combine",
     "compare",
     "convert",
+    "depthwise_convolutions",
     "describe",
     "explain_fusion",
+    "first_layer",
     "from_json",
     "fuse",
     "fuse_known_modules",
     "fuse_modules",
     "fuse_modules_qat",
+    "last_layer",
     "lower",
     "materialize",
     "prepare",

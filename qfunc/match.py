@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qfunc.ir import Arg, Graph, Node, Ref
+from qfunc.ir import Arg, Graph, Node, Origin, Ref
 
 
 class MatchAllNode:
@@ -112,12 +112,17 @@ def form_of(node: Node) -> str:
     >>> form_of(Node("y", "relu", origin=Origin(written=Written("call_method", "relu"))))
     '.relu'
     """
-    written = node.origin.written
+    return form_of_origin(node.origin) or node.kind
+
+
+def form_of_origin(origin: Origin) -> str:
+    """How a call was written; empty for what nobody wrote."""
+    written = origin.written
     if written is None:
-        return node.kind
+        return ""
     match written.op:
         case "call_module":
-            return node.origin.type
+            return origin.type
         case "call_method":
             return f".{written.target}"
         case _:

@@ -16,7 +16,8 @@ from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
-from qfunc.config.qconfig import QConfigMapping, problems_of
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.resolve import problems_of
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.calibrate import BINDING, calibrate_on
 from qfunc.edge.call_fuser import call_fuser

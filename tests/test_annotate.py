@@ -29,7 +29,8 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.annotation import Annotations, Edge, SharedWith
+from qfunc.config.annotation import Annotations, SharedWith
+from qfunc.config.point import Edge
 from qfunc.errors import BadConfig, UnknownName, UnsupportedDType, WrongStage, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL
 from qfunc.testing import cases, sqnr, walk

@@ -21,7 +21,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.match import Pattern, Step
 from qfunc.numerics.observers import FixedQParams, Histogram, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.backends.fusions import ADDS, MULS, F, modules
-from qfunc.config.backend_config import DTypeConfig, Observation, OperatorConfig
+from qfunc.config.backend_config import Observation, OperatorConfig
+from qfunc.config.dtype_config import DTypeConfig
 from qfunc.numerics.observers import FixedQParams
 from qfunc.numerics.qparams import UINT8
 
-INT8_TOO = DTypeConfig(activation=("uint8", "int8"))
-INT8_ONLY = DTypeConfig(activation=("int8",))
+INT8_ONLY = (DTypeConfig("int8", "int8"),)
+INT8_TOO = (*INT8_ONLY, DTypeConfig())
 
 _RANKS = (1, 2, 3)
 _POOLS = tuple(f"{name}{rank}d" for name in ("adaptive_avg_pool", "avg_pool", "max_pool") for rank in _RANKS)
@@ -23,7 +24,9 @@ _SHARED_METHODS = ("clamp", "mean", "permute", "reshape", "relu", "relu_", "sque
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 LAYERS = OperatorConfig(("conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED), Observation.OWN)
-BINARIES = OperatorConfig(("add", "mul"), Observation.BY_TENSORS, forms=ADDS | MULS)
+BINARIES = OperatorConfig(
+    ("add", "mul"), Observation.OWN, forms=ADDS | MULS, by_tensor_count=((1, Observation.SHARED),)
+)
 SHARED = OperatorConfig(
     (*_POOLS, *_SHARED_KINDS, "identity", "transpose", "unsqueeze", "contiguous"),
     Observation.SHARED,
@@ -61,7 +64,7 @@ NATIVE_OPERATORS = (
 """Of native, fbgemm, x86 and onednn; those of qnnpack take `int8` activations as well."""
 
 
-def with_dtypes(dtypes: DTypeConfig, *rows: OperatorConfig) -> tuple[OperatorConfig, ...]:
+def with_dtypes(dtypes: tuple[DTypeConfig, ...], *rows: OperatorConfig) -> tuple[OperatorConfig, ...]:
     """Rows that take other integer types."""
     return tuple(replace(row, dtypes=dtypes) for row in rows)
 

@@ -22,7 +22,8 @@ from qfunc.backends.operators import (
     with_dtypes,
 )
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.numerics.observers import Histogram, MinMax, Observer, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED, QuantSpec
 

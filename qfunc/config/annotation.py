@@ -6,36 +6,21 @@ backend. `combine` joins several, `prepare` makes observation sites of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
-from qfunc.config.qconfig import activation_problems
-from qfunc.errors import BadConfig, Problem, UnknownName, UnsupportedDType, several
-from qfunc.ir import Expression, Graph, Node, Note, refs
-from qfunc.numerics.grid import CODE_RANGE
-from qfunc.numerics.observers import Observer, validate_observer
-from qfunc.numerics.qparams import DTYPES
+from qfunc.config.point import Edge, Point, used
+from qfunc.config.qconfig import WeightQuantization
+from qfunc.errors import BadConfig, Problem, UnknownName, several
+from qfunc.ir import Expression, Graph, Note
+from qfunc.numerics.observers import Observer
+from qfunc.numerics.qparams import QParams, QuantSpec, validate
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, validate_quantization
 from qfunc.result import R
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """One use of a value: the `index`-th reference in the argument `slot` of the node `user`.
-
-    Arguments of post-ops have slots `post.0.other`, ....
-    """
-
-    user: str
-    slot: str
-    index: int = 0
-
-
-Point: TypeAlias = Edge | str
-"""Where qparams belong: to one use of a value, or to the value of a node, by its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +30,44 @@ class SharedWith:
     other: Point
 
 
-Spec: TypeAlias = Observer[Any] | SharedWith
-"""How a point is quantized: with what an observer finds (a fixed range is one as well), or as another point is."""
+@dataclass(frozen=True, slots=True)
+class Unshared:
+    """What an observer finds, for this point alone.
+
+    A use and its value otherwise have one observer where both are quantized alike.
+    """
+
+    observer: Observer[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """Qparams that a function makes of those of other points, in their order.
+
+    The points are values and uses that are quantized, or the weight of a layer: `Edge(node, "weight")`. A bias, say,
+    has the product of the scales of the input and the weight.
+    """
+
+    of: tuple[Point, ...]
+    function: Callable[[tuple[QParams, ...]], QParams]
+    spec: QuantSpec
+
+
+Spec: TypeAlias = Observer[Any] | SharedWith | Unshared | Derived | Dynamic | Cast
+"""How a point is quantized: with what an observer finds, as another point is, by a function, or without measuring."""
+
+ParameterSpec: TypeAlias = WeightQuantization | Derived
+"""How a parameter is quantized."""
 
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
     """What is quantized.
 
-    `inputs` maps uses of values, `outputs` values (for all their uses), to how; `weights` maps nodes to the observers
-    of their weights. All points of one of the `groups` have the same qparams. `taps` are values that the observer of
-    their own output sees as well, where that is another's. `floats` says of nodes that stay float why; those in
-    `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
+    `inputs` maps uses of values, `outputs` values (for all their uses), to how; `weights` and `biases` map nodes to how
+    these parameters of theirs are. All points of one of the `groups` have the same qparams. `taps` are values that the
+    observer of their own output sees as well, where that is another's. `floats` says of nodes that stay float why;
+    those in `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
     than the value's own quantizes the value anew.
@@ -64,32 +75,47 @@ class Annotations:
 
     inputs: PMap[Edge, Spec] = pmap()
     outputs: PMap[str, Spec] = pmap()
-    weights: PMap[str, Observer[Any]] = pmap()
+    weights: PMap[str, ParameterSpec] = pmap()
     groups: frozenset[tuple[Point, ...]] = frozenset()
     taps: frozenset[str] = frozenset()
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     refused: frozenset[str] = field(default=frozenset(), compare=False)
     notes: tuple[Note, ...] = field(default=(), compare=False)
+    biases: PMap[str, ParameterSpec] = pmap()
 
     __hash__ = None  # type: ignore[assignment]
 
     def keep_float(self, node: str, reason: str = "the annotations keep it float") -> Annotations:
         """These annotations without the uses and the value of one node, and without what shares with them."""
-        gone: set[Point] = {node, *(edge for edge in self.inputs if edge.user == node)}
-        return Annotations(
-            pmap({e: s for e, s in self.inputs.items() if e not in gone and not _shares(s, gone)}),
-            pmap({v: s for v, s in self.outputs.items() if v not in gone and not _shares(s, gone)}),
-            self.weights.discard(node),
-            frozenset(kept for group in self.groups if len(kept := tuple(p for p in group if p not in gone)) > 1),
-            self.taps - {node},
-            self.floats.set(node, reason),
-            self.refused - {node},
-            self.notes,
+        gone: set[Point] = {node, *(edge for edge in self.inputs if edge.user == node), Edge(node, "weight")}
+        biases = {id: spec for id, spec in self.biases.items() if id != node and not _rests_on(spec, gone)}
+        groups = (tuple(point for point in group if point not in gone) for group in self.groups)
+        return replace(
+            self,
+            inputs=pmap({e: s for e, s in self.inputs.items() if e not in gone and not _rests_on(s, gone)}),
+            outputs=pmap({v: s for v, s in self.outputs.items() if v not in gone and not _rests_on(s, gone)}),
+            weights=self.weights.discard(node),
+            groups=frozenset(group for group in groups if len(group) > 1),
+            taps=self.taps - {node},
+            floats=self.floats.set(node, reason),
+            refused=self.refused - {node},
+            biases=pmap(biases),
         )
 
 
-def _shares(spec: Spec, gone: set[Point]) -> bool:
-    return isinstance(spec, SharedWith) and spec.other in gone
+def points_of(spec: Spec | ParameterSpec) -> tuple[Point, ...]:
+    """The other points whose qparams a spec takes."""
+    match spec:
+        case SharedWith(other):
+            return (other,)
+        case Derived(of):
+            return of
+        case _:
+            return ()
+
+
+def _rests_on(spec: Spec | ParameterSpec, gone: set[Point]) -> bool:
+    return any(point in gone for point in points_of(spec))
 
 
 def combine(*annotations: Annotations) -> R[Annotations]:
@@ -108,9 +134,10 @@ def combine(*annotations: Annotations) -> R[Annotations]:
     inputs = _united((given.inputs for given in annotations), problems)
     outputs = _united((given.outputs for given in annotations), problems)
     weights = _united((given.weights for given in annotations), problems)
+    biases = _united((given.biases for given in annotations), problems)
     if problems:
         return Failure(several(sorted(problems, key=lambda problem: problem.node)))
-    quantized = {*outputs, *weights, *(edge.user for edge in inputs)}
+    quantized = {*outputs, *weights, *biases, *(edge.user for edge in inputs)}
     floats = {node: reason for given in annotations for node, reason in given.floats.items() if node not in quantized}
     return Success(
         Annotations(
@@ -122,6 +149,7 @@ def combine(*annotations: Annotations) -> R[Annotations]:
             pmap(floats),
             frozenset().union(*(given.refused for given in annotations)) - quantized,
             tuple(dict.fromkeys(note for given in annotations for note in given.notes)),
+            biases,
         )
     )
 
@@ -148,28 +176,45 @@ _ONE = "have one quantizer annotate it, or take it from the other with keep_floa
 def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
     """Nodes, uses and observers that do not exist or cannot be meant."""
     specs = (*annotations.inputs.values(), *annotations.outputs.values())
+    parameters = (*annotations.weights.values(), *annotations.biases.values())
     quantized: tuple[Point, ...] = (*annotations.inputs, *annotations.outputs)
-    shared: list[Point] = [spec.other for spec in specs if isinstance(spec, SharedWith)]
-    shared += [*annotations.taps, *(point for group in annotations.groups for point in group)]
-    for point in dict.fromkeys((*quantized, *annotations.weights, *shared)):
+    others = [point for spec in (*specs, *parameters) for point in points_of(spec)]
+    others += [*annotations.taps, *(point for group in annotations.groups for point in group)]
+    weights = {Edge(id, "weight") for id in annotations.weights}
+    for point in dict.fromkeys((*quantized, *annotations.weights, *annotations.biases, *others)):
         id = point.user if isinstance(point, Edge) else point
         if id not in graph.nodes:
             yield UnknownName(str(id), "node", graph.order)
-        else:
+        elif point not in weights:
             yield from _wrong_point(point, graph)
-    for point in dict.fromkeys(shared):
-        if point not in annotations.inputs and point not in annotations.outputs:
-            yield BadConfig(str(point), "others share its qparams, and it is not quantized", "annotate it as well")
-    for id, observer in annotations.weights.items():
-        node = graph.nodes.get(id)
-        if node is not None and not (node.has("weight") and isinstance(node.get("weight"), Expression)):
-            yield BadConfig(id, "it has no weight that is a parameter", "annotate the weights of layers only")
-        yield from validate_observer(observer)
-    for spec in dict.fromkeys(spec for spec in specs if not isinstance(spec, SharedWith)):
-        yield from validate_observer(spec)
-        yield from activation_problems(spec)
-        if spec.spec.dtype in DTYPES and spec.spec.dtype not in CODE_RANGE:
-            yield UnsupportedDType(type(spec).__name__, f"activations are quantized to 8 bits, not {spec.spec.dtype}")
+    for point in dict.fromkeys(others):
+        if point not in annotations.inputs and point not in annotations.outputs and point not in weights:
+            yield BadConfig(str(point), "others rest on its qparams, and it is not quantized", "annotate it as well")
+    for table, slot in ((annotations.weights, "weight"), (annotations.biases, "bias")):
+        for id in table:
+            node = graph.nodes.get(id)
+            if node is not None and not (node.has(slot) and isinstance(node.get(slot), Expression)):
+                yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
+    for spec in dict.fromkeys((*specs, *parameters)):
+        yield from _wrong_spec(spec)
+
+
+def _wrong_spec(spec: Any) -> Iterator[Problem]:
+    match spec:
+        case SharedWith():
+            return
+        case Unshared(observer):
+            yield from validate_quantization(observer)
+        case Derived(of, function, quant):
+            yield from validate(quant)
+            if not of or not callable(function):
+                remedy = "name the points, and give a function from the tuple of their QParams to QParams"
+                yield BadConfig("Derived", "it derives from no point, or without a function", remedy)
+        case ReuseInput() | KeepFloat():
+            remedy = "leave the point out, or share with the input: SharedWith(value)"
+            yield BadConfig(type(spec).__name__, "it is for operators, not for single points", remedy)
+        case _:
+            yield from validate_quantization(spec)
 
 
 def _wrong_point(point: Point, graph: Graph) -> Iterator[Problem]:
@@ -181,27 +226,3 @@ def _wrong_point(point: Point, graph: Graph) -> Iterator[Problem]:
         yield BadConfig(id, reason, "name an argument that holds values, and count them from 0")
     elif graph[value].aliased:
         yield BadConfig(id, f"the memory of {value!r} is changed in place", "leave it float")
-
-
-def used(node: Node, edge: Edge) -> str | None:
-    """The value that an edge carries; None where there is no such use."""
-    values = values_in(node, edge.slot)
-    return values[edge.index] if 0 <= edge.index < len(values) else None
-
-
-def values_in(node: Node, slot: str) -> tuple[str, ...]:
-    """The values in one argument of a node or of an operator fused behind it, in order."""
-    name, args = slot, node.args
-    if slot.startswith("post."):
-        _, position, name = slot.split(".")
-        posts = node.post[int(position) : int(position) + 1]
-        args = posts[0].args if posts else ()
-    return tuple([value for key, arg in args if key == name for value in refs(arg)])
-
-
-def edges_by_slot(edges: Iterable[Edge]) -> dict[tuple[str, str], list[Edge]]:
-    """Edges by user and slot, each list in order: so that an argument of many values is looked through once."""
-    found: dict[tuple[str, str], list[Edge]] = {}
-    for edge in sorted(edges, key=lambda edge: (edge.slot, edge.index)):
-        found.setdefault((edge.user, edge.slot), []).append(edge)
-    return found

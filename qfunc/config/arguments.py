@@ -11,7 +11,8 @@ from qfunc.config.custom_config import CustomConfig
 from qfunc.config.custom_fusion import wrong_fusion
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem
 
 _EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(

@@ -11,7 +11,8 @@ from returns.result import Failure, Success
 
 from qfunc.config.arguments import shown
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, as_written, parse
 from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OPERATORS
 from qfunc.config.writing import Writer

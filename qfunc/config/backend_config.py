@@ -10,7 +10,8 @@ from typing import Any
 
 from qfunc.config.columns import aligned
 from qfunc.config.custom_fusion import CustomFusion, wrong_fusion
-from qfunc.config.qconfig import QConfigMapping
+from qfunc.config.dtype_config import DTypeConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem
 from qfunc.ir import Node
 from qfunc.match import Pattern, Step, form_of
@@ -24,32 +25,31 @@ class Observation(Enum):
     """With qparams of its own."""
     SHARED = "shared"
     """With the qparams of its inputs, which all become the same."""
-    BY_TENSORS = "by tensors"
-    """With its own where two operands are tensors, with its input's where one is a number."""
-
-
-@dataclass(frozen=True, slots=True)
-class DTypeConfig:
-    """Integer types an operator takes: names of dtypes of its activations and of its weight."""
-
-    activation: tuple[str, ...] = ("uint8",)
-    weight: tuple[str, ...] = ("int8",)
+    NOT_OBSERVED = "not observed"
+    """Not at all, nor are its inputs: it only asks for sizes, say."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorConfig:
     """One operator (or several alike) of a backend.
 
-    `forms` restricts it to some ways of writing it; `fixed` gives the output the qparams of the function's range;
-    `float_output` says that its kernel can also write float32.
+    `dtypes` are the combinations it takes. `forms` restricts it to some ways of writing it; `by_tensor_count` says how
+    the output is quantized where so many operands are tensors, and not numbers. `fixed` gives the output the qparams of
+    the function's range; `float_output` says that its kernel can also write float32. `inputs`, `weight` and `bias` name
+    its arguments, where those of the vocabulary are not meant or the vocabulary does not know the operator (whose
+    arguments are called by their positions, '0', '1', ..., or keywords).
     """
 
     kinds: tuple[str, ...]
     observation: Observation
-    dtypes: DTypeConfig = DTypeConfig()
+    dtypes: tuple[DTypeConfig, ...] = (DTypeConfig(),)
     forms: frozenset[str] = frozenset()
+    by_tensor_count: tuple[tuple[int, Observation], ...] = ()
     fixed: Observer[Any] | None = None
     float_output: bool = False
+    inputs: tuple[str, ...] | None = None
+    weight: str | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,10 @@ class BackendConfig:
 
     def __str__(self) -> str:
         rows = [
-            (", ".join(row.dtypes.activation), ", ".join(row.dtypes.weight), _result(row), ", ".join(row.kinds))
+            (" or ".join(dict.fromkeys(map(str, row.dtypes))), _result(row), ", ".join(row.kinds))
             for row in self.operators
         ]
-        operators = aligned([("activations", "weights", "result", "operators"), *rows]) if rows else []
+        operators = aligned([("dtypes", "result", "operators"), *rows]) if rows else []
         fusions = [fill("fuses " + "; ".join(fusion.name for fusion in self.fusions), 120, break_on_hyphens=False)]
         return "\n".join([self.name, *operators, *(fusions if self.fusions else []), str(self.qconfig_mapping)])
 
@@ -92,13 +92,14 @@ class BackendConfig:
 def _result(row: OperatorConfig) -> str:
     if row.fixed is not None:
         return "a fixed range"
-    return _RESULTS[row.observation]
+    others = (f"{_RESULTS[how]} with {count} tensors" for count, how in row.by_tensor_count)
+    return ", ".join((_RESULTS[row.observation], *others))
 
 
 _RESULTS = {
     Observation.OWN: "a range of its own",
     Observation.SHARED: "the range of its inputs",
-    Observation.BY_TENSORS: "a range of its own, with a number that of its input",
+    Observation.NOT_OBSERVED: "not observed",
 }
 
 

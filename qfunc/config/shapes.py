@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from qfunc.config.backend_config import BackendConfig, DTypeConfig, Observation, OperatorConfig
+from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.custom_fusion import CustomFusion
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.dtype_config import DTypeConfig
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.match import Anything, Constant, MatchAllNode, Pattern, Step
 from qfunc.numerics import observers
 from qfunc.numerics.qparams import QuantSpec
@@ -221,7 +223,18 @@ _OPERATOR = Record(
     {
         "kinds": Many(TEXT),
         "observation": Choices(Observation),
-        "dtypes": Record(DTypeConfig, {"activation": Many(TEXT), "weight": Many(TEXT)}),
+        "dtypes": Many(
+            Record(
+                DTypeConfig,
+                {
+                    "input_dtype": Maybe(TEXT),
+                    "output_dtype": Maybe(TEXT),
+                    "weight_dtype": Maybe(TEXT),
+                    "bias_dtype": Maybe(TEXT),
+                    "is_dynamic": FLAG,
+                },
+            )
+        ),
         "forms": Names(),
         "fixed": Maybe(Observed()),
         "float_output": FLAG,

@@ -79,7 +79,7 @@ def calibrate_on(
             count += 1
     if not count:
         return Failure(NoBatches())
-    states = {observer.site.key: observer.state for observer in observers}
+    states = {key: observer.state for observer in observers if (key := observer.site.key) is not None}
     return Success(Calibrated(prepared, Statistics(digest(prepared.graph), pmap(states), count)))
 
 

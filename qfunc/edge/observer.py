@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qfunc.errors import Unobserved, UnsupportedDType, UserFunctionFailed, told
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
-from qfunc.passes.stages import Site
+from qfunc.passes.stages import Site, measures
 
 
 class ObserverError(Exception):
@@ -29,20 +29,21 @@ class ObserverModule(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.site = site
-        self.state: Any = _guarded(site.observer, site.id, site.observer.init)
+        assert measures(site.observer), site
+        self.site, self.observer = site, site.observer
+        self.state: Any = _guarded(self.observer, site.id, self.observer.init)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
         site = self.site
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ObserverError(UnsupportedDType(site.id, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
-        self.state = _guarded(site.observer, site.id, site.observer.update, self.state, x.detach())
+        self.state = _guarded(self.observer, site.id, self.observer.update, self.state, x.detach())
         return x
 
     def extra_repr(self) -> str:
         """The observer, and what it observes."""
-        return f"{self.site.observer!r}, taps={', '.join(self.site.taps)}"
+        return f"{self.observer!r}, taps={', '.join(self.site.taps)}"
 
 
 _UNKNOWN = "trace with example_inputs, so that such values are known and left alone, or keep the module float"

@@ -7,8 +7,8 @@ from typing import Any
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
-from qfunc.config.annotation import Edge, edges_by_slot, values_in
-from qfunc.errors import Problem, Unobserved, UserFunctionFailed, WrongStage, several
+from qfunc.config.point import Edge, edges_by_slot, values_in
+from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, fact_in
 from qfunc.numerics.grid import Affine
@@ -16,7 +16,7 @@ from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.record import recorded
-from qfunc.passes.stages import Calibrated, Converted, Prepared
+from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
 from qfunc.result import R
 
 
@@ -56,14 +56,22 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
     found: dict[str, QParams] = {}
     problems: list[Problem] = []
     for id in _in_order(prepared):
-        site = prepared.sites[id]
-        qparams = finished(site.observer, states[site.key]) if site.key in states else None
+        site, key = prepared.sites[id], prepared.sites[id].key
+        if not measures(site.observer):
+            reason = f"its values are quantized by {type(site.observer).__name__}, of which there is no reference form"
+            problems.append(BadConfig(_place(prepared, id), reason, "configure an observer, such as Histogram()"))
+            continue
+        qparams = finished(site.observer, states[key]) if key is not None and key in states else None
         if isinstance(qparams, QParams):
             found[id] = qparams
         elif qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
         else:
             problems.append(UserFunctionFailed(_place(prepared, id), qparams))
+    for id, observer in prepared.weights.items():
+        if not measures(observer):
+            reason = f"its weight is quantized by {type(observer).__name__}, of which there is no reference form"
+            problems.append(BadConfig(prepared.graph[id].place, reason, "configure an observer, such as MinMax(spec)"))
     return found, problems
 
 
@@ -111,6 +119,7 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
     for id, observer in prepared.weights.items():
+        assert measures(observer), observer
         draft.put(_quantize_weight(draft[id], observer))
     return recorded(graph, draft.commit(), "convert", f"backend={prepared.backend}")
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from returns.result import Failure, Success
 
+from qfunc.config.annotation import ParameterSpec
 from qfunc.config.columns import aligned
 from qfunc.errors import WrongStage
 from qfunc.ir import Graph, Note
+from qfunc.numerics.unmeasured import Cast, KeepFloat
 from qfunc.passes.numbers import non_tensors
-from qfunc.passes.stages import Prepared
+from qfunc.passes.stages import Prepared, SiteObserver
 from qfunc.result import R
 
 
@@ -117,13 +119,11 @@ def describe(prepared: Prepared) -> R[Description]:
         Description(
             prepared.backend,
             tuple(
-                SiteRow(
-                    s.id, s.taps, type(s.observer).__name__, *_spec(s.observer.spec), why=tuple(reasons.get(s.id, ()))
-                )
+                SiteRow(s.id, s.taps, type(s.observer).__name__, *_spec(s.observer), why=tuple(reasons.get(s.id, ())))
                 for s in sites
             ),
             tuple(
-                WeightRow(id, graph[id].place, type(observer).__name__, *_spec(observer.spec))
+                WeightRow(id, graph[id].place, type(observer).__name__, *_spec(observer))
                 for id, observer in sorted(prepared.weights.items(), key=lambda item: position[item[0]])
             ),
             tuple(
@@ -153,9 +153,16 @@ def compare(first: Prepared, second: Prepared) -> R[Comparison]:
 _PLUMBING = ("placeholder", "get_attr", "output")
 
 
-def _spec(spec: object) -> tuple[str, str]:
-    dtype, low, high = (getattr(spec, name) for name in ("dtype", "quant_min", "quant_max"))
-    return f"{dtype} {low}..{high}", str(getattr(spec, "qscheme", ""))
+def _spec(quantization: SiteObserver | ParameterSpec) -> tuple[str, str]:
+    """The dtype with its range, and the scheme."""
+    match quantization:
+        case Cast(dtype):
+            return dtype, ""
+        case KeepFloat():
+            return "float32", ""
+        case _:
+            spec = quantization.spec
+            return f"{spec.dtype} {spec.quant_min}..{spec.quant_max}", spec.qscheme
 
 
 def _reasons(prepared: Prepared) -> Mapping[str, list[str]]:
@@ -193,11 +200,11 @@ def _each_decision(prepared: Prepared) -> Iterator[tuple[str, str]]:
             yield f"result of {id}", _observed(prepared, outputs[id])
         if id in prepared.weights:
             observer = prepared.weights[id]
-            yield f"weight of {id}", " ".join((type(observer).__name__, *_spec(observer.spec)))
+            yield f"weight of {id}", " ".join((type(observer).__name__, *_spec(observer)))
         if id in prepared.floats and graph[id].kind not in _PLUMBING:
             yield id, f"float: {prepared.floats[id]}"
 
 
 def _observed(prepared: Prepared, site: str) -> str:
     found = prepared.sites[site]
-    return " ".join((type(found.observer).__name__, *_spec(found.observer.spec), "of", ", ".join(found.taps)))
+    return " ".join((type(found.observer).__name__, *_spec(found.observer), "of", ", ".join(found.taps)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token
-from qfunc.passes.stages import Prepared
+from qfunc.passes.stages import Prepared, measures
 
 
 def with_observers(prepared: Prepared) -> Graph:
@@ -16,7 +16,8 @@ def with_observers(prepared: Prepared) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
     objects = graph.objects
-    for index, (_, site) in enumerate(sorted(prepared.sites.items())):
+    measured = (site for _, site in sorted(prepared.sites.items()) if measures(site.observer))
+    for index, site in enumerate(measured):
         token = Token(f"observer:{site.id}")
         objects = objects.set(token.id, Opaque(site))
         path = f"activation_post_process_{index}"

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
-from qfunc.config.annotation import (
-    Annotations,
-    Edge,
-    Point,
-    SharedWith,
-    Spec,
-    edges_by_slot,
-    values_in,
-    wrong_annotations,
-)
+from qfunc.config.annotation import Annotations, SharedWith, Spec, Unshared, wrong_annotations
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.qconfig import QConfigMapping
+from qfunc.config.point import Edge, Point, edges_by_slot, values_in
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
-from qfunc.numerics.observers import FixedQParams, Observer
+from qfunc.numerics.observers import FixedQParams
 from qfunc.passes.annotate import annotate
-from qfunc.passes.stages import Prepared, Site
+from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
 from qfunc.result import R
 
 
@@ -74,6 +65,7 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepare
             annotations.floats,
             annotations.refused,
             annotations.notes,
+            annotations.biases,
         )
     )
 
@@ -88,10 +80,11 @@ class _Sharing:
     def __init__(self, graph: Graph, annotations: Annotations) -> None:
         self._order = {id: index for index, id in enumerate(graph.order)}
         self._parent: list[int] = []
-        self._observers: list[Observer[Any] | None] = []
+        self._observers: list[SiteObserver | None] = []
+        self._unshared: set[int] = set()
         self._taps: list[dict[str, None]] = []
         self._points: dict[Point, int] = {}
-        self._of_uses: dict[tuple[str, Observer[Any]], int] = {}
+        self._of_uses: dict[tuple[str, SiteObserver], int] = {}
         self._inputs: list[Edge] = []
         self._outputs = [id for id in graph.order if id in annotations.outputs]
         uses: dict[str, list[tuple[Edge, str]]] = {}
@@ -138,32 +131,45 @@ class _Sharing:
 
     def _use(self, edge: Edge, value: str, spec: Spec) -> None:
         own = self._points.get(value)
-        if isinstance(spec, SharedWith):
-            self._points[edge] = self._new(value, None) if own is None else own
-        elif own is not None and self._serves(own, spec):
-            self._points[edge] = own
-            return
-        else:
-            key = (value, spec)
-            if key not in self._of_uses:
-                self._of_uses[key] = self._new(value, spec)
-            self._points[edge] = self._of_uses[key]
+        match spec:
+            case SharedWith():
+                self._points[edge] = self._new(value, None) if own is None else own
+            case Unshared(observer):
+                self._points[edge] = self._new(value, observer)
+                self._unshared.add(self._points[edge])
+            case _ if own is not None and self._serves(own, spec):
+                self._points[edge] = own
+            case _:
+                key = (value, spec)
+                if key not in self._of_uses:
+                    self._of_uses[key] = self._new(value, spec)
+                self._points[edge] = self._of_uses[key]
         if self._points[edge] is not own:
             self._inputs.append(edge)
 
     def _value(self, value: str, spec: Spec) -> None:
-        other = self._points.get(spec.other) if isinstance(spec, SharedWith) else None
-        if other is not None:
-            self._points[value] = other
-        else:
-            self._points[value] = self._new(value, None if isinstance(spec, SharedWith) else spec)
+        match spec:
+            case SharedWith(other):
+                known = self._points.get(other)
+                self._points[value] = self._new(value, None) if known is None else known
+            case Unshared(observer):
+                self._points[value] = self._new(value, observer)
+                self._unshared.add(self._points[value])
+            case _:
+                self._points[value] = self._new(value, spec)
 
-    def _serves(self, site: int, observer: Observer[Any]) -> bool:
+    def _serves(self, site: int, observer: SiteObserver) -> bool:
         """Whether a value's own site serves a use: a fixed range is the value's, others must be for the same spec."""
         own = self._observers[self._root(site)]
-        return own is None or isinstance(own, FixedQParams) or own.spec == observer.spec
+        if own is None or isinstance(own, FixedQParams):
+            return True
+        if site in self._unshared:
+            return False
+        if measures(own) and measures(observer):
+            return own.spec == observer.spec
+        return own == observer
 
-    def _new(self, value: str, observer: Observer[Any] | None) -> int:
+    def _new(self, value: str, observer: SiteObserver | None) -> int:
         self._parent.append(len(self._parent))
         self._observers.append(observer)
         self._taps.append({} if observer is None else {value: None})

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from pyrsistent import PMap, pmap
 
-from qfunc.config.annotation import Edge
+from qfunc.config.annotation import Derived, ParameterSpec
+from qfunc.config.point import Edge
 from qfunc.ir import Graph, Note
 from qfunc.numerics.observers import Observer
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 
 Key: TypeAlias = tuple[tuple[str, ...], Any]
 """What a statistic is filed under: the values observed, and the kind of statistic."""
 
 
+SiteObserver: TypeAlias = Observer[Any] | Derived | Dynamic | Cast
+"""What says how a site is quantized: an observer, which measures, or what measures nothing."""
+
+
+def measures(observer: SiteObserver | ParameterSpec | None) -> TypeGuard[Observer[Any]]:
+    """Whether calibration is to show it data."""
+    return not isinstance(observer, (Derived, Dynamic, Cast, KeepFloat, type(None)))
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place of observation: `observer` sees the values `taps`, in graph order; all that use it share qparams."""
+    """A place of quantization: `observer` is for the values `taps`, in graph order; all that use it share qparams."""
 
     id: str
-    observer: Observer[Any]
+    observer: SiteObserver
     taps: tuple[str, ...]
 
     @property
-    def key(self) -> Key:
-        """What its statistic is filed under; equal for observers that measure the same."""
-        return self.taps, self.observer.statistic
+    def key(self) -> Key | None:
+        """What its statistic is filed under, equal for observers that measure the same; None where nothing is."""
+        return (self.taps, self.observer.statistic) if measures(self.observer) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +45,21 @@ class Prepared:
     """A graph and its observation sites, as data.
 
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
-    are float otherwise; `weights` maps nodes to the observers of their weights; `floats` says of each node that stays
-    float why; those of them in `refused` are layers that the configuration meant to quantize. `notes` tell of
-    entries of the configuration that match nothing.
+    are float otherwise; `weights` and `biases` map nodes to how these parameters of theirs are quantized; `floats` says
+    of each node that stays float why; those of them in `refused` are layers that the configuration meant to quantize.
+    `notes` tell of entries of the configuration that match nothing.
     """
 
     graph: Graph
     sites: PMap[str, Site]
     outputs: PMap[str, str]
     inputs: PMap[Edge, str]
-    weights: PMap[str, Observer[Any]]
+    weights: PMap[str, ParameterSpec]
     backend: str
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     refused: frozenset[str] = field(default=frozenset(), compare=False)
     notes: tuple[Note, ...] = field(default=(), compare=False)
+    biases: PMap[str, ParameterSpec] = pmap()
 
     __hash__ = None  # type: ignore[assignment]
 

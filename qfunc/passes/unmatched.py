@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from qfunc.config.qconfig import QConfigMapping, numbered
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.resolve import numbered
 from qfunc.ir import Graph, Note
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any
 
 from pyrsistent import PMap, pmap
 
-from qfunc.config.qconfig import Choice, QConfigMapping
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.ir import Graph
-
-KeyT = TypeVar("KeyT")
 
 
 def reordered(mapping: QConfigMapping, graph: Graph) -> QConfigMapping:
@@ -18,14 +17,8 @@ def reordered(mapping: QConfigMapping, graph: Graph) -> QConfigMapping:
     entries = mapping.module_name_regexes
     names = {"", *graph.modules, *(node.origin.module for node in graph)}
     overlap = any(sum(bool(re.match(text, name)) for text, _ in entries) > 1 for name in names)
-    return QConfigMapping(
-        mapping.global_qconfig,
-        pmap(dict(_backwards(mapping.object_types))),
-        entries if overlap else entries[::-1],
-        pmap(dict(_backwards(mapping.module_names))),
-        pmap(dict(_backwards(mapping.module_name_object_type_orders))),
-    )
-
-
-def _backwards(table: PMap[KeyT, Choice]) -> list[tuple[KeyT, Choice]]:
-    return list(table.items())[::-1]
+    others: dict[str, Any] = {field.name: getattr(mapping, field.name) for field in fields(mapping)}
+    backwards: dict[str, Any] = {
+        name: pmap(list(table.items())[::-1]) for name, table in others.items() if isinstance(table, PMap)
+    }
+    return replace(mapping, module_name_regexes=entries if overlap else entries[::-1], **backwards)

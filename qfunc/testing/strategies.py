@@ -21,7 +21,8 @@ from torch import nn
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.qconfig import QConfig, QConfigMapping
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.ir import Graph
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q

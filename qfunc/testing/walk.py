@@ -16,7 +16,7 @@ from qfunc.backends import CPU
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.host_report import HostReport
-from qfunc.config.qconfig import QConfigMapping
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.materialize import materialize
 from qfunc.edge.trace import NOTHING, trace

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from qfunc import CPU, Histogram, MinMax, QConfig, QConfigMapping, describe, fuse, prepare, trace, unwrap
-from qfunc.config.qconfig import resolve_qconfigs
+from qfunc.config.resolve import resolve_qconfigs
 from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC
 from qfunc.testing import models

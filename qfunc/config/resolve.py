@@ -1,0 +1,247 @@
+"""Which entry of a `QConfigMapping` holds for each node of a graph, and what is wrong with a mapping."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from qfunc.config.point import used
+from qfunc.config.qconfig import Choice, QConfig, wrong_qconfig
+from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name, tables
+from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
+from qfunc.ir import Graph, Node, Origin
+from qfunc.match import form_of, form_of_origin
+from qfunc.numerics.unmeasured import ReuseInput, validate_quantization
+from qfunc.params import FoldBatchNorm
+
+Entry: TypeAlias = tuple[str, Any]
+"""An entry of a mapping: the name of its field, and its key there."""
+
+GLOBAL: Entry = ("global_qconfig", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The configuration that holds for a node, and the entry it comes from."""
+
+    qconfig: Choice
+    entry: Entry
+
+
+def resolve_qconfigs(mapping: QConfigMapping, graph: Graph) -> dict[str, Choice]:
+    """The configuration of every node, by id; of a mapping without problems.
+
+    >>> from torch import nn
+    >>> from qfunc import trace
+    >>> graph = trace(nn.Sequential(nn.ReLU()).eval()).unwrap()
+    >>> resolve_qconfigs(QConfigMapping(), graph)["_0"] is None
+    True
+    """
+    return {id: chosen.qconfig for id, chosen in Resolution(mapping, graph).chosen.items()}
+
+
+class Resolution:
+    """The entries that hold for the nodes of a graph.
+
+    `problems` tells of selectors that fail or contradict each other, and of fused operators with different
+    configurations; `unused` are the selectors that pick nothing.
+    """
+
+    def __init__(self, mapping: QConfigMapping, graph: Graph, default: QConfigMapping | None = None) -> None:
+        self.problems: list[Problem] = []
+        self.unused: list[Selector] = []
+        self._mapping = mapping
+        self._default = QConfigMapping() if default is None else default
+        self._patterns = [(text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
+        self._selected = self._select(graph)
+        self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph)}
+        for node in graph:
+            self._compare_parts(node, graph)
+
+    def _select(self, graph: Graph) -> dict[str, tuple[Selector, Choice]]:
+        found: dict[str, tuple[Selector, Choice]] = {}
+        for selector in sorted(self._mapping.selections, key=selector_name):
+            choice, name = self._mapping.selections[selector], selector_name(selector)
+            try:
+                ids = tuple(selector(graph))
+            except Exception as error:  # noqa: BLE001 - the selector is the user's code
+                self.problems.append(UserFunctionFailed(name, f"it raised {told(error)}"))
+                continue
+            if not ids:
+                self.unused.append(selector)
+            for id in ids:
+                if id not in graph.nodes:
+                    self.problems.append(UnknownName(str(id), "node", graph.order))
+                elif found.setdefault(id, (selector, choice))[1] != choice:
+                    reason = f"{selector_name(found[id][0])} and {name} select it for different configurations"
+                    remedy = f"let one of them leave it out, or say which holds with set_node({id!r}, qconfig)"
+                    if id not in self._mapping.nodes:
+                        self.problems.append(BadConfig(graph[id].place, reason, remedy))
+        return found
+
+    def _choose(self, node: Node, key: tuple[str, str, int]) -> Chosen:
+        mapping = self._mapping
+        if node.id in mapping.nodes:
+            return Chosen(mapping.nodes[node.id], ("nodes", node.id))
+        if key in mapping.module_name_object_type_orders:
+            return Chosen(mapping.module_name_object_type_orders[key], ("module_name_object_type_orders", key))
+        named = self._by_name(node.origin.module)
+        if named is not None:
+            return named
+        if node.id in self._selected:
+            selector, choice = self._selected[node.id]
+            return Chosen(choice, ("selections", selector))
+        return self._by_type((node.origin.type, key[1]))
+
+    def _by_name(self, path: str) -> Chosen | None:
+        for prefix in _ancestors(path):
+            if prefix in self._mapping.module_names:
+                return Chosen(self._mapping.module_names[prefix], ("module_names", prefix))
+        for text, pattern, qconfig in self._patterns:
+            if pattern.match(path):
+                return Chosen(qconfig, ("module_name_regexes", text))
+        return None
+
+    def _by_type(self, names: tuple[str, str]) -> Chosen:
+        # As in the reference, the type of the module that contains a function is stronger than the function itself.
+        for name in names:
+            if name in self._mapping.object_types:
+                return Chosen(self._mapping.object_types[name], ("object_types", name))
+        return Chosen(self._mapping.global_qconfig, GLOBAL)
+
+    def _compare_parts(self, node: Node, graph: Graph) -> None:
+        """A problem where an entry names a part of a fused operator and wants something else than holds for it."""
+        chosen = self.chosen[node.id]
+        if chosen.entry[0] in ("nodes", "module_name_object_type_orders", "selections"):
+            return  # they name the operator as it is in the graph, all of it
+        for origin in _parts(node, graph):
+            names = (origin.type, form_of_origin(origin))
+            part = self._by_name(origin.module) or self._by_type(names)
+            if part.entry == GLOBAL or part.qconfig == chosen.qconfig or self._is_default(part):
+                continue
+            where = origin.module or names[1]
+            reason = f"it is fused with {where!r}, for which {_named(part.entry)} says something else"
+            remedy = "configure both alike, or keep them apart: CustomConfig(unfused_names=...)"
+            self.problems.append(BadConfig(node.place, reason, remedy))
+
+    def _is_default(self, chosen: Chosen) -> bool:
+        field, key = chosen.entry
+        return field == "object_types" and self._default.object_types.get(key, ...) == chosen.qconfig
+
+
+def _named(entry: Entry) -> str:
+    field, key = entry
+    return f"{field}[{key!r}]"
+
+
+def _parts(node: Node, graph: Graph) -> Iterator[Origin]:
+    """What was fused into a node: batch norms folded into its weight, and the operators behind it."""
+    weight = node.get("weight") if node.has("weight") else None
+    while isinstance(weight, FoldBatchNorm):
+        mean, _, _ = getattr(weight.mean, "name", "").rpartition(".")
+        fact = graph.modules.get(mean)
+        if fact is not None and fact.type.startswith("torch.nn.BatchNorm"):
+            yield Origin(mean, fact.type)
+        weight = weight.weight
+    for post in node.post:
+        if post.origin.module or post.origin.written is not None:
+            yield post.origin
+
+
+def numbered(graph: Graph) -> Iterator[tuple[Node, tuple[str, str, int]]]:
+    """Every node with its key among `module_name_object_type_orders`: the module whose forward calls, what, and which.
+
+    The calls of one thing by one module are counted from 0.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for node in graph:
+        form, parent = form_of(node), _container(node)
+        index = counts.get((parent, form), 0)
+        counts[parent, form] = index + 1
+        yield node, (parent, form, index)
+
+
+def _container(node: Node) -> str:
+    """The path of the module whose forward makes the call."""
+    written = node.origin.written
+    if written is not None and written.op == "call_module":
+        return written.target.rpartition(".")[0]
+    return node.origin.module
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Problem]:
+    """All that is wrong with a mapping for a model with these module paths.
+
+    Names that the model does not have, patterns that cannot be read, entries that are no `QConfig`, and observers that
+    are impossible for what they are to observe.
+    """
+    found: list[Problem] = [*_name_problems(mapping, modules), *_pattern_problems(mapping)]
+    for place, choice in _choices(mapping):
+        if isinstance(choice, QConfig):
+            found += wrong_qconfig(choice)
+        elif choice is not None:
+            reason = f"expected a QConfig or None, got a {type(choice).__name__}"
+            found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
+    for table in (mapping.outputs, mapping.edges):
+        for key in sorted(table, key=str):
+            found += validate_quantization(table[key])  # type: ignore[index]
+            if isinstance(table[key], ReuseInput):  # type: ignore[index]
+                remedy = "configure the operator: set_node(id, QConfig(ReuseInput(), weight))"
+                found.append(BadConfig(str(key), "a single place has no input whose qparams to reuse", remedy))
+    return list(dict.fromkeys(found))
+
+
+def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
+    """Nodes and uses that a mapping names and the graph does not have."""
+    named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in mapping.edges))
+    for id in dict.fromkeys(named):
+        if id not in graph.nodes:
+            yield UnknownName(str(id), "node", graph.order)
+    for edge in mapping.edges:
+        if edge.user in graph.nodes and used(graph[edge.user], edge) is None:
+            reason = f"it has no value no. {edge.index} in its argument {edge.slot!r}"
+            yield BadConfig(edge.user, reason, "name an argument that holds values, and count them from 0")
+
+
+def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterator[Problem]:
+    names = [*mapping.module_names, *(name for name, _, _ in mapping.module_name_object_type_orders)]
+    for name in sorted(dict.fromkeys(names), key=str):
+        if not isinstance(name, str):
+            yield BadConfig(str(name), f"a module name must be a str, not {name!r}", "pass a path such as 'layer1.0'")
+        elif name not in modules:
+            yield UnknownName(name, "module", tuple(sorted(modules)))
+    for form in sorted(mapping.object_types):
+        if not form.removeprefix(".").replace(".", "").isidentifier():
+            remedy = "pass a module class, a function that can be imported, or the name of a tensor method"
+            yield BadConfig("object_type", f"{form} is no type of call", remedy)
+    for selector in mapping.selections:
+        if not callable(selector):
+            remedy = "pass a function from a graph to the ids of its nodes, such as depthwise_convolutions"
+            yield BadConfig("selections", f"{selector!r} is no function", remedy)
+
+
+def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
+    for text, _ in mapping.module_name_regexes:
+        try:
+            re.compile(text)
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
+            remedy = "pass a regular expression as a str, such as r'layer1\\..*'"
+            yield BadConfig(str(text), f"not a regular expression: {error}", remedy)
+
+
+def _choices(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
+    """Every entry of a mapping that configures operators, with its place."""
+    yield "global_qconfig", mapping.global_qconfig
+    for name, table in tables(mapping):
+        if name not in ("outputs", "edges"):
+            for key in sorted(table, key=str):
+                yield f"{name}[{key!r}]", table[key]

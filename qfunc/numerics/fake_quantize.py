@@ -1,0 +1,47 @@
+"""`FakeQuantize`: an observer that training rounds to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qfunc.numerics.observers import Observer
+from qfunc.numerics.qparams import QParams, QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class FakeQuantize:
+    """What an observer finds, to which values are rounded already while the model trains.
+
+    Calibration, which only measures, takes it for its observer.
+
+    >>> from qfunc.numerics.observers import MovingAverageMinMax
+    >>> FakeQuantize(MovingAverageMinMax()).spec.dtype
+    'uint8'
+    """
+
+    observer: Observer[Any]
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the tensor will be quantized."""
+        return self.observer.spec
+
+    @property
+    def statistic(self) -> Any:
+        """What is measured; observers with equal statistics share one state."""
+        return self.observer.statistic
+
+    def init(self) -> Any:
+        """The state before any tensor."""
+        return self.observer.init()
+
+    def update(self, state: Any, tensor: Tensor) -> Any:
+        """The state after `tensor`; pure."""
+        return self.observer.update(state, tensor)
+
+    def finish(self, state: Any) -> QParams | None:
+        """The qparams of what was seen, or None if nothing was."""
+        return self.observer.finish(state)

@@ -1,0 +1,309 @@
+"""What a backend's rules make of the configurations of a graph's operators, use by use and value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from pyrsistent import pmap
+
+from qfunc.config.annotation import Annotations, SharedWith, Spec
+from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
+from qfunc.config.point import Edge, Point, values_in
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.resolve import GLOBAL, Chosen, Entry, Resolution
+from qfunc.errors import BadConfig, Problem, UnsupportedDType
+from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, refs, users
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
+from qfunc.ops import BY_NAME, KINDS
+from qfunc.params import loads
+from qfunc.passes.kept import kind_as_written, why_kept
+from qfunc.passes.numbers import non_tensors
+
+P = TypeVar("P")
+
+
+class Rules:
+    """The decisions about one graph, made in two walks: what is quantized, then how."""
+
+    def __init__(self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig) -> None:
+        resolution = Resolution(mapping, graph, backend.qconfig_mapping)
+        self.graph = graph
+        self.mapping = mapping
+        self.backend = backend
+        self.problems: list[Problem] = list(resolution.problems)
+        self.floats: dict[str, str] = {}
+        self.refused: set[str] = set()
+        self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
+        self._misfits: dict[Entry, list[Problem]] = {}
+        self._fits: set[Entry] = set()
+        self._numbers = non_tensors(graph)
+        for node in graph:
+            self._decide(node, resolution.chosen[node.id])
+        # An entry that fits nothing it names is an error; one that fits some of it leaves the rest float.
+        for entry, problems in self._misfits.items():
+            if entry not in self._fits and not self._is_default(entry):
+                self.problems += problems
+        self._read_quantized = self._keep_useful() if backend.lazy else None
+
+    def annotations(self, notes: tuple[Note, ...]) -> Annotations:
+        """The decisions as a value."""
+        inputs, outputs = dict[Edge, Spec](), dict[str, Spec]()
+        groups: list[tuple[Point, ...]] = []
+        taps: list[str] = []
+        for node in (node for node in self.graph if node.id in self._chosen):
+            row, qconfig = self._chosen[node.id]
+            operands = self._quantized_operands(node, qconfig)
+            edges = [edge for edge, value in operands if not self._overridden(edge, value)]
+            if isinstance(qconfig.activation, ReuseInput):
+                outputs.update(self._reused(node, outputs))
+                continue
+            given = qconfig.of_inputs
+            inputs.update(pair for edge in edges for pair in _at(edge, given))
+            if self._shares(node, row) and not isinstance(given, (Cast, Dynamic, KeepFloat)):
+                if edges:
+                    outputs[node.id] = SharedWith(edges[0])
+                    groups += [tuple(edges)] if len(edges) > 1 else []
+                    taps += [node.id] if self.backend.observe_shared_outputs else []
+            elif self._read_quantized is None or node.id in self._read_quantized or not _can_write_float(node, row):
+                outputs.update(_at(node.id, qconfig.of_output if row.fixed is None else row.fixed))
+            inputs.update(self._computed_weight(node, row, qconfig))
+        weights = {id: q.weight for id, (row, q) in self._chosen.items() if _has_weight(self.graph[id], row)}
+        biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
+        for edge, spec in self.mapping.edges.items():
+            inputs.update(_at(edge, spec))
+        for id, spec in self.mapping.outputs.items():
+            taps = [tap for tap in taps if tap != id]
+            outputs.pop(id, None)
+            outputs.update(_at(id, spec))
+        return Annotations(
+            pmap(inputs),
+            pmap(outputs),
+            pmap({id: weight for id, weight in weights.items() if not isinstance(weight, KeepFloat)}),
+            frozenset(groups),
+            frozenset(taps),
+            pmap(self.floats),
+            frozenset(self.refused),
+            notes,
+            biases=pmap(biases),
+        )
+
+    def _decide(self, node: Node, chosen: Chosen) -> None:
+        row, qconfig = self.backend.operator(node), chosen.qconfig
+        if row is None:
+            self._keep(node, "" if qconfig is None else _hindrance(node, self.graph, self.backend))
+        elif qconfig is None:
+            self.floats[node.id] = "the configuration keeps it float"
+        elif row.observation is Observation.NOT_OBSERVED:
+            self.floats[node.id] = f"the {self.backend.name} backend observes nothing of it"
+        elif self._can_quantize(node, row, qconfig):
+            misfit = self._misfit(node, row, qconfig)
+            if misfit:
+                self._misfits.setdefault(chosen.entry, []).append(UnsupportedDType(node.place, misfit))
+                self._keep(node, misfit)
+            else:
+                self._fits.add(chosen.entry)
+                self._chosen[node.id] = (row, qconfig)
+
+    def _keep(self, node: Node, reason: str) -> None:
+        """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
+        self.floats[node.id] = reason or "the configuration keeps it float"
+        if reason and kind_as_written(node, self.graph) in _WEIGHTED:
+            self.refused.add(node.id)
+
+    def _is_default(self, entry: Entry) -> bool:
+        """Whether it is an entry of the backend's own configuration, which is meant for any model."""
+        default, (field, key) = self.backend.qconfig_mapping, entry
+        if entry == GLOBAL:
+            return default.global_qconfig == self.mapping.global_qconfig
+        return field == "object_types" and default.object_types.get(key, ...) == self.mapping.object_types[key]
+
+    def _misfit(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> str:
+        """Why no combination of dtypes that the operator takes is the configured one; empty where one is."""
+        weighted = _weight_slot(node, row) is not None
+        found = [dtypes.misfit(qconfig, weighted=weighted, output=row.fixed) for dtypes in row.dtypes]
+        if not all(found):
+            return ""
+        taken = " or ".join(dict.fromkeys(map(str, row.dtypes)))
+        return f"the {self.backend.name} backend runs it with {taken}; configured are {found[0]}"
+
+    def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
+        operands = list(self._operands(node, row))
+        weight = _weight_slot(node, row)
+        reason = ""
+        if node.aliased or any(self.graph[value].aliased for _, value in operands):
+            reason = "its memory is changed in place"
+        elif not operands or any(_not_float(self.graph[value]) for _, value in operands if _quantizes(qconfig)):
+            self.problems += _weight_problems(node, row)
+            reason = "an operand is no floating-point tensor"
+        elif "other" in _inputs(node, row) and not self._numeric_rest(node):
+            reason = "an operand is neither a tensor nor a number"
+        elif node.kind in ("add", "sub") and node.get("alpha") != 1:
+            reason = "the sum is scaled by alpha"
+        elif self.backend.lazy and weight is not None and isinstance(node.get(weight), Ref):
+            reason = "its weight is computed by the graph"
+        if reason:
+            self._keep(node, reason)
+            return False
+        if _has_weight(node, row):
+            spec = getattr(qconfig.weight, "spec", None)
+            self.problems += [*_weight_problems(node, row), *(_axis_problems(node, row, spec) if spec else ())]
+        return True
+
+    def _operands(self, node: Node, row: OperatorConfig) -> Iterator[tuple[Edge, str]]:
+        """The activation operands that are tensors, with their edges."""
+        for slot in _inputs(node, row):
+            for index, value in enumerate(values_in(node, slot)):
+                if value not in self._numbers:
+                    yield Edge(node.id, slot, index), value
+        for position, post in enumerate(node.post):
+            for name, arg in post.args:
+                for index, value in enumerate(refs(arg)):
+                    yield Edge(node.id, f"post.{position}.{name}", index), value
+
+    def _quantized_operands(self, node: Node, qconfig: QConfig) -> list[tuple[Edge, str]]:
+        """Those that are quantized: when that is done as the model runs, the first alone."""
+        operands = list(self._operands(node, self._chosen[node.id][0]))
+        return operands[:1] if qconfig.is_dynamic else operands
+
+    def _overridden(self, edge: Edge, value: str) -> bool:
+        """Whether the configuration says something of its own about a use."""
+        return edge in self.mapping.edges or isinstance(self.mapping.outputs.get(value), KeepFloat)
+
+    def _reused(self, node: Node, outputs: dict[str, Spec]) -> dict[str, Spec]:
+        """The qparams of the input, if it has any."""
+        value = next(value for _, value in self._operands(node, self._chosen[node.id][0]))
+        known = value in outputs and not isinstance(self.mapping.outputs.get(value), KeepFloat)
+        if not known:
+            self.floats[node.id] = "its input, whose qparams it is to reuse, is not quantized"
+        return {node.id: SharedWith(value)} if known else {}
+
+    def _computed_weight(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> tuple[tuple[Edge, Spec], ...]:
+        """A weight that the graph computes is quantized where it is used, like an activation."""
+        slot = _weight_slot(node, row)
+        if slot is None or not isinstance(node.get(slot), Ref) or qconfig.is_dynamic:
+            return ()
+        edge = Edge(node.id, slot)
+        return () if edge in self.mapping.edges else _at(edge, qconfig.weight)
+
+    def _casts_bias(self, id: str, row: OperatorConfig, qconfig: QConfig) -> bool:
+        """A bias is float16 where all the rest is."""
+        node, slot = self.graph[id], row.bias or "bias"
+        static = isinstance(qconfig.activation, Cast) and not qconfig.is_dynamic
+        casts = static and isinstance(qconfig.weight, Cast) and _weight_slot(node, row) is not None
+        return casts and node.has(slot) and isinstance(node.get(slot), Expression)
+
+    def _numeric_rest(self, node: Node) -> bool:
+        """Whether the operands that are not tensors are plain numbers."""
+        rest = [node.get(slot) for slot in ("input", "other") if not isinstance(node.get(slot), Ref)]
+        refs_ok = all(v not in self._numbers for slot in ("input", "other") for v in refs(node.get(slot)))
+        return refs_ok and all(isinstance(value, (int, float)) for value in rest)
+
+    def _shares(self, node: Node, row: OperatorConfig) -> bool:
+        own_divisor = node.has("divisor_override") and node.get("divisor_override") is not None
+        if own_divisor and not self.backend.observe_shared_outputs:
+            return False  # such an average leaves the range of what it averages, and nothing else would see it
+        count = sum(1 for _ in self._operands(node, row)) if row.by_tensor_count else 0
+        return dict(row.by_tensor_count).get(count, row.observation) is Observation.SHARED
+
+    def _keep_useful(self) -> set[str]:
+        """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
+
+        A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
+        so rounds, must have an operand that is produced quantized.
+        """
+        readers = users(self.graph)
+        queue = list(self._chosen)
+        while queue:
+            id = queue.pop()
+            if id in self._chosen and not self._gains(id, readers[id]):
+                del self._chosen[id]
+                self.floats[id] = "it gains nothing on integers here"
+                queue += [*readers[id], *self.graph[id].uses()]
+        return {value for id in self._chosen for value in self._values(id)}
+
+    def _gains(self, id: str, readers: Iterable[str]) -> bool:
+        row, _ = self._chosen[id]
+        if _has_weight(self.graph[id], row):
+            return True
+        read = any(user in self._chosen and id in self._values(user) for user in readers)
+        return read and (self._shares(self.graph[id], row) or any(value in self._chosen for value in self._values(id)))
+
+    def _values(self, id: str) -> list[str]:
+        row, qconfig = self._chosen[id]
+        if not _quantizes(qconfig):
+            return []
+        return [value for _, value in self._operands(self.graph[id], row)]
+
+
+def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
+    """A point and how it is quantized, or nothing where it is not."""
+    return () if isinstance(quantization, (KeepFloat, ReuseInput)) else ((point, quantization),)
+
+
+def _quantizes(qconfig: QConfig) -> bool:
+    """Whether the operands are quantized, and not the weight alone."""
+    return not isinstance(qconfig.of_inputs, KeepFloat)
+
+
+def _inputs(node: Node, row: OperatorConfig) -> tuple[str, ...]:
+    """The arguments that are activations."""
+    named = row.inputs if row.inputs is not None else BY_NAME[node.kind].tensors if node.kind in BY_NAME else ("0",)
+    return tuple(slot for slot in named if node.has(slot))
+
+
+def _weight_slot(node: Node, row: OperatorConfig) -> str | None:
+    """The argument that is a weight which is quantized, if the operator has one."""
+    slot = row.weight or ("weight" if node.kind in _WEIGHTED else None)
+    return slot if slot is not None and node.has(slot) else None
+
+
+def _has_weight(node: Node, row: OperatorConfig) -> bool:
+    """Whether the node has a weight that is quantized, and that is a parameter."""
+    slot = _weight_slot(node, row)
+    return slot is not None and isinstance(node.get(slot), Expression)
+
+
+def _can_write_float(node: Node, row: OperatorConfig) -> bool:
+    """Whether the operator's kernel can leave its result in float; one that adds cannot."""
+    return row.float_output and all(post.kind != "add" for post in node.post)
+
+
+def _axis_problems(node: Node, row: OperatorConfig, spec: QuantSpec) -> Iterator[Problem]:
+    """A channel axis that the weight does not have."""
+    shape = next(loads(node.get(_weight_slot(node, row) or ""))).shape  # type: ignore[arg-type]
+    if spec.ch_axis is not None and spec.ch_axis >= len(shape):
+        reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
+        yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
+
+
+def _weight_problems(node: Node, row: OperatorConfig) -> Iterator[Problem]:
+    """A weight that is no float32."""
+    weight = node.get(_weight_slot(node, row) or "") if _has_weight(node, row) else None
+    dtypes = {load.dtype for load in loads(weight)} if isinstance(weight, Expression) else set()
+    for dtype in sorted(dtypes - {"float32"}):
+        remedy = "convert the model and its inputs with .float(), or keep the module float with set_module_name"
+        yield UnsupportedDType(
+            node.place, f"kernels take the place of float32 operators, its weight is {dtype}", remedy
+        )
+
+
+_WEIGHTED = frozenset(
+    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
+)
+"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""
+
+
+def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:
+    """Why a node that is configured has no row of the backend's."""
+    if node.aliased or kind_as_written(node, graph) != node.kind:
+        return why_kept(node, graph)
+    return f"the {backend.name} backend has no rule for it"
+
+
+def _not_float(node: Node) -> bool:
+    """Whether an example showed the value to be something else than a float32 tensor, whose place kernels take."""
+    fact = node.fact
+    return isinstance(fact, tuple) or (isinstance(fact, TensorFact) and fact.dtype != "float32")
