@@ -29,10 +29,11 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.annotation import Annotations, SharedWith
+from qfunc.config.annotation import Annotations, Derived, SharedWith
 from qfunc.config.point import Edge
 from qfunc.errors import BadConfig, UnknownName, UnsupportedDType, WrongStage, problems
-from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL
+from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
+from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.testing import cases, sqnr, walk
 from tests.zoo import ZOO
 
@@ -171,10 +172,13 @@ WRONG = (
     (Annotations(weights=Annotations().weights.set("cat", MinMax(INT8_SYMMETRIC))), BadConfig, "cat"),
     (Annotations(outputs=Annotations().outputs.set("left", MinMax(INT8_SYMMETRIC_PER_CHANNEL))), BadConfig, "MinMax"),
     (
-        Annotations(outputs=Annotations().outputs.set("left", MinMax(QuantSpec("int16", -9, 9)))),
-        UnsupportedDType,
-        "MinMax",
+        Annotations(outputs=Annotations().outputs.set("left", MinMax(QuantSpec("int17", -9, 9)))),
+        UnknownName,
+        "int17",
     ),
+    (Annotations(outputs=Annotations().outputs.set("left", KeepFloat())), BadConfig, "KeepFloat"),
+    (Annotations(outputs=Annotations().outputs.set("left", Derived((), sum, UINT8))), BadConfig, "Derived"),
+    (Annotations(biases=Annotations().biases.set("cat", MinMax(INT8_SYMMETRIC))), BadConfig, "cat"),
     (Annotations(outputs=Annotations().outputs.set("left", SharedWith("right"))), BadConfig, "right"),
 )
 

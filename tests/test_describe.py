@@ -28,7 +28,8 @@ def test_every_decision_is_told(case, backend):
     assert {row.node for row in told.weights} == set(prepared.weights)
     assert {row.node: row.reason for row in told.floats}.items() <= dict(prepared.floats).items()
     operators = {node.id for node in prepared.graph if node.kind in ("conv1d", "conv2d", "conv3d", "linear")}
-    assert operators <= {row.node for row in told.weights} | {row.node for row in told.floats}
+    of_graph = {edge.user for edge in prepared.inputs if edge.slot == "weight"}
+    assert operators <= {row.node for row in told.weights} | of_graph | {row.node for row in told.floats}
     for row in told.sites:
         assert row.values == prepared.sites[row.site].taps
         assert row.why, "a site that nothing writes or reads"

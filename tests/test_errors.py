@@ -36,7 +36,6 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.backend_config import DTypeConfig
 from qfunc.config.host_report import HostReport
 from qfunc.ir import Graph, digest, verify
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
@@ -318,23 +317,14 @@ CONFIGURATIONS = (
             unwrap(fuse(m.graph)),
             activations(dtype="int16", quant_min=-99, quant_max=99).set_object_type(nn.Flatten, None),
         ),
-        *(("UnsupportedDType", place, "uint8 activations, not int16") for place in ("0", "3", "5")),
+        *(("UnsupportedDType", place, "uint8 activations and int8 weights, not with activations") for place in ("0", "3", "5")),
     ),
     row(
         "weight dtype",
         lambda m: prepare(
             m.graph, weights(PerChannelMinMax(QuantSpec("int16", -99, 99, "per_channel_symmetric", 0)))
         ),
-        *(("UnsupportedDType", place, "int8 weights, not int16") for place in ("0", "3", "5")),
-    ),
-    row(
-        "a backend of int16",
-        lambda m: prepare(
-            m.graph,
-            activations(dtype="int16", quant_min=-99, quant_max=99),
-            backend=replace(CPU, operators=(replace(CPU.operators[0], dtypes=DTypeConfig(("int16",), ("int8",))),)),
-        ),
-        *(("UnsupportedDType", place, "not int16") for place in ("0", "3", "5")),
+        *(("UnsupportedDType", place, "int8 weights, not with weights of int16") for place in ("0", "3", "5")),
     ),
     row("observer raises", lambda m: quantize(m.model, [X], qconfig_mapping=observing(failing="update")),
         ("UserFunctionFailed", "input 'input'", "UserObserver raised KeyError: 'oops'")),
@@ -370,8 +360,8 @@ CONFIGURATIONS = (
             partly_training(), [X], qconfig_mapping=weights(MinMax(QuantSpec("uint8"))).set_module_name("3", None)
         ),
         ("InTrainingMode", "1", ""),
-        ("UnsupportedDType", "0", "int8 weights, not uint8"),
-        ("UnsupportedDType", "5", "int8 weights, not uint8"),
+        ("UnsupportedDType", "0", "int8 weights, not with weights of uint8"),
+        ("UnsupportedDType", "5", "int8 weights, not with weights of uint8"),
     ),
     row(
         "several of the model",

@@ -22,7 +22,7 @@ class DTypeWithConstraints:
 
     >>> from qfunc.numerics.observers import MinMax
     >>> DTypeWithConstraints("uint8", quant_max_upper_bound=127).misfit(MinMax())
-    'codes 0..255, not up to 127'
+    'codes 0..255, higher than 127'
     """
 
     dtype: str
@@ -37,7 +37,7 @@ class DTypeWithConstraints:
         """Why a way to quantize does not fit, in words; empty where it does."""
         dtype = dtype_of(quantization)
         if dtype != self.dtype:
-            return f"{dtype}, not {self.dtype}"
+            return dtype
         spec = getattr(quantization, "spec", None)
         return next(self._of_spec(spec, quantization), "") if isinstance(spec, QuantSpec) else ""
 
@@ -45,24 +45,24 @@ class DTypeWithConstraints:
         low, high, least = self.quant_min_lower_bound, self.quant_max_upper_bound, self.scale_min_lower_bound
         codes, fixed = f"codes {spec.quant_min}..{spec.quant_max}", isinstance(quantization, FixedQParams)
         if low is not None and spec.quant_min < low:
-            yield f"{codes}, not from {low}"
+            yield f"{codes}, lower than {low}"
         if high is not None and spec.quant_max > high:
-            yield f"{codes}, not up to {high}"
+            yield f"{codes}, higher than {high}"
         if least is not None and not fixed and spec.eps < least:
-            yield f"scales from {spec.eps:.4g}, not from {least:.4g}"
+            yield f"scales from {spec.eps:.4g}, less than {least:.4g}"
         if isinstance(quantization, FixedQParams):
             yield from self._of_qparams(quantization.scale, quantization.zero_point)
         elif self.scale_exact_match is not None or self.zero_point_exact_match is not None:
-            yield f"measured qparams, not the fixed {self._wanted}"
+            yield f"measured qparams instead of the fixed {self._wanted}"
 
     def _of_qparams(self, scale: float, zero_point: int) -> Iterator[str]:
         least, most = self.scale_min_lower_bound, self.scale_max_upper_bound
         if least is not None and scale < least:
-            yield f"a scale of {scale:.4g}, not from {least:.4g}"
+            yield f"a scale of {scale:.4g}, less than {least:.4g}"
         if most is not None and scale > most:
-            yield f"a scale of {scale:.4g}, not up to {most:.4g}"
+            yield f"a scale of {scale:.4g}, more than {most:.4g}"
         if self.scale_exact_match not in (None, scale) or self.zero_point_exact_match not in (None, zero_point):
-            yield f"a scale of {scale:.4g} and a zero point of {zero_point}, not the fixed {self._wanted}"
+            yield f"a scale of {scale:.4g} and a zero point of {zero_point} instead of the fixed {self._wanted}"
 
     @property
     def _wanted(self) -> str:

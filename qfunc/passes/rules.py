@@ -37,15 +37,12 @@ class Rules:
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
-        self._misfits: dict[Entry, list[Problem]] = {}
-        self._fits: set[Entry] = set()
+        self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
+        self._fits: set[tuple[Entry, bool]] = set()
         self._numbers = non_tensors(graph)
         for node in graph:
             self._decide(node, resolution.chosen[node.id])
-        # An entry that fits nothing it names is an error; one that fits some of it leaves the rest float.
-        for entry, problems in self._misfits.items():
-            if entry not in self._fits and not self._is_default(entry):
-                self.problems += problems
+        self.problems += self._useless_entries()
         self._read_quantized = self._keep_useful() if backend.lazy else None
 
     def annotations(self, notes: tuple[Note, ...]) -> Annotations:
@@ -100,11 +97,12 @@ class Rules:
             self.floats[node.id] = f"the {self.backend.name} backend observes nothing of it"
         elif self._can_quantize(node, row, qconfig):
             misfit = self._misfit(node, row, qconfig)
+            key = (chosen.entry, _weight_slot(node, row) is not None)
             if misfit:
-                self._misfits.setdefault(chosen.entry, []).append(UnsupportedDType(node.place, misfit))
+                self._misfits.setdefault(key, []).append(UnsupportedDType(node.place, misfit))
                 self._keep(node, misfit)
             else:
-                self._fits.add(chosen.entry)
+                self._fits.add(key)
                 self._chosen[node.id] = (row, qconfig)
 
     def _keep(self, node: Node, reason: str) -> None:
@@ -112,6 +110,16 @@ class Rules:
         self.floats[node.id] = reason or "the configuration keeps it float"
         if reason and kind_as_written(node, self.graph) in _WEIGHTED:
             self.refused.add(node.id)
+
+    def _useless_entries(self) -> Iterator[Problem]:
+        """The problems of entries whose dtypes suit no layer they name, or nothing at all that they name.
+
+        One that suits some leaves the others float: dynamic quantization is for linear layers, say, not convolutions.
+        """
+        for (entry, weighted), problems in self._misfits.items():
+            suits = {(entry, True)} if weighted else {(entry, True), (entry, False)}
+            if not suits & self._fits and not self._is_default(entry):
+                yield from problems
 
     def _is_default(self, entry: Entry) -> bool:
         """Whether it is an entry of the backend's own configuration, which is meant for any model."""
@@ -127,7 +135,7 @@ class Rules:
         if not all(found):
             return ""
         taken = " or ".join(dict.fromkeys(map(str, row.dtypes)))
-        return f"the {self.backend.name} backend runs it with {taken}; configured are {found[0]}"
+        return f"the {self.backend.name} backend runs it with {taken}, not with {found[0]}"
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
         operands = list(self._operands(node, row))
