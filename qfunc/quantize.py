@@ -84,7 +84,7 @@ def quantize(
         backend: what can be quantized; by default what suits the engine.
         engine: whose kernels to use, see `lower`.
         host: the machine to lower for; by default this one.
-        custom: exceptions for modules, in tracing and fusing.
+        custom: exceptions for the model.
         strict: whether a fallback to float is an error.
         progress: whether to show a progress bar; by default on a terminal.
 
@@ -139,7 +139,7 @@ def _prepared(
 ) -> R[Prepared]:
     """The graph fused and prepared; where it cannot be fused, what `prepare` would report is reported as well."""
     fused = fuse(graph, backend=backend, custom=custom)
-    prepared = prepare(fused.value_or(graph), mapping, backend=backend)
+    prepared = prepare(fused.value_or(graph), mapping, backend=backend, custom=custom)
     errors = [result.failure() for result in (fused, prepared) if isinstance(result, Failure)]
     return Failure(several(errors)) if errors else prepared
 

@@ -317,7 +317,7 @@ CONFIGURATIONS = (
             unwrap(fuse(m.graph)),
             activations(dtype="int16", quant_min=-99, quant_max=99).set_object_type(nn.Flatten, None),
         ),
-        *(("UnsupportedDType", place, "uint8 activations and int8 weights, not with activations") for place in ("0", "3", "5")),
+        *(("UnsupportedDType", place, "int8 weights, not with activations of int16") for place in ("0", "3", "5")),
     ),
     row(
         "weight dtype",

@@ -70,7 +70,8 @@ class Annotations:
     those in `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
-    than the value's own quantizes the value anew.
+    than the value's own quantizes the value anew. `quantized_inputs` and `quantized_outputs` are inputs and positions
+    of the output whose codes are taken and given, instead of floats.
     """
 
     inputs: PMap[Edge, Spec] = pmap()
@@ -82,6 +83,8 @@ class Annotations:
     refused: frozenset[str] = field(default=frozenset(), compare=False)
     notes: tuple[Note, ...] = field(default=(), compare=False)
     biases: PMap[str, ParameterSpec] = pmap()
+    quantized_inputs: frozenset[str] = frozenset()
+    quantized_outputs: frozenset[int] = frozenset()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -150,6 +153,8 @@ def combine(*annotations: Annotations) -> R[Annotations]:
             frozenset().union(*(given.refused for given in annotations)) - quantized,
             tuple(dict.fromkeys(note for given in annotations for note in given.notes)),
             biases,
+            frozenset().union(*(given.quantized_inputs for given in annotations)),
+            frozenset().union(*(given.quantized_outputs for given in annotations)),
         )
     )
 

@@ -70,6 +70,10 @@ def _wrong_custom(custom: CustomConfig) -> Iterator[Problem]:
     if not isinstance(types, tuple) or not _all(types, type):
         remedy = "pass a tuple of module classes, such as (MyAttention,)"
         yield BadConfig("non_traceable_types", f"expected a tuple of classes, got {shown(types)}", remedy)
+    for field in ("input_quantized_indexes", "output_quantized_indexes"):
+        indexes = getattr(custom, field)
+        if not isinstance(indexes, tuple) or any(type(index) is not int for index in indexes):
+            yield BadConfig(field, f"expected a tuple of int, got {shown(indexes)}", "pass a tuple such as (0,)")
     if not isinstance(fixed, Mapping) or not _all(fixed, str):
         remedy = "pass a dict from names of forward's inputs to their values"
         yield BadConfig("concrete_args", f"expected a dict, got {shown(fixed)}", remedy)

@@ -25,6 +25,10 @@ class CustomConfig:
     `fusions` are tried before the backend's own. Nothing is fused within the modules `unfused_names`, nor by the
     patterns `unfused_patterns` (`explain_fusion` prints their names).
 
+    The inputs `input_quantized_indexes` are given to the converted model as codes, and the items
+    `output_quantized_indexes` of its output are codes, of the qparams that the converted stage tells. Calibration is
+    with floats.
+
     >>> CustomConfig(non_traceable_names=("head",)).non_traceable_names
     ('head',)
     """
@@ -36,6 +40,8 @@ class CustomConfig:
     fusions: tuple[CustomFusion, ...] = ()
     unfused_names: tuple[str, ...] = ()
     unfused_patterns: tuple[str, ...] = ()
+    input_quantized_indexes: tuple[int, ...] = ()
+    output_quantized_indexes: tuple[int, ...] = ()
 
 
 def preserved_problems(model: nn.Module, names: Iterable[str]) -> Iterator[Problem]:

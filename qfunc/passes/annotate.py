@@ -8,17 +8,25 @@ from qfunc.backends.cpu import CPU
 from qfunc.config.annotation import Annotations
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
+from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import places_of, problems_of
 from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph
+from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.rules import Rules
 from qfunc.passes.unmatched import unmatched
 from qfunc.result import R
 
+NOTHING = CustomConfig()
+
 
 def annotate(
-    graph: Graph, qconfig_mapping: QConfigMapping | None = None, *, backend: BackendConfig = CPU
+    graph: Graph,
+    qconfig_mapping: QConfigMapping | None = None,
+    *,
+    backend: BackendConfig = CPU,
+    custom: CustomConfig = NOTHING,
 ) -> R[Annotations]:
     """What is quantized in a graph by the rules of `backend` and the configuration.
 
@@ -30,17 +38,20 @@ def annotate(
         graph: a traced, usually fused graph.
         qconfig_mapping: what to quantize, and how; by default the backend's own.
         backend: what can be quantized.
+        custom: exceptions for the model; of them, the inputs and outputs that are to be codes.
 
     Returns:
         The annotations, with a note for each entry of the configuration that matches nothing; or all of: `UnknownName`
-        for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible observers and for fused
-        operators with different configurations, `UnsupportedDType` for an entry whose dtypes suit no operator that it
-        names, `UserFunctionFailed` for a selector that raises.
+        for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible observers, for fused
+        operators with different configurations and for outputs that cannot be codes, `UnsupportedDType` for an entry
+        whose dtypes suit no operator that it names, `UserFunctionFailed` for a selector that raises.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
     problems = wrong_arguments(
-        backend=backend, qconfig_mapping=QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+        backend=backend,
+        qconfig_mapping=QConfigMapping() if qconfig_mapping is None else qconfig_mapping,
+        custom=custom,
     )
     if problems:
         return Failure(several(problems))
@@ -48,8 +59,9 @@ def annotate(
     problems = [*problems_of(mapping, graph.modules), *places_of(mapping, graph)]
     if problems:
         return Failure(several(problems))
-    rules = Rules(graph, mapping, backend)
-    if rules.problems:
-        return Failure(several(rules.problems))
+    rules = Rules(graph, mapping, backend, demanded=frozenset(quantized_outputs(graph, custom).values()))
     asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
-    return Success(rules.annotations(unmatched(asked, graph, backend.qconfig_mapping)))
+    ruled = rules.annotations(unmatched(asked, graph, backend.qconfig_mapping))
+    annotations, problems = with_borders(graph, ruled, mapping, custom)
+    found = [*rules.problems, *problems]
+    return Failure(several(found)) if found else Success(annotations)

@@ -11,18 +11,23 @@ from qfunc.backends.cpu import CPU
 from qfunc.config.annotation import Annotations, SharedWith, Spec, Unshared, wrong_annotations
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
+from qfunc.config.custom_config import CustomConfig
 from qfunc.config.point import Edge, Point, edges_by_slot, values_in
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams
-from qfunc.passes.annotate import annotate
+from qfunc.passes.annotate import NOTHING, annotate
 from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
 from qfunc.result import R
 
 
 def prepare(
-    graph: Graph, qconfig_mapping: QConfigMapping | Annotations | None = None, *, backend: BackendConfig = CPU
+    graph: Graph,
+    qconfig_mapping: QConfigMapping | Annotations | None = None,
+    *,
+    backend: BackendConfig = CPU,
+    custom: CustomConfig = NOTHING,
 ) -> R[Prepared]:
     """The graph with observation sites for static quantization.
 
@@ -33,6 +38,7 @@ def prepare(
         graph: a traced, usually fused graph.
         qconfig_mapping: what to quantize, and how: a mapping (by default the backend's own), or annotations.
         backend: what can be quantized.
+        custom: exceptions for the model, see `annotate`; annotations have them in them.
 
     Returns:
         The prepared graph, or what `annotate` reports; for annotations `UnknownName` for nodes that do not exist,
@@ -41,7 +47,7 @@ def prepare(
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
     if not isinstance(qconfig_mapping, Annotations):
-        return annotate(graph, qconfig_mapping, backend=backend).bind(
+        return annotate(graph, qconfig_mapping, backend=backend, custom=custom).bind(
             lambda found: _prepared(graph, found, backend.name)
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend)
@@ -66,6 +72,8 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepare
             annotations.refused,
             annotations.notes,
             annotations.biases,
+            annotations.quantized_inputs,
+            annotations.quantized_outputs,
         )
     )
 

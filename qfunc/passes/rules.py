@@ -28,7 +28,9 @@ P = TypeVar("P")
 class Rules:
     """The decisions about one graph, made in two walks: what is quantized, then how."""
 
-    def __init__(self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig) -> None:
+    def __init__(
+        self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig, *, demanded: frozenset[str] = frozenset()
+    ) -> None:
         resolution = Resolution(mapping, graph, backend.qconfig_mapping)
         self.graph = graph
         self.mapping = mapping
@@ -39,6 +41,7 @@ class Rules:
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._fits: set[tuple[Entry, bool]] = set()
+        self._demanded = demanded
         self._numbers = non_tensors(graph)
         for node in graph:
             self._decide(node, resolution.chosen[node.id])
@@ -216,7 +219,7 @@ class Rules:
         count = sum(1 for _ in self._operands(node, row)) if row.by_tensor_count else 0
         return dict(row.by_tensor_count).get(count, row.observation) is Observation.SHARED
 
-    def _keep_useful(self) -> set[str]:
+    def _keep_useful(self) -> frozenset[str]:
         """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
 
         A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
@@ -230,13 +233,13 @@ class Rules:
                 del self._chosen[id]
                 self.floats[id] = "it gains nothing on integers here"
                 queue += [*readers[id], *self.graph[id].uses()]
-        return {value for id in self._chosen for value in self._values(id)}
+        return self._demanded.union(value for id in self._chosen for value in self._values(id))
 
     def _gains(self, id: str, readers: Iterable[str]) -> bool:
         row, _ = self._chosen[id]
         if _has_weight(self.graph[id], row):
             return True
-        read = any(user in self._chosen and id in self._values(user) for user in readers)
+        read = id in self._demanded or any(user in self._chosen and id in self._values(user) for user in readers)
         return read and (self._shares(self.graph[id], row) or any(value in self._chosen for value in self._values(id)))
 
     def _values(self, id: str) -> list[str]:

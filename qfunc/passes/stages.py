@@ -47,7 +47,8 @@ class Prepared:
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` and `biases` map nodes to how these parameters of theirs are quantized; `floats` says
     of each node that stays float why; those of them in `refused` are layers that the configuration meant to quantize.
-    `notes` tell of entries of the configuration that match nothing.
+    `notes` tell of entries of the configuration that match nothing. `quantized_inputs` and `quantized_outputs` are the
+    inputs and the positions of the output that the converted model takes and gives as codes.
     """
 
     graph: Graph
@@ -60,6 +61,8 @@ class Prepared:
     refused: frozenset[str] = field(default=frozenset(), compare=False)
     notes: tuple[Note, ...] = field(default=(), compare=False)
     biases: PMap[str, ParameterSpec] = pmap()
+    quantized_inputs: frozenset[str] = frozenset()
+    quantized_outputs: frozenset[int] = frozenset()
 
     __hash__ = None  # type: ignore[assignment]
 

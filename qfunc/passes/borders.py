@@ -1,0 +1,100 @@
+"""Inputs and outputs of a model that are codes: which values these are, and what keeps one from being quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pyrsistent import pmap
+
+from qfunc.config.annotation import Annotations, Spec
+from qfunc.config.custom_config import CustomConfig
+from qfunc.config.point import used
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.errors import BadConfig, Problem
+from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref
+from qfunc.numerics.observers import FixedQParams
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
+
+
+def quantized_outputs(graph: Graph, custom: CustomConfig) -> dict[int, str]:
+    """The values that leave the model as codes, by their positions in its output; impossible positions are left out."""
+    elements = output_elements(graph)
+    found = {index: elements[index] for index in custom.output_quantized_indexes if 0 <= index < len(elements)}
+    return {index: element.id for index, element in found.items() if isinstance(element, Ref)}
+
+
+def output_elements(graph: Graph) -> tuple[Arg, ...]:
+    """What a model returns: the items of a tuple or list, the values of a dict in their order, or the one value."""
+    (result,) = (value for node in graph if node.kind == "output" for _, value in node.args)
+    match result:
+        case tuple():
+            return result
+        case ListArg(items) | RecordArg(_, items):
+            return items
+        case DictArg(items):
+            return tuple(value for _, value in items)
+        case _:
+            return (result,)
+
+
+def with_borders(
+    graph: Graph, annotations: Annotations, mapping: QConfigMapping, custom: CustomConfig
+) -> tuple[Annotations, list[Problem]]:
+    """The annotations with the inputs and outputs quantized that are to be codes, and the problems."""
+    inputs = [node.id for node in graph if node.kind == "placeholder"]
+    problems = [*_no_such("input", custom.input_quantized_indexes, len(inputs))]
+    problems += _no_such("output", custom.output_quantized_indexes, len(output_elements(graph)))
+    chosen = [inputs[index] for index in custom.input_quantized_indexes if 0 <= index < len(inputs)]
+    values: dict[str, Spec] = {}
+    for id in chosen:
+        spec = _spec_of(graph, annotations, id, mapping)
+        if spec is None:
+            reason = "nothing that reads it is quantized, so that it has no qparams"
+            problems.append(BadConfig(graph[id].place, reason, f"quantize it: set_output({id!r}, Histogram())"))
+        else:
+            values[id] = spec
+    problems += _unquantized(graph, annotations, custom)
+    found = replace(
+        annotations,
+        outputs=annotations.outputs.update(pmap(values)),
+        quantized_inputs=frozenset(chosen),
+        quantized_outputs=frozenset(custom.output_quantized_indexes),
+    )
+    return found, problems
+
+
+def _no_such(what: str, indexes: tuple[int, ...], count: int) -> Iterator[Problem]:
+    for index in indexes:
+        if not 0 <= index < count:
+            reason = f"there is no {what} {index}, the model has {count}"
+            yield BadConfig(f"{what}_quantized_indexes", reason, f"count the {what}s from 0")
+
+
+def _spec_of(graph: Graph, annotations: Annotations, id: str, mapping: QConfigMapping) -> Spec | None:
+    """How an input is quantized: as its first quantized use, or as the configuration quantizes activations."""
+    if id in annotations.outputs:
+        return annotations.outputs[id]
+    position = {node: index for index, node in enumerate(graph.order)}
+    edges = [edge for edge in annotations.inputs if used(graph[edge.user], edge) == id]
+    specs = [annotations.inputs[edge] for edge in sorted(edges, key=lambda e: (position[e.user], e.slot, e.index))]
+    chosen = mapping.global_qconfig
+    given: list[Spec | Quantization] = [*specs, *([chosen.of_inputs] if chosen is not None else [])]
+    for spec in given:
+        if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput, FixedQParams)):
+            return spec
+    return None
+
+
+def _unquantized(graph: Graph, annotations: Annotations, custom: CustomConfig) -> Iterator[Problem]:
+    """Outputs that are wanted as codes and are not quantized."""
+    elements = output_elements(graph)
+    for index in custom.output_quantized_indexes:
+        element = elements[index] if 0 <= index < len(elements) else None
+        if isinstance(element, Ref) and element.id not in annotations.outputs:
+            why = annotations.floats.get(element.id, "its operator writes float")
+            remedy = f"quantize it all the same with set_output({element.id!r}, Histogram()), or leave the index out"
+            yield BadConfig(graph[element.id].place, f"output {index} stays float: {why}", remedy)
+        elif 0 <= index < len(elements) and not isinstance(element, Ref):
+            reason = f"output {index} is no tensor but {element!r:.40}"
+            yield BadConfig("output_quantized_indexes", reason, "leave the index out")
