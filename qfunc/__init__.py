@@ -23,7 +23,7 @@ from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TEN
 from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared, combine
 from qfunc.config.as_json import from_json, to_json
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, CustomModule, Standalone
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
 from qfunc.config.point import Edge
@@ -76,6 +76,7 @@ __all__ = [
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "CustomModule",
     "DTypeConfig",
     "DTypeWithConstraints",
     "Derived",
@@ -106,6 +107,7 @@ __all__ = [
     "R",
     "ReuseInput",
     "SharedWith",
+    "Standalone",
     "Step",
     "Unshared",
     "annotate",

@@ -164,7 +164,9 @@ def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
 
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> QuantError | None:
     errors: list[QuantError] = [
-        UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
+        UnknownName(name, "module", tuple(modules))
+        for name in (*custom.non_traceable_names, *custom.standalone_names)
+        if name not in modules
     ]
     errors += preserved_problems(model, custom.preserved_attributes)
     if custom.concrete_args:
