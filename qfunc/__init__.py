@@ -30,6 +30,7 @@ from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer
+from qfunc.edge.attention import decomposed_attention
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
@@ -116,6 +117,7 @@ __all__ = [
     "combine",
     "compare",
     "convert",
+    "decomposed_attention",
     "depthwise_convolutions",
     "describe",
     "explain_fusion",

@@ -102,8 +102,10 @@ def region_problems(graph: Graph, custom: CustomConfig) -> Iterator[Problem]:
             continue
         inside = {_relative(module, path) for path in paths for module in graph.modules if _is_inside(module, path)}
         for problem in problems_of(standalone.qconfig_mapping, inside):
-            unknown = isinstance(problem, UnknownName) and problem.what == "module"
-            yield replace(problem, what=f"submodule of {paths[0]!r} named") if unknown else problem  # type: ignore[call-arg]
+            if isinstance(problem, UnknownName) and problem.what == "module":
+                yield replace(problem, what=f"submodule of {paths[0]!r} named")
+            else:
+                yield problem
 
 
 def region_notes(graph: Graph, custom: CustomConfig, found: dict[str, Region]) -> Iterator[Note]:
