@@ -23,13 +23,14 @@ from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TEN
 from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared, combine
 from qfunc.config.as_json import from_json, to_json
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, CustomModule, Standalone
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
 from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer
+from qfunc.edge.attention import decomposed_attention
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
@@ -76,6 +77,7 @@ __all__ = [
     "Converted",
     "CustomConfig",
     "CustomFusion",
+    "CustomModule",
     "DTypeConfig",
     "DTypeWithConstraints",
     "Derived",
@@ -106,6 +108,7 @@ __all__ = [
     "R",
     "ReuseInput",
     "SharedWith",
+    "Standalone",
     "Step",
     "Unshared",
     "annotate",
@@ -114,6 +117,7 @@ __all__ = [
     "combine",
     "compare",
     "convert",
+    "decomposed_attention",
     "depthwise_convolutions",
     "describe",
     "explain_fusion",

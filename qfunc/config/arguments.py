@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from qfunc.config.backend_config import BackendConfig, wrong_backend
-from qfunc.config.custom_config import CustomConfig
+from qfunc.config.custom_config import CustomConfig, CustomModule, Standalone
 from qfunc.config.custom_fusion import wrong_fusion
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
@@ -83,6 +83,58 @@ def _wrong_custom(custom: CustomConfig) -> Iterator[Problem]:
     else:
         for fusion in custom.fusions:
             yield from wrong_fusion(fusion)
+    yield from _wrong_tables(custom)
+
+
+def _wrong_tables(custom: CustomConfig) -> Iterator[Problem]:
+    """What is wrong with the standalone modules, the replacements and the custom modules."""
+    for field, key, expected in _TABLES:
+        table = getattr(custom, field)
+        remedy = f"pass a dict from {_PLURAL[key]} to {_CALLED[expected]}"
+        if not isinstance(table, Mapping) or not _all(table, key) or not _all(list(table.values()), expected):
+            yield BadConfig(field, f"expected such a dict, got {shown(table)}", remedy)
+            continue
+        for name, value in table.items():
+            if isinstance(value, Standalone):
+                yield from _wrong_standalone(f"{field}[{_label(name)!r}]", value)
+    modules = custom.custom_modules
+    if not isinstance(modules, tuple) or not _all(modules, CustomModule):
+        reason = f"expected a tuple of CustomModule, got {shown(modules)}"
+        yield BadConfig("custom_modules", reason, "pass a tuple such as (QUANTIZABLE_LSTM,)")
+        return
+    types = [module.float_type for module in modules]
+    for module in modules:
+        made = (module.observed, module.quantized)
+        if not isinstance(module.float_type, type) or not all(map(callable, made)):
+            remedy = "pass CustomModule(MyModule, observed=..., quantized=...), a class and two functions"
+            yield BadConfig("custom_modules", f"{shown(module.float_type)} has no class or no functions", remedy)
+        elif types.count(module.float_type) > 1:
+            name = module.float_type.__name__
+            yield BadConfig("custom_modules", f"there are several for {name}", "give one for each type")
+
+
+_TABLES: tuple[tuple[str, type, Any], ...] = (
+    ("standalone_names", str, Standalone),
+    ("standalone_types", type, Standalone),
+    ("replacements", type, Callable),
+)
+_PLURAL = MappingProxyType({str: "paths of modules", type: "module classes"})
+_CALLED: Mapping[Any, str] = MappingProxyType({Standalone: "Standalone", Callable: "functions"})
+
+
+def _wrong_standalone(place: str, standalone: Standalone) -> Iterator[Problem]:
+    mapping, backend = standalone.qconfig_mapping, standalone.backend
+    if mapping is not None and not isinstance(mapping, QConfigMapping):
+        reason = f"expected a QConfigMapping, got {shown(mapping)}"
+        yield BadConfig(place, reason, "pass a QConfigMapping, or None for the parent's")
+    if backend is not None and not isinstance(backend, BackendConfig):
+        yield BadConfig(place, f"expected a BackendConfig, got {shown(backend)}", "pass one, or None for the parent's")
+    elif backend is not None:
+        yield from wrong_backend(backend)
+
+
+def _label(name: object) -> object:
+    return name.__name__ if isinstance(name, type) else name
 
 
 def _all(items: object, expected: type) -> bool:

@@ -47,6 +47,7 @@ class Reader:
         source: Source,
         scopes: Mapping[str, tuple[str, Any]],
         attributes: Mapping[str, Any],
+        own: frozenset[type] = frozenset(),
     ) -> None:
         self.objects: dict[str, Opaque] = {}
         self.writes: dict[str, Write] = {}
@@ -57,6 +58,7 @@ class Reader:
         self._source = source
         self._scopes = scopes
         self._attributes = attributes
+        self._own = own
         self._hints = _type_hints(modules[""])
         self._parameters: dict[str, Load] = {}
 
@@ -131,6 +133,8 @@ class Reader:
         plain = self._plain(node, target, args, kwargs)
         self.as_written[node.name] = plain
         known = FORMS.get((node.op, target if module is None else type_name(type(module))))
+        if module is not None and type(module) in self._own:
+            known = None  # the user's own module takes its place, whatever the vocabulary says of it
         bound = None
         own = "" if module is None else own_behaviour(module)
         if known is not None and not own:

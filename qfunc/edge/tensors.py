@@ -46,7 +46,21 @@ def _state(model: nn.Module, name: str, tensor: Tensor) -> object:
 def is_current(source: Source, name: str) -> bool:
     """Whether the model still has, under this name, the tensor that it had when traced, with the same values."""
     tensor, before = source.tensors[name]
-    return before is None or (_attribute(source.model, name) is tensor and _state(source.model, name, tensor) == before)
+    path = next((path for path in source.replaced if not path or name.startswith(f"{path}.")), None)
+    model = source.original if path is None else source.model
+    if before is None or (path is not None and not _is_unreplaced(source, path)):
+        return before is None
+    return _attribute(model, name) is tensor and _state(model, name, tensor) == before
+
+
+def _is_unreplaced(source: Source, path: str) -> bool:
+    """Whether the user's model still has the module that another was traced for, with the same tensors."""
+    module, tensors = source.replaced[path]
+    found = _attribute(source.original, path) if path else source.original
+    if found is not module:
+        return False
+    now = tuple(tensor for _, tensor in named_tensors(module))
+    return len(now) == len(tensors) and all(a is b for a, b in zip(now, tensors, strict=True))
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
@@ -65,9 +79,15 @@ def is_saved(source: Source, name: str) -> bool:
     return persistent or leaf in module._parameters
 
 
-def source_of(model: nn.Module, others: Mapping[str, Tensor]) -> Source:
+def source_of(
+    model: nn.Module,
+    others: Mapping[str, Tensor],
+    original: nn.Module | None = None,
+    replaced: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Source:
     """The source that a graph of `model` reads from.
 
+    Where `model` was made of `original` by replacing modules, `replaced` are those of the original by path.
     `others` are tensors that its forward reads but for parameters and buffers: plain attributes, and those that it made
     itself, which no name of the model stands for and nobody else can change.
     """
@@ -76,7 +96,10 @@ def source_of(model: nn.Module, others: Mapping[str, Tensor]) -> Source:
         name: (tensor, _state(model, name, tensor) if _attribute(model, name) is tensor else None)
         for name, tensor in tensors.items()
     }
-    return Source(model, type(model).__name__, MappingProxyType(table))
+    originals = {
+        path: (module, tuple(tensor for _, tensor in named_tensors(module))) for path, module in replaced.items()
+    }
+    return Source(model, type(model).__name__, MappingProxyType(table), original, MappingProxyType(originals))
 
 
 def share(tensor: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ from qfunc.edge.alias import settle_aliases
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader, module_fact
+from qfunc.edge.replace_modules import LeafModule, Replaced, replace_modules
 from qfunc.edge.schema import VIEWS
 from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
-from qfunc.errors import NotAModule, QuantError, SeveralDevices, UnknownName, Untraceable, several
+from qfunc.errors import NotAModule, Problem, SeveralDevices, UnknownName, Untraceable, several
+from qfunc.errors import problems as problems_in
 from qfunc.ir import Graph, Note, Source
 from qfunc.ops import type_name
 from qfunc.result import R
@@ -42,10 +44,11 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
         model: any module that `torch.fx` can trace, in training or evaluation mode, or a `GraphModule`.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; where given, each value of
             the graph carries its shape, dtype and device.
-        custom: leaves and fixed arguments.
+        custom: leaves, fixed arguments, and what is to replace modules.
 
     Returns:
-        The graph, or `NotAModule`, `SeveralDevices`, `UnknownName`, `Untraceable`, `BadExampleInputs`.
+        The graph, or `NotAModule`, `SeveralDevices`, `UnknownName`, `Untraceable`, `BadExampleInputs`,
+        `UserFunctionFailed` for a function that is to replace a module.
 
     >>> from qfunc.ir import to_text
     >>> print(to_text(trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).eval()).unwrap()))
@@ -60,11 +63,13 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
     wrong = wrong_arguments(custom=custom)
     if wrong:
         return Failure(several(wrong))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    errors = _check(model, modules, custom)
-    if errors is not None:
-        return Failure(errors)
-    recorded = _record(model, modules, custom)
+    made = replace_modules(model, custom)
+    replaced = made.value_or(Replaced(model, model, {}))
+    modules = dict(replaced.model.named_modules(remove_duplicate=False))
+    problems = [*_check(model, modules, custom), *(problems_in(made.failure()) if isinstance(made, Failure) else ())]
+    if problems:
+        return Failure(several(problems))
+    recorded = _record(replaced, modules, custom)
     if isinstance(recorded, Untraceable):
         return Failure(recorded)
     graph, converted = recorded.graph()
@@ -89,10 +94,11 @@ class _Recorded:
     attributes: Mapping[str, Any]
     notes: tuple[Note, ...]
     preserved: tuple[str, ...]
+    own: frozenset[type]
 
     def graph(self, frozen: Collection[str] = ()) -> tuple[Graph, Mapping[str, str]]:
         """The graph, with the in-place operators in `frozen` kept; and those not kept, with what each writes to."""
-        reader = Reader(self.modules, self.source, self.scopes, self.attributes)
+        reader = Reader(self.modules, self.source, self.scopes, self.attributes, self.own)
         read = [reader.read(node) for node in self.fx_graph.nodes]
         settled = settle_aliases(read, reader.writes, reader.as_written, frozen)
         graph = Graph(
@@ -109,14 +115,17 @@ class _Recorded:
         return graph, settled.converted
 
 
-def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> _Recorded | Untraceable:
+def _record(replaced: Replaced, modules: Mapping[str, nn.Module], custom: CustomConfig) -> _Recorded | Untraceable:
     """Trace with buffers as traced values, so that reading and writing them is recorded; failing that, as constants.
 
     A forward that decides by a buffer's value can only be traced the second way.
     """
+    model = replaced.model
     for buffers in (True, False):
-        tracer = _Tracer(custom, model, buffers=buffers)
-        notes = () if buffers else (Note("model", "what its forward decides by values of its buffers was decided now"),)
+        tracer = _Tracer(custom, replaced, buffers=buffers)
+        notes = replaced.notes
+        if not buffers:
+            notes += (Note("model", "what its forward decides by values of its buffers was decided now"),)
         kept = tuple(model.buffers()) if not buffers else ()
         try:
             with unchanged(modules.values(), kept) as written:
@@ -130,9 +139,11 @@ def _record(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCo
             if written:
                 last = Untraceable(type(model).__name__, "", *_WRITTEN)
             else:
-                source = source_of(model, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
+                tensors = {k: v for k, v in attributes.items() if isinstance(v, Tensor)}
+                source = source_of(model, tensors, replaced.original, replaced.originals)
                 scopes, preserved = tracer.node_name_to_scope, custom.preserved_attributes
-                return _Recorded(model, modules, fx_graph, scopes, source, attributes, notes, preserved)
+                own = frozenset(module.float_type for module in custom.custom_modules)
+                return _Recorded(model, modules, fx_graph, scopes, source, attributes, notes, preserved, own)
         if not any(True for _ in model.buffers()):
             break
     assert isinstance(last, Untraceable)
@@ -162,9 +173,11 @@ def _promoted(graph: Graph, converted: Mapping[str, str]) -> frozenset[str]:
     return frozenset(id for id, after, before in pairs if before is not None and after != before)
 
 
-def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> QuantError | None:
-    errors: list[QuantError] = [
-        UnknownName(name, "module", tuple(modules)) for name in custom.non_traceable_names if name not in modules
+def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomConfig) -> list[Problem]:
+    errors: list[Problem] = [
+        UnknownName(name, "module", tuple(modules))
+        for name in (*custom.non_traceable_names, *custom.standalone_names)
+        if name not in modules
     ]
     errors += preserved_problems(model, custom.preserved_attributes)
     if custom.concrete_args:
@@ -178,7 +191,7 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], custom: CustomCon
     devices = sorted({str(tensor.device) for _, tensor in named_tensors(model)})
     if len(devices) > 1:
         errors.append(SeveralDevices(tuple(devices)))
-    return several(errors) if errors else None
+    return errors
 
 
 _FLOAT_FUNCTIONAL = "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"
@@ -187,23 +200,28 @@ _FLOAT_FUNCTIONAL = "torch.ao.nn.quantized.modules.functional_modules.FloatFunct
 class _Tracer(StatementTracer):
     """Symbolic tracing with the reference's leaf rule.
 
-    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made. Of the reference's
-    wrapper `FloatFunctional` only the operators are recorded, as there.
+    Compiled parts cannot be looked into; what a `GraphModule` calls was a leaf when that was made, unless it is
+    replaced. Of the reference's wrapper `FloatFunctional` only the operators are recorded, as there.
     """
 
-    def __init__(self, custom: CustomConfig, root: nn.Module, *, buffers: bool) -> None:
+    def __init__(self, custom: CustomConfig, replaced: Replaced, *, buffers: bool) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
+        root = replaced.model
         called = root.graph.find_nodes(op="call_module") if isinstance(root, fx.GraphModule) else ()
-        self._names = {*custom.non_traceable_names, *(str(node.target) for node in called)}
+        leaves = {str(node.target) for node in called} - set(replaced.originals)
+        self._names = {*custom.non_traceable_names, *leaves}
         self._types = custom.non_traceable_types
+        self._own = frozenset(module.float_type for module in custom.custom_modules)
         wrappers = (path for path, module in root.named_modules() if type_name(type(module)) == _FLOAT_FUNCTIONAL)
         self._observed = {f"{path}.activation_post_process".lstrip(".") for path in wrappers}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         library = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
         compiled = isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("torch._dynamo")
-        chosen = module_qualified_name in self._names or isinstance(m, self._types)
+        chosen = (
+            module_qualified_name in self._names or isinstance(m, (*self._types, LeafModule)) or type(m) in self._own
+        )
         if type(m) is nn.Identity and module_qualified_name in self._observed:
             return chosen  # where a wrapper would have its observer
         return chosen or compiled or (library and not isinstance(m, nn.Sequential))

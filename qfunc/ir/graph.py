@@ -32,15 +32,25 @@ class Source:
     Graphs of two models are never equal, nor are those of one model whose tensors changed in between.
 
     `tensors` maps each dotted name to the tensor it had when the graph was traced, with a fingerprint of its state, so
-    that a later change can be told.
+    that a later change can be told. Where modules were replaced before tracing, `model` is a copy that shares its other
+    modules with `original`, and `replaced` maps the path of each to the module it stood for and that one's tensors.
     """
 
-    __slots__ = ("model", "tensors", "title")
+    __slots__ = ("model", "original", "replaced", "tensors", "title")
 
-    def __init__(self, model: Any, title: str, tensors: Mapping[str, tuple[Any, object]]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        title: str,
+        tensors: Mapping[str, tuple[Any, object]],
+        original: Any = None,
+        replaced: Mapping[str, tuple[Any, tuple[Any, ...]]] = pmap(),
+    ) -> None:
         self.model = model
         self.title = title
         self.tensors = tensors
+        self.original = model if original is None else original
+        self.replaced = replaced
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Source) or other.model is not self.model:

@@ -17,7 +17,7 @@ from qfunc.ir import Graph, Node
 from qfunc.match import WRONG_KIND, NoMatch
 from qfunc.params import FoldBatchNorm
 from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
-from qfunc.passes.fusing import Fusing, patterns_by_root
+from qfunc.passes.fusing import Fusing
 from qfunc.passes.fusion_log import Fused
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.result import R
@@ -93,12 +93,12 @@ def explain_fusion(
             missed[id] = f"{pattern}: {reason}"
         elif miss.reason != WRONG_KIND and reason != missed[id]:
             missed[id] = f"{missed[id]}; {pattern}: {reason}"
-    roots = patterns_by_root(backend)
+    roots = {node.id: fusing.rules.of(node).patterns for node in graph}
     kept = (node for node in graph if kind_as_written(node, graph) != node.kind)
-    missed |= {node.id: why_kept(node, graph) for node in kept if kind_as_written(node, graph) in roots}
+    missed |= {node.id: why_kept(node, graph) for node in kept if kind_as_written(node, graph) in roots[node.id]}
     if blocked:
         reason = "it is in training mode: call model.eval() and trace again, or fuse for training with qat=True"
-        missed |= {node.id: reason for node in graph if node.kind in roots and not _is_fused(node)}
+        missed |= {node.id: reason for node in graph if node.kind in roots[node.id] and not _is_fused(node)}
     unfused = sorted((id for id in missed if id in position), key=position.__getitem__)
     return Success(
         FusionReport(

@@ -7,7 +7,7 @@ from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, u
 from qfunc.ir.node import Fact, NamedArgs
 from qfunc.match import NoMatch, Users
 from qfunc.params import FoldBatchNorm, Load
-from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
+from qfunc.passes.fusion_log import FusionLog
 
 _CLOSE = 2
 """How close a miss of a norm is that stands beside its layer or pool: closer than any pattern that starts with it."""
@@ -229,7 +229,7 @@ def _hindrance_to_move(graph: Graph, used: Users, log: FusionLog, norm: Node, po
     if reasons:
         return reasons[0]
     patterns = ((f"{pool.kind} + batch_norm", (pool, norm)), (f"{layer.kind} + batch_norm", (layer, *norms, norm)))
-    return "" if all(log.allows(*pattern) for pattern in patterns) else SWITCHED_OFF
+    return next((hindrance for pattern in patterns if (hindrance := log.hindrance(*pattern))), "")
 
 
 def _chain_before(graph: Graph, used: Users, pool: Node) -> tuple[Node, ...]:

@@ -13,9 +13,11 @@ from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig, preserved_problems
 from qfunc.errors import InTrainingMode, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Graph, Node
-from qfunc.passes.fusing import Fusing, pattern_names
+from qfunc.passes.fusing import Fusing
+from qfunc.passes.fusion_rules import FusionRules
 from qfunc.passes.owned import CallFuser
 from qfunc.passes.record import recorded
+from qfunc.passes.regions import region_problems
 from qfunc.result import R
 
 NOTHING = CustomConfig()
@@ -36,7 +38,8 @@ def fuse(
     residual sum becomes a post-op. The fused node keeps the id and the place of the chain's last node, whose value it
     computes. What does not fit is left alone (`explain_fusion` says why). Running it again changes nothing.
 
-    A user's fuser is called at once, on copies of the modules: its result belongs to the graph.
+    Nothing is fused across the border of a standalone module, within which its own backend fuses. A user's fuser is
+    called at once, on copies of the modules: its result belongs to the graph.
 
     Returns:
         The fused graph (the same object when nothing fused), or `InTrainingMode` for the model, or for each module of
@@ -65,7 +68,9 @@ def unknown_names(graph: Graph, backend: BackendConfig, custom: CustomConfig) ->
     for name in custom.unfused_names:
         if name not in graph.modules:
             yield UnknownName(name, "module", tuple(sorted(graph.modules)))
-    patterns = pattern_names(backend, custom) if custom.unfused_patterns else ()
+    yield from region_problems(graph, custom)
+    every = FusionRules(graph, backend, custom).every if custom.unfused_patterns else ()
+    patterns = tuple(sorted(frozenset[str]().union(*(rules.names for rules in every))))
     for name in custom.unfused_patterns:
         if name not in patterns:
             yield UnknownName(name, "pattern", patterns)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qfunc.backends.cpu import CONVOLUTIONS
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
-from qfunc.config.custom_fusion import CustomFusion
 from qfunc.errors import CannotFuse
 from qfunc.ir import Draft, Graph, Node, PostOp, TensorFact, users
 from qfunc.ir.node import NamedArgs
@@ -21,10 +19,9 @@ from qfunc.passes.fold import (
     off_axis,
     producer,
 )
-from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
+from qfunc.passes.fusion_log import FusionLog
+from qfunc.passes.fusion_rules import DROPPED, FusionRules
 from qfunc.passes.owned import CallFuser, fuse_owned
-
-_DROPPED = ("dropout", "identity")
 
 
 class Fusing:
@@ -36,22 +33,19 @@ class Fusing:
     def __init__(
         self, graph: Graph, backend: BackendConfig, custom: CustomConfig, *, qat: bool, call_fuser: CallFuser | None
     ) -> None:
-        self.log = FusionLog(custom, pattern_names(backend, custom))
-        self._graph, self._backend, self._qat, self._call_fuser = graph, backend, qat, call_fuser
-        self._fusions = custom_fusions(backend, custom)
-        self._patterns = patterns_by_root(backend)
-        if qat:  # two norms in a row train apart
-            self._patterns = {kind: [_once(p) for p in patterns] for kind, patterns in self._patterns.items()}
+        self.rules = FusionRules(graph, backend, custom, qat=qat)
+        self.log = FusionLog(custom, self.rules)
+        self._graph, self._qat, self._call_fuser = graph, qat, call_fuser
         self._taken: set[str] = set()
 
     def run(self) -> Graph:
         """The fused graph."""
-        graph, backend = self._owned(self._graph), self._backend
-        if backend.drop_identities:
+        graph, backends = self._owned(self._graph), [rules.backend for rules in self.rules.every]
+        if any(backend.drop_identities for backend in backends):
             whole, graph = graph, self._without_identities(graph)
             # What an identity parted is one chain now, for the user's patterns as well.
             graph = graph if graph is whole else self._owned(graph)
-        move = backend.move_norms and not self._qat
+        move = any(backend.move_norms for backend in backends) and not self._qat
         if move and any(node.kind == "batch_norm" for node in graph):
             graph = move_norms_before_pools(graph, self.log)
         graph = self._chains(graph)
@@ -60,13 +54,16 @@ class Fusing:
         return graph
 
     def _owned(self, graph: Graph) -> Graph:
-        return fuse_owned(graph, self._fusions, self.log, self._call_fuser, qat=self._qat) if self._fusions else graph
+        for rules in (rules for rules in self.rules.every if rules.fusions):
+            within = None if len(self.rules.every) == 1 else lambda node, rules=rules: self.rules.of(node) is rules
+            graph = fuse_owned(graph, rules.fusions, self.log, self._call_fuser, qat=self._qat, within=within)
+        return graph
 
     def _without_identities(self, graph: Graph) -> Graph:
         """The graph without identity, and for evaluation without dropout, so that they part no chain."""
         draft = Draft(graph)
         for node in graph:
-            if node.kind not in _DROPPED[self._qat :] or node.aliased or not self.log.allows(node.kind, (node,)):
+            if node.kind not in DROPPED[self._qat :] or node.aliased or not self.log.allows(node.kind, (node,)):
                 continue
             # Whether a dropout drops may be an input of the model.
             if node.kind == "identity" or node.get("training") is False:
@@ -80,14 +77,16 @@ class Fusing:
     def _chains(self, graph: Graph) -> Graph:
         draft, used = Draft(graph), users(graph)
         for node in graph:
-            if node.id not in self._taken and node.kind in self._patterns and not node.post and not is_folded(node):
-                self._chain(draft, graph, used, node)
+            if node.id not in self._taken and not node.post and not is_folded(node):
+                patterns = self.rules.of(node).patterns
+                if node.kind in patterns:
+                    self._chain(draft, graph, used, node, patterns[node.kind])
         return draft.commit()
 
-    def _chain(self, draft: Draft, graph: Graph, used: Users, root: Node) -> None:
+    def _chain(self, draft: Draft, graph: Graph, used: Users, root: Node, patterns: tuple[Pattern, ...]) -> None:
         """Apply the first pattern that fits."""
         misses, declined = list[NoMatch](), list[NoMatch]()
-        for found in (match(graph, used, pattern, root) for pattern in self._patterns[root.kind]):
+        for found in (match(graph, used, pattern, root) for pattern in patterns):
             if isinstance(found, NoMatch):
                 misses.append(found)
                 continue
@@ -107,8 +106,9 @@ class Fusing:
         root, last = found.nodes[0], found.nodes[-1]
         if self._qat and not found.pattern.trains:
             return NoMatch(root.id, f"{found.pattern.name} is fused for evaluation only", len(found.parts))
-        if not self.log.allows(found.pattern.name, found.nodes):
-            return NoMatch(root.id, f"{found.pattern.name}: {SWITCHED_OFF}", len(found.parts))
+        hindrance = self.log.hindrance(found.pattern.name, found.nodes)
+        if hindrance:
+            return NoMatch(root.id, f"{found.pattern.name}: {hindrance}", len(found.parts))
         args, post = root.args, root.post
         for depth, part in enumerate(found.parts[1:], 1):
             if part.node.id in self._taken or (part.taken == "other" and self._fuses_left(graph, used, part.node)):
@@ -130,7 +130,7 @@ class Fusing:
             start = producer(graph, start)
         if start is None:
             return False
-        found = (match(graph, used, pattern, start) for pattern in self._patterns.get(start.kind, ()))
+        found = (match(graph, used, pattern, start) for pattern in self.rules.of(start).patterns.get(start.kind, ()))
         sums = (each for each in found if isinstance(each, Match) and total in each.nodes)
         return any(isinstance(self._made(graph, used, each), Node) for each in sums)
 
@@ -171,37 +171,6 @@ class Fusing:
                 self.log.unfit.append(CannotFuse(place, why, remedy))
             return reason or why
         return reason
-
-
-def custom_fusions(backend: BackendConfig, custom: CustomConfig) -> tuple[CustomFusion, ...]:
-    """The fusions with a fuser: those of the custom configuration, then those of the backend."""
-    return (*custom.fusions, *(fusion for fusion in backend.fusions if isinstance(fusion, CustomFusion)))
-
-
-def patterns_by_root(backend: BackendConfig) -> dict[str, list[Pattern]]:
-    """The patterns of qfunc's own fusion, by the kind of their first step, the longest first."""
-    patterns = [pattern for pattern in backend.fusions if isinstance(pattern, Pattern)]
-    by_root: dict[str, list[Pattern]] = {}
-    for pattern in sorted(patterns, key=lambda pattern: -len(pattern.steps)):
-        for kind in pattern.steps[0].kinds:
-            by_root.setdefault(kind, []).append(pattern)
-    return by_root
-
-
-def _once(pattern: Pattern) -> Pattern:
-    return replace(pattern, steps=tuple(replace(step, repeats=False) for step in pattern.steps))
-
-
-def pattern_names(backend: BackendConfig, custom: CustomConfig) -> tuple[str, ...]:
-    """The names of all patterns that may apply."""
-    names = [fusion.name for fusion in (*custom.fusions, *backend.fusions)]
-    if backend.drop_identities:
-        names += _DROPPED
-    if backend.move_norms:
-        pools = [f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)]
-        names += [f"batch_norm + {kind}" for kind in (*CONVOLUTIONS, "linear")]
-        names += [f"{kind} + batch_norm" for kind in (*pools, "mean")]
-    return tuple(dict.fromkeys(names))
 
 
 def _deepest(misses: list[NoMatch]) -> NoMatch:

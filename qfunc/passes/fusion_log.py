@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qfunc.config.custom_config import CustomConfig
 from qfunc.errors import Problem
 from qfunc.ir import Node
 from qfunc.match import NoMatch
+from qfunc.passes.fusion_rules import FusionRules
 
 SWITCHED_OFF = "the custom configuration leaves it unfused here"
 
@@ -34,20 +34,27 @@ class FusionLog:
     are faults of the user's functions, `unfit` the parts that cannot be trained together as they stand.
     """
 
-    def __init__(self, custom: CustomConfig, patterns: Iterable[str]) -> None:
+    def __init__(self, custom: CustomConfig, rules: FusionRules) -> None:
         self.fused: dict[str, Fused] = {}
         self.missed: dict[str, NoMatch] = {}
         self.missed_own: dict[str, tuple[str, NoMatch]] = {}
         self.problems: list[Problem] = []
         self.unfit: list[Problem] = []
-        self._patterns = frozenset(patterns) - frozenset(custom.unfused_patterns)
+        self._rules, self._switched_off = rules, frozenset(custom.unfused_patterns)
         self._unfused = custom.unfused_names
 
-    def allows(self, pattern: str, nodes: Sequence[Node]) -> bool:
+    def allows(self, pattern: str, nodes: tuple[Node, ...]) -> bool:
         """Whether there is such a pattern, and the user lets it be applied to these nodes."""
-        return pattern in self._patterns and not any(
-            _within(node.origin.module, name) for name in self._unfused for node in nodes
-        )
+        return not self.hindrance(pattern, nodes)
+
+    def hindrance(self, pattern: str, nodes: tuple[Node, ...]) -> str:
+        """Why a pattern is not to be applied to these nodes; empty where it is."""
+        border = self._rules.border(nodes)
+        if border:
+            return border
+        known = pattern in self._rules.of(nodes[0]).names and pattern not in self._switched_off
+        off = not known or any(_within(node.origin.module, name) for name in self._unfused for node in nodes)
+        return SWITCHED_OFF if off else ""
 
     def fuse(self, node: Node, pattern: str, parts: tuple[Node, ...], *, own: bool = False) -> None:
         """Note that `parts` became `node`; where it was a chain already, what comes before joins that."""

@@ -15,7 +15,7 @@ from qfunc.ir.node import NamedArgs
 from qfunc.match import Match, NoMatch, match
 from qfunc.ops import type_name
 from qfunc.passes.fold import is_folded
-from qfunc.passes.fusion_log import SWITCHED_OFF, FusionLog
+from qfunc.passes.fusion_log import FusionLog
 from qfunc.result import R
 
 CallFuser: TypeAlias = Callable[[Graph, CustomFusion, Any, Node, bool], R[Opaque]]
@@ -23,26 +23,33 @@ CallFuser: TypeAlias = Callable[[Graph, CustomFusion, Any, Node, bool], R[Opaque
 
 
 def fuse_owned(
-    graph: Graph, fusions: tuple[CustomFusion, ...], log: FusionLog, call_fuser: CallFuser | None, *, qat: bool
+    graph: Graph,
+    fusions: tuple[CustomFusion, ...],
+    log: FusionLog,
+    call_fuser: CallFuser | None,
+    *,
+    qat: bool,
+    within: Callable[[Node], bool] | None = None,
 ) -> Graph:
     """The graph with the matches of the user's patterns made one node each, in the order of the patterns.
 
-    Without `call_fuser` the nodes are made, but not their modules.
+    Without `call_fuser` the nodes are made, but not their modules. Only the nodes that are `within` start a match.
     """
     draft, used, taken = Draft(graph), users(graph), set[str]()
     objects = dict[str, Opaque]()
     position = {id: index for index, id in enumerate(graph.order)}
     for fusion in fusions:
         pattern = compiled(fusion)
-        for node in (node for node in graph if not is_folded(node)):
+        for node in (node for node in graph if not is_folded(node) and (within is None or within(node))):
             found = match(graph, used, pattern, node)
             if isinstance(found, NoMatch):
                 log.miss_own(node.id, pattern.name, found)
                 continue
             if any(n.id in taken or is_folded(n) for n in found.nodes):
                 continue
-            if not log.allows(pattern.name, found.nodes):
-                log.miss_own(node.id, pattern.name, NoMatch(node.id, SWITCHED_OFF, len(found.parts)))
+            hindrance = log.hindrance(pattern.name, found.nodes)
+            if hindrance:
+                log.miss_own(node.id, pattern.name, NoMatch(node.id, hindrance, len(found.parts)))
                 continue
             chosen = _ends(graph, position, found, fusion, log)
             if chosen is None:

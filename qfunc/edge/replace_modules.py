@@ -1,0 +1,96 @@
+"""Replacing modules before tracing, in a copy of the model's structure: the model itself stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from returns.result import Failure, Success
+from torch import nn
+
+from qfunc.config.custom_config import CustomConfig
+from qfunc.edge.read import own_behaviour
+from qfunc.edge.unchanged import unchanged
+from qfunc.errors import Problem, UserFunctionFailed, several, told
+from qfunc.ir import Note
+from qfunc.ops import type_name
+from qfunc.result import R
+
+
+class LeafModule(nn.Module):
+    """A module of qfunc's own that is one operator of a graph: what it decides, it decides when it runs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replaced:
+    """The model to trace, the user's, and those modules of the user's that others stand for, by path."""
+
+    model: nn.Module
+    original: nn.Module
+    originals: Mapping[str, nn.Module]
+    notes: tuple[Note, ...] = ()
+
+
+def replace_modules(model: nn.Module, custom: CustomConfig) -> R[Replaced]:
+    """The model with the modules that `custom.replacements` names replaced; the model itself where there are none.
+
+    Modules around a replaced one are copied, their tensors and all other modules are the model's own. A module at two
+    paths is replaced once. One that is kept whole by its name, or whose call does more than its class's forward, is
+    not replaced; the second has a note.
+
+    Returns:
+        The model, or `UserFunctionFailed` for each function that raises or gives no module.
+    """
+    found: dict[str, nn.Module] = {}
+    notes: list[Note] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) not in custom.replacements or path in custom.non_traceable_names:
+            continue
+        own = own_behaviour(module)
+        if own:
+            notes.append(Note(path or "model", f"is not replaced: it {own}"))
+        elif not any(not outer or path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    types = {type(module) for module in model.modules()}
+    unused = (type_name(cls) for cls in custom.replacements if cls not in types)
+    notes += (Note(f"replacements[{name}]", "matches no module of the model") for name in unused)
+    made: dict[int, nn.Module] = {}
+    problems: list[Problem] = []
+    with unchanged(model.modules()):
+        for path, module in found.items():
+            if id(module) not in made:
+                new = _called(custom.replacements[type(module)], module, path)
+                if isinstance(new, UserFunctionFailed):
+                    problems.append(new)
+                    continue
+                made[id(module)] = new
+    if problems:
+        return Failure(several(problems))
+    return Success(Replaced(_rebuilt(model, made) if made else model, model, found, tuple(notes)))
+
+
+def _called(function: Any, module: nn.Module, path: str) -> nn.Module | UserFunctionFailed:
+    place = path or "model"
+    try:
+        new = function(module)
+    except Exception as error:  # noqa: BLE001 - the function is the user's code
+        return UserFunctionFailed(place, f"the replacement of {type(module).__name__} raised {told(error)}")
+    if not isinstance(new, nn.Module) or new is module:
+        given = "the module itself" if new is module else f"a {type(new).__name__}, not a torch.nn.Module"
+        return UserFunctionFailed(place, f"the replacement of {type(module).__name__} gave {given}")
+    return new.train(module.training)
+
+
+def _rebuilt(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """The module with its replaced parts; `made` holds, by id, what modules become, and is filled on the way."""
+    if id(module) in made:
+        return made[id(module)]
+    children = {name: child and _rebuilt(child, made) for name, child in module._modules.items()}
+    made[id(module)] = module
+    if any(children[name] is not child for name, child in module._modules.items()):
+        copied: nn.Module = object.__new__(type(module))
+        vars(copied).update(vars(module))
+        vars(copied)["_modules"] = children
+        made[id(module)] = copied
+    return made[id(module)]

@@ -1,0 +1,165 @@
+"""Standalone modules: regions of the graph with a configuration and a backend of their own, nothing fused across."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qfunc import CPU, CustomConfig, CustomFusion, QConfigMapping, Standalone, explain_fusion, fuse, trace, unwrap
+from qfunc.errors import BadConfig, UnknownName, problems
+from qfunc.ir import Graph
+from qfunc.passes.regions import region_notes, regions
+from tests.fusion.models import conv, fused, image, kinds, norm, sequential
+
+X = image()
+BARE = replace(CPU, name="bare", fusions=(), drop_identities=False, move_norms=False)
+
+
+class Block(nn.Sequential):
+    """A type to name standalone modules by."""
+
+
+def names(*paths: str) -> CustomConfig:
+    return CustomConfig(standalone_names=dict.fromkeys(paths, Standalone()))
+
+
+def graph_of(model: nn.Module) -> Graph:
+    return unwrap(trace(model, X))
+
+
+def owned_regions(model: nn.Module, custom: CustomConfig) -> dict[str, str]:
+    """Module path of every operator -> path of its region."""
+    graph = graph_of(model)
+    found = regions(graph, custom)
+    return {node.origin.module: found[node.id].path for node in graph if node.id in found}
+
+
+# Regions
+
+
+def test_the_innermost_standalone_module_holds() -> None:
+    model = sequential(nn.Sequential(conv(), Block(conv(), nn.ReLU())), conv())
+    assert owned_regions(model, names("0")) == {"0.0": "0", "0.1.0": "0", "0.1.1": "0"}
+    assert owned_regions(model, names("0", "0.1")) == {"0.0": "0", "0.1.0": "0.1", "0.1.1": "0.1"}
+    assert owned_regions(model, names("0.1.0")) == {"0.1.0": "0.1.0"}
+    assert owned_regions(model, CustomConfig()) == {}
+
+
+def test_a_name_is_stronger_than_a_type_and_none_is_the_parents() -> None:
+    outer, inner = QConfigMapping().set_module_name("1.0", None), QConfigMapping().set_module_name("0", None)
+    model = sequential(sequential(conv(), Block(conv())), Block(conv()))
+    custom = CustomConfig(
+        standalone_names={"0": Standalone(outer, BARE), "1": Standalone(inner)},
+        standalone_types={Block: Standalone()},
+    )
+    found = regions(graph_of(model), custom)
+    held = {region.path: region for region in found.values()}
+    assert {path: (r.qconfig_mapping, r.base, r.backend) for path, r in held.items()} == {
+        "0": (outer, "0", BARE),
+        "0.1": (outer, "0", BARE),
+        "1": (inner, "1", None),
+    }
+    assert held["0.1"].local("0.1.0") == "1.0"
+
+
+def test_what_does_not_exist_is_told_of_with_what_may_be_meant() -> None:
+    model = sequential(nn.Sequential(conv(), nn.ReLU()), conv())
+    mapping = QConfigMapping().set_module_name("00", None).set_module_name("0", None)
+    custom = CustomConfig(standalone_names={"0": Standalone(mapping), "O": Standalone()})
+    for result in (fuse(graph_of(model), custom=custom), explain_fusion(graph_of(model), custom=custom)):
+        found = problems(result.failure())
+        assert [type(problem) for problem in found] == [UnknownName, UnknownName]
+        assert [(problem.node, problem.reason) for problem in found] == [
+            ("O", "there is no module 'O'"),
+            ("00", "there is no submodule of '0' named '00'"),
+        ]
+    assert [problem.node for problem in problems(trace(model, X, custom=custom).failure())] == ["O"]
+    of_type = CustomConfig(standalone_types={Block: Standalone()}, standalone_names={"0.1": Standalone()})
+    notes = [*region_notes(graph_of(model), of_type, regions(graph_of(model), of_type))]
+    assert [note.node for note in notes] == [f"standalone_types[{__name__}.Block]"]
+    dropped = unwrap(fuse(graph_of(sequential(conv(), nn.Identity())), custom=names("1")))
+    assert [n.node for n in region_notes(dropped, names("1"), regions(dropped, names("1")))] == [
+        "standalone_names['1']"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("custom", "field"),
+    [
+        (CustomConfig(standalone_names={"0": None}), "standalone_names"),
+        (CustomConfig(standalone_names=("0",)), "standalone_names"),
+        (CustomConfig(standalone_types={"Block": Standalone()}), "standalone_types"),
+        (CustomConfig(standalone_types={Block: Standalone(3)}), "standalone_types['Block']"),
+        (CustomConfig(standalone_names={"0": Standalone(backend="x86")}), "standalone_names['0']"),
+    ],
+)
+def test_a_configuration_of_the_wrong_type_is_told_of(custom: CustomConfig, field: str) -> None:
+    found = problems(trace(sequential(conv()), X, custom=custom).failure())
+    assert [(type(problem), problem.node) for problem in found] == [(BadConfig, field)]
+
+
+# Fusion
+
+
+def test_nothing_is_fused_across_a_border() -> None:
+    model = sequential(conv(), nn.Sequential(norm(), nn.ReLU()), nn.ReLU(), conv())
+    assert kinds(fused(model, X)) == ["conv2d + relu", "relu", "conv2d"]
+    assert kinds(fused(model, X, custom=names("1"))) == ["conv2d", "batch_norm + relu", "relu", "conv2d"]
+
+
+def test_norms_stay_on_their_side_of_a_border() -> None:
+    before = sequential(nn.Sequential(norm()), conv())
+    behind = sequential(nn.Sequential(conv(), norm()), norm())
+    pooled = sequential(nn.Sequential(conv(), nn.AvgPool2d(2)), norm())
+    assert kinds(fused(before, X)) == kinds(fused(behind, X)) == ["conv2d"]
+    assert kinds(fused(before, X, custom=names("0"))) == ["batch_norm", "conv2d"]
+    assert kinds(fused(behind, X, custom=names("0"))) == ["conv2d", "batch_norm"]
+    assert kinds(fused(pooled, X, custom=names("0"))) == ["conv2d", "avg_pool2d", "batch_norm"]
+
+
+def test_two_standalone_modules_are_two_regions() -> None:
+    model = sequential(Block(conv()), Block(nn.ReLU()))
+    assert kinds(fused(model, X)) == ["conv2d + relu"]
+    assert kinds(fused(model, X, custom=CustomConfig(standalone_types={Block: Standalone()}))) == ["conv2d", "relu"]
+
+
+def test_inside_its_own_backend_fuses() -> None:
+    model = sequential(conv(), nn.ReLU(), Block(conv(), nn.Identity(), nn.ReLU()))
+    bare = CustomConfig(standalone_types={Block: Standalone(backend=BARE)})
+    whole = CustomConfig(standalone_types={Block: Standalone(backend=CPU)})
+    assert kinds(fused(model, X, custom=bare)) == ["conv2d + relu", "conv2d", "identity", "relu"]
+    assert kinds(fused(model, X, custom=whole, backend=BARE)) == ["conv2d", "relu", "conv2d + relu"]
+
+
+def test_a_fuser_is_called_where_its_backend_holds_and_within_borders() -> None:
+    fusion = CustomFusion(lambda is_qat, *parts: nn.Sequential(*parts), pattern=(nn.Conv2d, nn.ReLU))
+    model = sequential(conv(), nn.ReLU(), Block(conv(), nn.ReLU(), conv()), nn.ReLU())
+    own = replace(BARE, fusions=(fusion,))
+    inside = CustomConfig(standalone_types={Block: Standalone(backend=own)})
+    assert kinds(fused(model, X, custom=inside, backend=BARE)) == ["conv2d", "relu", "owned", "conv2d", "relu"]
+    everywhere = CustomConfig(fusions=(fusion,), standalone_types={Block: Standalone(backend=BARE)})
+    assert kinds(fused(model, X, custom=everywhere)) == ["owned", "owned", "conv2d", "relu"]
+
+
+def test_the_report_names_the_border() -> None:
+    model = sequential(conv(), nn.Sequential(nn.ReLU()))
+    report = unwrap(explain_fusion(graph_of(model), custom=names("1")))
+    assert [(row.place, row.reason) for row in report.unfused] == [
+        ("0", "conv2d + relu: the border of the standalone module '1' is between")
+    ]
+
+
+def test_a_module_called_on_both_sides_of_no_border_is_one_region() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(conv(), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    torch.manual_seed(0)
+    assert kinds(fused(Twice().eval(), X, custom=names("block"))) == ["conv2d + relu", "conv2d + relu"]
