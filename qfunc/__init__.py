@@ -29,7 +29,7 @@ from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
 from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer
+from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer, layers
 from qfunc.edge.attention import decomposed_attention
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
@@ -128,6 +128,7 @@ __all__ = [
     "fuse_modules",
     "fuse_modules_qat",
     "last_layer",
+    "layers",
     "lower",
     "materialize",
     "prepare",

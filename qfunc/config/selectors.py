@@ -23,6 +23,11 @@ def depthwise_convolutions(graph: Graph) -> frozenset[str]:
     return frozenset(node.id for node in graph if node.kind.startswith("conv") and _is_depthwise(node))
 
 
+def layers(graph: Graph) -> frozenset[str]:
+    """All convolutions and linear layers."""
+    return frozenset(node.id for node in graph if node.kind in LAYERS)
+
+
 def first_layer(graph: Graph) -> frozenset[str]:
     """The first convolution or linear layer in graph order, which sees the inputs as they are."""
     return frozenset([node.id for node in graph if node.kind in LAYERS][:1])
@@ -34,7 +39,7 @@ def last_layer(graph: Graph) -> frozenset[str]:
 
 
 SELECTORS: Mapping[str, Callable[[Graph], frozenset[str]]] = MappingProxyType(
-    {function.__name__: function for function in (depthwise_convolutions, first_layer, last_layer)}
+    {function.__name__: function for function in (depthwise_convolutions, first_layer, last_layer, layers)}
 )
 """The selectors by the names that they have in documents."""
 

@@ -11,9 +11,10 @@ from qfunc.config.annotation import ParameterSpec
 from qfunc.config.columns import aligned
 from qfunc.errors import WrongStage
 from qfunc.ir import Graph, Note
+from qfunc.numerics.observers import PerChannelMinMax
 from qfunc.numerics.unmeasured import Cast, KeepFloat
 from qfunc.passes.numbers import non_tensors
-from qfunc.passes.stages import Prepared, SiteObserver
+from qfunc.passes.stages import Prepared, Site, SiteObserver
 from qfunc.result import R
 
 
@@ -41,6 +42,15 @@ class WeightRow:
 
 
 @dataclass(frozen=True, slots=True)
+class EqualizationRow:
+    """A value that layers read scaled channel by channel, the axis of its channels, and the layers."""
+
+    value: str
+    ch_axis: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FloatRow:
     """An operator that stays float, and why."""
 
@@ -59,20 +69,29 @@ class Description:
     weights: tuple[WeightRow, ...]
     floats: tuple[FloatRow, ...]
     notes: tuple[Note, ...] = ()
+    biases: tuple[WeightRow, ...] = ()
+    equalizations: tuple[EqualizationRow, ...] = ()
+    codes: tuple[str, ...] = ()
+    """The inputs and outputs of the converted model that are codes."""
 
     def __str__(self) -> str:
         head = f"{self.backend}: {len(self.sites)} sites, {len(self.weights)} weights, {len(self.floats)} left float"
         sites = [(s.site, ", ".join(s.values), s.observer, s.dtype, s.qscheme, "; ".join(s.why)) for s in self.sites]
         weights = [(w.node, w.place, w.observer, w.dtype, w.qscheme) for w in self.weights]
+        biases = [(b.node, b.place, b.observer, b.dtype, b.qscheme) for b in self.biases]
+        scaled = [(e.value, str(e.ch_axis), ", ".join(e.layers)) for e in self.equalizations]
         floats = [(f.node, f.place, f.operator, f.reason) for f in self.floats]
         tables = (
             [("site", "values", "observer", "dtype", "scheme", "why"), *sites] if sites else [],
             [("weight of", "module", "observer", "dtype", "scheme"), *weights] if weights else [],
+            [("bias of", "module", "observer", "dtype", "scheme"), *biases] if biases else [],
+            [("equalized", "channels", "layers"), *scaled] if scaled else [],
             [("float", "module", "operator", "why"), *floats] if floats else [],
         )
         return "\n".join(
             [
                 head,
+                *(f"codes: {name}" for name in self.codes),
                 *(line for table in tables for line in aligned(table)),
                 *map(str, self.notes),
             ]
@@ -122,18 +141,37 @@ def describe(prepared: Prepared) -> R[Description]:
                 SiteRow(s.id, s.taps, type(s.observer).__name__, *_spec(s.observer), why=tuple(reasons.get(s.id, ())))
                 for s in sites
             ),
-            tuple(
-                WeightRow(id, graph[id].place, type(observer).__name__, *_spec(observer))
-                for id, observer in sorted(prepared.weights.items(), key=lambda item: position[item[0]])
-            ),
+            _rows(graph, prepared.weights),
             tuple(
                 FloatRow(node.id, node.place, node.kind, prepared.floats[node.id])
                 for node in graph
                 if node.id in prepared.floats and node.kind not in _PLUMBING and node.id not in numbers
             ),
             prepared.notes,
+            _rows(graph, prepared.biases),
+            tuple(
+                EqualizationRow(e.site.taps[0], _channels(e.site), tuple(edge.user for edge in e.edges))
+                for _, e in sorted(prepared.equalizations.items())
+            ),
+            tuple(_codes(prepared)),
         )
     )
+
+
+def _codes(prepared: Prepared) -> Iterator[str]:
+    yield from (f"input {id}" for id in prepared.graph.order if id in prepared.quantized_inputs)
+    yield from (f"output {index}" for index in sorted(prepared.quantized_outputs))
+
+
+def _rows(graph: Graph, table: Mapping[str, ParameterSpec]) -> tuple[WeightRow, ...]:
+    """Parameters and how they are quantized, in graph order."""
+    told = ((id, table[id]) for id in graph.order if id in table)
+    return tuple(WeightRow(id, graph[id].place, type(spec).__name__, *_spec(spec)) for id, spec in told)
+
+
+def _channels(site: Site) -> int:
+    assert isinstance(site.observer, PerChannelMinMax) and site.observer.spec.ch_axis is not None
+    return site.observer.spec.ch_axis
 
 
 def compare(first: Prepared, second: Prepared) -> R[Comparison]:
@@ -199,10 +237,18 @@ def _each_decision(prepared: Prepared) -> Iterator[tuple[str, str]]:
         if id in outputs:
             yield f"result of {id}", _observed(prepared, outputs[id])
         if id in prepared.weights:
-            observer = prepared.weights[id]
-            yield f"weight of {id}", " ".join((type(observer).__name__, *_spec(observer)))
+            yield f"weight of {id}", _parameter(prepared.weights[id])
+        if id in prepared.biases:
+            yield f"bias of {id}", _parameter(prepared.biases[id])
         if id in prepared.floats and graph[id].kind not in _PLUMBING:
             yield id, f"float: {prepared.floats[id]}"
+    for id, equalization in sorted(prepared.equalizations.items()):
+        yield id, f"equalized for {', '.join(edge.user for edge in equalization.edges)}"
+    yield from ((name, "codes") for name in _codes(prepared))
+
+
+def _parameter(spec: ParameterSpec) -> str:
+    return " ".join((type(spec).__name__, *_spec(spec)))
 
 
 def _observed(prepared: Prepared, site: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token
-from qfunc.passes.stages import Prepared, measures
+from qfunc.passes.stages import Prepared
 
 
 def with_observers(prepared: Prepared) -> Graph:
@@ -16,8 +16,7 @@ def with_observers(prepared: Prepared) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
     objects = graph.objects
-    measured = (site for _, site in sorted(prepared.sites.items()) if measures(site.observer))
-    for index, site in enumerate(measured):
+    for index, site in enumerate(prepared.measured):
         token = Token(f"observer:{site.id}")
         objects = objects.set(token.id, Opaque(site))
         path = f"activation_post_process_{index}"

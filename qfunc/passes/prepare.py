@@ -13,11 +13,12 @@ from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.point import Edge, Point, edges_by_slot, values_in
-from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.qconfig_mapping import QConfigMapping, Selector
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams
 from qfunc.passes.annotate import NOTHING, annotate
+from qfunc.passes.equalize import equalizations
 from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
 from qfunc.result import R
 
@@ -28,6 +29,7 @@ def prepare(
     *,
     backend: BackendConfig = CPU,
     custom: CustomConfig = NOTHING,
+    equalize: Selector | None = None,
 ) -> R[Prepared]:
     """The graph with observation sites for static quantization.
 
@@ -39,24 +41,27 @@ def prepare(
         qconfig_mapping: what to quantize, and how: a mapping (by default the backend's own), or annotations.
         backend: what can be quantized.
         custom: exceptions for the model, see `annotate`; annotations have them in them.
+        equalize: picks the layers whose inputs and weights are equalized, such as `layers`; none by default.
 
     Returns:
         The prepared graph, or what `annotate` reports; for annotations `UnknownName` for nodes that do not exist,
-        `BadConfig` for uses that do not, and for impossible observers.
+        `BadConfig` for uses that do not, and for impossible observers. A layer that cannot be equalized is told of in
+        the notes.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
     if not isinstance(qconfig_mapping, Annotations):
         return annotate(graph, qconfig_mapping, backend=backend, custom=custom).bind(
-            lambda found: _prepared(graph, found, backend.name)
+            lambda found: _prepared(graph, found, backend.name, equalize)
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend)
-    return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name)
+    return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name, equalize)
 
 
-def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepared]:
+def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Selector | None) -> R[Prepared]:
     sharing = _Sharing(graph, annotations)
-    problems = list(sharing.problems())
+    scaled, notes, problems = equalizations(graph, annotations, equalize)
+    problems += sharing.problems()
     if problems:
         return Failure(several(problems))
     sites, outputs, inputs = sharing.sites()
@@ -70,10 +75,11 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str) -> R[Prepare
             backend,
             annotations.floats,
             annotations.refused,
-            annotations.notes,
+            (*annotations.notes, *notes),
             annotations.biases,
             annotations.quantized_inputs,
             annotations.quantized_outputs,
+            scaled,
         )
     )
 

@@ -41,6 +41,14 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class Equalization:
+    """A value that layers read scaled channel by channel: `site` measures it, `edges` are the uses that are scaled."""
+
+    site: Site
+    edges: tuple[Edge, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A graph and its observation sites, as data.
 
@@ -48,7 +56,8 @@ class Prepared:
     are float otherwise; `weights` and `biases` map nodes to how these parameters of theirs are quantized; `floats` says
     of each node that stays float why; those of them in `refused` are layers that the configuration meant to quantize.
     `notes` tell of entries of the configuration that match nothing. `quantized_inputs` and `quantized_outputs` are the
-    inputs and the positions of the output that the converted model takes and gives as codes.
+    inputs and the positions of the output that the converted model takes and gives as codes. `equalizations` are by the
+    ids of their sites.
     """
 
     graph: Graph
@@ -63,8 +72,15 @@ class Prepared:
     biases: PMap[str, ParameterSpec] = pmap()
     quantized_inputs: frozenset[str] = frozenset()
     quantized_outputs: frozenset[int] = frozenset()
+    equalizations: PMap[str, Equalization] = pmap()
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def measured(self) -> tuple[Site, ...]:
+        """The sites that calibration shows data, by name."""
+        scaled = {id: equalization.site for id, equalization in self.equalizations.items()}
+        return tuple(site for _, site in sorted({**self.sites, **scaled}.items()) if measures(site.observer))
 
 
 @dataclass(frozen=True, slots=True)

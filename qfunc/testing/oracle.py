@@ -146,6 +146,20 @@ def prepare(
         return prepare_fx(copy.deepcopy(model), chosen, example_inputs, **options)
 
 
+def equalized_layers(model: nn.Module, example_inputs: tuple[object, ...]) -> frozenset[str]:
+    """The modules whose inputs `prepare_fx` measures for equalization, with its default configuration of that."""
+    with _quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cannot equalize", category=UserWarning)
+        from torch.ao.quantization import QConfigMapping
+        from torch.ao.quantization.fx._equalize import default_equalization_qconfig
+
+        quantization: Any = default_equalization_qconfig
+        chosen = QConfigMapping().set_global(quantization)
+        prepared = prepare(model, example_inputs, _equalization_config=chosen)
+        sites = [node for node in prepared.graph.nodes if "equalization_process" in node.name]
+        return frozenset(str(user.target) for site in sites for user in site.users if user.op == "call_module")
+
+
 def calibrate(prepared: fx.GraphModule, batches: Iterable[tuple[object, ...]]) -> fx.GraphModule:
     """A copy of `prepared` whose observers have seen `batches`, each a tuple of positional inputs."""
     observed = copy.deepcopy(prepared)
