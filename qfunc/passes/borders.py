@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from pyrsistent import pmap
@@ -46,14 +46,10 @@ def with_borders(
     problems = [*_no_such("input", custom.input_quantized_indexes, len(inputs))]
     problems += _no_such("output", custom.output_quantized_indexes, len(output_elements(graph)))
     chosen = [inputs[index] for index in custom.input_quantized_indexes if 0 <= index < len(inputs)]
-    values: dict[str, Spec] = {}
-    for id in chosen:
-        spec = _spec_of(graph, annotations, id, mapping)
-        if spec is None:
-            reason = "nothing that reads it is quantized, so that it has no qparams"
-            problems.append(BadConfig(graph[id].place, reason, f"quantize it: set_output({id!r}, Histogram())"))
-        else:
-            values[id] = spec
+    values = _specs(graph, annotations, mapping, chosen) if chosen else {}
+    for id in (id for id in chosen if id not in values):
+        reason = "nothing that reads it is quantized, so that it has no qparams"
+        problems.append(BadConfig(graph[id].place, reason, f"quantize it: set_output({id!r}, Histogram())"))
     problems += _unquantized(graph, annotations, custom)
     found = replace(
         annotations,
@@ -71,19 +67,28 @@ def _no_such(what: str, indexes: tuple[int, ...], count: int) -> Iterator[Proble
             yield BadConfig(f"{what}_quantized_indexes", reason, f"count the {what}s from 0")
 
 
-def _spec_of(graph: Graph, annotations: Annotations, id: str, mapping: QConfigMapping) -> Spec | None:
-    """How an input is quantized: as its first quantized use, or as the configuration quantizes activations."""
-    if id in annotations.outputs:
-        return annotations.outputs[id]
-    position = {node: index for index, node in enumerate(graph.order)}
-    edges = [edge for edge in annotations.inputs if used(graph[edge.user], edge) == id]
-    specs = [annotations.inputs[edge] for edge in sorted(edges, key=lambda e: (position[e.user], e.slot, e.index))]
+def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inputs: Iterable[str]) -> dict[str, Spec]:
+    """How inputs are quantized: as their first quantized use, or as the configuration quantizes activations."""
+    wanted, position = frozenset(inputs), {id: index for index, id in enumerate(graph.order)}
     chosen = mapping.global_qconfig
-    given: list[Spec | Quantization] = [*specs, *([chosen.of_inputs] if chosen is not None else [])]
-    for spec in given:
-        if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput, FixedQParams)):
-            return spec
-    return None
+    default: list[Spec | Quantization] = [] if chosen is None else [chosen.of_inputs]
+    given: dict[str, list[Spec | Quantization]] = {id: [] for id in wanted}
+    for edge in sorted(annotations.inputs, key=lambda edge: (position[edge.user], edge.slot, edge.index)):
+        value = used(graph[edge.user], edge)
+        if value in wanted:
+            given[value].append(annotations.inputs[edge])
+    found: dict[str, Spec] = {}
+    for id in wanted:
+        own = annotations.outputs.get(id)
+        for spec in [*([own] if own is not None else []), *given[id], *default]:
+            # The fixed range of one use need not be the input's.
+            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and (spec is own or not _is_fixed(spec)):
+                found.setdefault(id, spec)
+    return found
+
+
+def _is_fixed(spec: Spec) -> bool:
+    return isinstance(spec, FixedQParams)
 
 
 def _unquantized(graph: Graph, annotations: Annotations, custom: CustomConfig) -> Iterator[Problem]:
