@@ -257,9 +257,10 @@ def test_a_region_is_quantized_by_its_own_backend_and_described_so() -> None:
 def test_sites_inside_have_the_observers_of_the_region() -> None:
     inside = QConfigMapping().set_global(QConfig(MinMax(), PerChannelMinMax(INT8_NARROW_PER_CHANNEL)))
     prepared = prepared_with(CustomConfig(standalone_names={"sub": Standalone(inside)}))
-    uses = {(edge.user, edge.slot): type(prepared.sites[site].observer) for edge, site in prepared.inputs.items()}
+    place = {node.id: node.place for node in prepared.graph}
+    uses = {(place[edge.user], edge.slot): type(prepared.sites[site].observer) for edge, site in prepared.inputs.items()}
     values = {id: type(prepared.sites[site].observer) for id, site in prepared.outputs.items()}
-    of_place = {prepared.graph[id].place: observer for id, observer in values.items()}
+    of_place = {place[id]: observer for id, observer in values.items()}
     assert uses["first", "input"] is Histogram
     assert of_place["sub.0"] is MinMax
     unmatched = inside.set_object_type(nn.Linear, None)
