@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,19 +46,30 @@ class Resolution:
     """The entries that hold for the nodes of a graph.
 
     `problems` tells of selectors that fail or contradict each other, and of fused operators with different
-    configurations; `unused` are the selectors that pick nothing.
+    configurations; `unused` are the selectors that pick nothing. The mapping's names of modules are relative to `base`,
+    and it holds for the nodes `own` alone, where they are given.
     """
 
-    def __init__(self, mapping: QConfigMapping, graph: Graph, default: QConfigMapping | None = None) -> None:
+    def __init__(
+        self,
+        mapping: QConfigMapping,
+        graph: Graph,
+        default: QConfigMapping | None = None,
+        *,
+        base: str = "",
+        own: Container[str] | None = None,
+    ) -> None:
+        self._base = base
         self.problems: list[Problem] = []
         self.unused: list[Selector] = []
         self._mapping = mapping
         self._default = QConfigMapping() if default is None else default
         self._patterns = [(text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
         self._selected = self._select(graph)
-        self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph)}
+        self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph, base, own)}
         for node in graph:
-            self._compare_parts(node, graph)
+            if node.id in self.chosen:
+                self._compare_parts(node, graph)
 
     def _select(self, graph: Graph) -> dict[str, tuple[Selector, Choice]]:
         found: dict[str, tuple[Selector, Choice]] = {}
@@ -96,6 +107,7 @@ class Resolution:
         return self._by_type((node.origin.type, key[1]))
 
     def _by_name(self, path: str) -> Chosen | None:
+        path = relative(path, self._base)
         for prefix in _ancestors(path):
             if prefix in self._mapping.module_names:
                 return Chosen(self._mapping.module_names[prefix], ("module_names", prefix))
@@ -150,14 +162,26 @@ def _parts(node: Node, graph: Graph) -> Iterator[Origin]:
             yield post.origin
 
 
-def numbered(graph: Graph) -> Iterator[tuple[Node, tuple[str, str, int]]]:
+def relative(path: str, base: str) -> str:
+    """The path of a module as seen from the module at `base`.
+
+    >>> relative("sub.conv", "sub"), relative("sub.conv", "")
+    ('conv', 'sub.conv')
+    """
+    return path if not base else path.removeprefix(base).removeprefix(".")
+
+
+def numbered(
+    graph: Graph, base: str = "", own: Container[str] | None = None
+) -> Iterator[tuple[Node, tuple[str, str, int]]]:
     """Every node with its key among `module_name_object_type_orders`: the module whose forward calls, what, and which.
 
-    The calls of one thing by one module are counted from 0.
+    The calls of one thing by one module are counted from 0. Modules are named as seen from `base`; where `own` nodes
+    are given, there are only these.
     """
     counts: dict[tuple[str, str], int] = {}
-    for node in graph:
-        form, parent = form_of(node), _container(node)
+    for node in (node for node in graph if own is None or node.id in own):
+        form, parent = form_of(node), relative(_container(node), base)
         index = counts.get((parent, form), 0)
         counts[parent, form] = index + 1
         yield node, (parent, form, index)

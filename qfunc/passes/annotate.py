@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import CPU
-from qfunc.config.annotation import Annotations
+from qfunc.config.annotation import Annotations, combine
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import places_of, problems_of
 from qfunc.errors import WrongStage, several
-from qfunc.ir import Graph
+from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
+from qfunc.passes.regions import Region, region_notes, region_problems, regions
 from qfunc.passes.rules import Rules
 from qfunc.passes.unmatched import unmatched
-from qfunc.result import R
+from qfunc.result import R, unwrap
 
 NOTHING = CustomConfig()
 
@@ -32,13 +35,14 @@ def annotate(
 
     The operands of a quantized operator are, and its result, unless it shares its input's qparams. A value whose memory
     is changed in place, or that is not floating point, never is. Where the dtypes of a configuration do not suit an
-    operator, that stays float.
+    operator, that stays float. Each standalone module is annotated for itself, by its own configuration and backend: a
+    value that crosses its border is written quantized or float by the one side, and quantized for its use by the other.
 
     Args:
         graph: a traced, usually fused graph.
         qconfig_mapping: what to quantize, and how; by default the backend's own.
         backend: what can be quantized.
-        custom: exceptions for the model; of them, the inputs and outputs that are to be codes.
+        custom: exceptions for the model: its standalone modules, the inputs and outputs that are to be codes.
 
     Returns:
         The annotations, with a note for each entry of the configuration that matches nothing; or all of: `UnknownName`
@@ -48,20 +52,72 @@ def annotate(
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
-    problems = wrong_arguments(
-        backend=backend,
-        qconfig_mapping=QConfigMapping() if qconfig_mapping is None else qconfig_mapping,
-        custom=custom,
-    )
+    asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
+    problems = wrong_arguments(backend=backend, qconfig_mapping=asked, custom=custom)
     if problems:
         return Failure(several(problems))
     mapping = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
-    problems = [*problems_of(mapping, graph.modules), *places_of(mapping, graph)]
+    found = regions(graph, custom)
+    problems = [*problems_of(mapping, graph.modules), *places_of(mapping, graph), *region_problems(graph, custom)]
+    parts = _parts(graph, mapping, backend, found)
+    for part in parts if not problems else ():
+        problems += places_of(part.mapping, graph) if part.region is not None else ()
     if problems:
         return Failure(several(problems))
-    rules = Rules(graph, mapping, backend, demanded=frozenset(quantized_outputs(graph, custom).values()))
-    asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
-    ruled = rules.annotations(unmatched(asked, graph, backend.qconfig_mapping))
-    annotations, problems = with_borders(graph, ruled, mapping, custom)
-    found = [*rules.problems, *problems]
-    return Failure(several(found)) if found else Success(annotations)
+    demanded = frozenset(quantized_outputs(graph, custom).values())
+    rules = [
+        Rules(graph, part.mapping, part.backend, base=part.base, own=part.own, demanded=demanded) for part in parts
+    ]
+    for one in rules:
+        same = (other.fits for other in rules if other.mapping is one.mapping)
+        problems += (*one.problems, *one.useless_entries(frozenset().union(*same)))
+    given = [one.annotations(_notes(part, graph, asked)) for one, part in zip(rules, parts, strict=True)]
+    ruled = unwrap(combine(*given)) if found else given[0]
+    ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))
+    annotations, more = with_borders(graph, ruled, mapping, custom)
+    problems += more
+    return Failure(several(problems)) if problems else Success(annotations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A region of the graph, or what is in none, and what holds there."""
+
+    region: Region | None
+    mapping: QConfigMapping
+    backend: BackendConfig
+    own: frozenset[str] | None = None
+
+    @property
+    def base(self) -> str:
+        return "" if self.region is None else self.region.base
+
+
+def _parts(graph: Graph, mapping: QConfigMapping, backend: BackendConfig, found: dict[str, Region]) -> list[_Part]:
+    """The part outside of all standalone modules, then the regions in the order of their first nodes."""
+    if not found:
+        return [_Part(None, mapping, backend)]
+    inside: dict[str, list[str]] = {}
+    held: dict[str, Region] = {}
+    for id, region in found.items():
+        inside.setdefault(region.path, []).append(id)
+        held[region.path] = region
+    outside = _Part(None, mapping, backend, frozenset(graph.order) - found.keys())
+    return [
+        outside,
+        *(
+            _Part(region, region.qconfig_mapping or mapping, region.backend or backend, frozenset(inside[path]))
+            for path, region in held.items()
+        ),
+    ]
+
+
+def _notes(part: _Part, graph: Graph, asked: QConfigMapping) -> tuple[Note, ...]:
+    """Notes of entries that match nothing; of a standalone module's own mapping, with its path."""
+    region = part.region
+    if region is None:
+        return unmatched(asked, graph, part.backend.qconfig_mapping)
+    if region.qconfig_mapping is None or region.base != region.path:
+        return ()
+    notes = unmatched(part.mapping, graph, part.backend.qconfig_mapping, base=part.base, own=part.own)
+    return tuple(Note(f"standalone module {region.path!r}: {note.node}", note.text) for note in notes)

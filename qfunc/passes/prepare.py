@@ -54,7 +54,7 @@ def prepare(
         return annotate(graph, qconfig_mapping, backend=backend, custom=custom).bind(
             lambda found: _prepared(graph, found, backend.name, equalize)
         )
-    problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend)
+    problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend, custom=custom)
     return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name, equalize)
 
 

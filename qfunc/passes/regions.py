@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig, Standalone
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import problems_of
+from qfunc.config.resolve import problems_of, relative
 from qfunc.errors import Problem, UnknownName
 from qfunc.ir import Graph, Note
 from qfunc.ops import type_name
@@ -27,14 +27,6 @@ class Region:
     qconfig_mapping: QConfigMapping | None = None
     base: str = ""
     backend: BackendConfig | None = None
-
-    def local(self, path: str) -> str:
-        """The path of a module as the names in `qconfig_mapping` have it.
-
-        >>> Region("sub", QConfigMapping(), "sub").local("sub.conv")
-        'conv'
-        """
-        return path.removeprefix(self.base).removeprefix(".") if self.base else path
 
 
 def regions(graph: Graph, custom: CustomConfig) -> dict[str, Region]:
@@ -100,7 +92,7 @@ def region_problems(graph: Graph, custom: CustomConfig) -> Iterator[Problem]:
     for standalone, paths in _entries(graph, custom):
         if standalone.qconfig_mapping is None or not paths:
             continue
-        inside = {_relative(module, path) for path in paths for module in graph.modules if _is_inside(module, path)}
+        inside = {relative(module, path) for path in paths for module in graph.modules if _is_inside(module, path)}
         for problem in problems_of(standalone.qconfig_mapping, inside):
             if isinstance(problem, UnknownName) and problem.what == "module":
                 yield replace(problem, what=f"submodule of {paths[0]!r} named")
@@ -123,7 +115,3 @@ def region_notes(graph: Graph, custom: CustomConfig, found: dict[str, Region]) -
 
 def _is_inside(module: str, path: str) -> bool:
     return not path or module == path or module.startswith(f"{path}.")
-
-
-def _relative(module: str, path: str) -> str:
-    return module.removeprefix(path).removeprefix(".") if path else module

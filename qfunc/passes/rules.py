@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
 from pyrsistent import pmap
@@ -26,13 +27,25 @@ P = TypeVar("P")
 
 
 class Rules:
-    """The decisions about one graph, made in two walks: what is quantized, then how."""
+    """The decisions about one graph, or the nodes `own` of it, made in two walks: what is quantized, then how.
+
+    The mapping's names of modules are relative to `base`.
+    """
 
     def __init__(
-        self, graph: Graph, mapping: QConfigMapping, backend: BackendConfig, *, demanded: frozenset[str] = frozenset()
+        self,
+        graph: Graph,
+        mapping: QConfigMapping,
+        backend: BackendConfig,
+        *,
+        base: str = "",
+        own: frozenset[str] | None = None,
+        demanded: frozenset[str] = frozenset(),
     ) -> None:
-        resolution = Resolution(mapping, graph, backend.qconfig_mapping)
+        resolution = Resolution(mapping, graph, backend.qconfig_mapping, base=base, own=own)
         self.graph = graph
+        self.fits: set[tuple[Entry, bool]] = set()
+        """The entries whose dtypes suit some operator, with and without a weight."""
         self.mapping = mapping
         self.backend = backend
         self.problems: list[Problem] = list(resolution.problems)
@@ -40,12 +53,11 @@ class Rules:
         self.refused: set[str] = set()
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
-        self._fits: set[tuple[Entry, bool]] = set()
         self._demanded = demanded
         self._numbers = non_tensors(graph)
-        for node in graph:
-            self._decide(node, resolution.chosen[node.id])
-        self.problems += self._useless_entries()
+        self._own = resolution.chosen.keys()
+        for id, chosen in resolution.chosen.items():
+            self._decide(graph[id], chosen)
         self._read_quantized = self._keep_useful() if backend.lazy else None
 
     def annotations(self, notes: tuple[Note, ...]) -> Annotations:
@@ -73,8 +85,10 @@ class Rules:
         weights = {id: q.weight for id, (row, q) in self._chosen.items() if _has_weight(self.graph[id], row)}
         biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
         for edge, spec in self.mapping.edges.items():
-            inputs.update(_at(edge, spec))
+            inputs.update(_at(edge, spec) if edge.user in self._own else ())
         for id, spec in self.mapping.outputs.items():
+            if id not in self._own:
+                continue
             taps = [tap for tap in taps if tap != id]
             outputs.pop(id, None)
             outputs.update(_at(id, spec))
@@ -105,7 +119,7 @@ class Rules:
                 self._misfits.setdefault(key, []).append(UnsupportedDType(node.place, misfit))
                 self._keep(node, misfit)
             else:
-                self._fits.add(key)
+                self.fits.add(key)
                 self._chosen[node.id] = (row, qconfig)
 
     def _keep(self, node: Node, reason: str) -> None:
@@ -114,14 +128,15 @@ class Rules:
         if reason and kind_as_written(node, self.graph) in _WEIGHTED:
             self.refused.add(node.id)
 
-    def _useless_entries(self) -> Iterator[Problem]:
+    def useless_entries(self, fits: AbstractSet[tuple[Entry, bool]]) -> Iterator[Problem]:
         """The problems of entries whose dtypes suit no layer they name, or nothing at all that they name.
 
-        One that suits some leaves the others float: dynamic quantization is for linear layers, say, not convolutions.
+        One that suits some, as `fits` says, leaves the others float: dynamic quantization is for linear layers, say,
+        not convolutions.
         """
         for (entry, weighted), problems in self._misfits.items():
             suits = {(entry, True)} if weighted else {(entry, True), (entry, False)}
-            if not suits & self._fits and not self._is_default(entry):
+            if not suits & fits and not self._is_default(entry):
                 yield from problems
 
     def _is_default(self, entry: Entry) -> bool:

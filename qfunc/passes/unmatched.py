@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from difflib import get_close_matches
 
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import numbered
+from qfunc.config.resolve import numbered, relative
 from qfunc.ir import Graph, Note
 
 
-def unmatched(mapping: QConfigMapping, graph: Graph, default: QConfigMapping) -> tuple[Note, ...]:
+def unmatched(
+    mapping: QConfigMapping, graph: Graph, default: QConfigMapping, *, base: str = "", own: Container[str] | None = None
+) -> tuple[Note, ...]:
     """A note for each entry by type, by regex or by order that names no node, whether or not a stronger one names it.
 
-    The entries of `default`, the backend's own configuration, are meant for any model: they are not told of.
+    The entries of `default`, the backend's own configuration, are meant for any model: they are not told of. A mapping
+    whose names are relative to `base` is for the nodes `own` alone.
     """
     if not (mapping.object_types or mapping.module_name_regexes or mapping.module_name_object_type_orders):
         return ()
-    calls = [(node, key) for node, key in numbered(graph) if node.kind not in _PLUMBING]
-    paths = dict.fromkeys(node.origin.module for node, _ in calls)
+    calls = [(node, key) for node, key in numbered(graph, base, own) if node.kind not in _PLUMBING]
+    paths = dict.fromkeys(relative(node.origin.module, base) for node, _ in calls)
     # A function or a method is configured by its own name, and by the type of the module that contains it.
     forms = dict.fromkeys(name for node, (_, form, _) in calls for name in (form, node.origin.type))
     keys = dict.fromkeys(key for _, key in calls)

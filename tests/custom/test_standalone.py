@@ -8,11 +8,38 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfunc import CPU, CustomConfig, CustomFusion, QConfigMapping, Standalone, explain_fusion, fuse, trace, unwrap
+from qfunc import (
+    CPU,
+    X86,
+    BackendConfig,
+    CustomConfig,
+    CustomFusion,
+    Histogram,
+    MinMax,
+    PerChannelMinMax,
+    Prepared,
+    QConfig,
+    QConfigMapping,
+    Standalone,
+    annotate,
+    calibrate,
+    convert,
+    describe,
+    explain_fusion,
+    fuse,
+    materialize,
+    prepare,
+    quantize,
+    trace,
+    unwrap,
+)
 from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.ir import Graph
+from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.passes.regions import region_notes, regions
-from tests.fusion.models import conv, fused, image, kinds, norm, sequential
+from qfunc.testing import oracle, sqnr
+from tests.fusion.models import conv, fused, image, kinds, norm, run, sequential
+from tests.parity.sides import our_mapping, their_mapping
 
 X = image()
 BARE = replace(CPU, name="bare", fusions=(), drop_identities=False, move_norms=False)
@@ -62,7 +89,6 @@ def test_a_name_is_stronger_than_a_type_and_none_is_the_parents() -> None:
         "0.1": (outer, "0", BARE),
         "1": (inner, "1", None),
     }
-    assert held["0.1"].local("0.1.0") == "1.0"
 
 
 def test_what_does_not_exist_is_told_of_with_what_may_be_meant() -> None:
@@ -163,3 +189,146 @@ def test_a_module_called_on_both_sides_of_no_border_is_one_region() -> None:
 
     torch.manual_seed(0)
     assert kinds(fused(Twice().eval(), X, custom=names("block"))) == ["conv2d + relu", "conv2d + relu"]
+
+
+# Quantization
+
+
+class Whole(nn.Module):
+    """A standalone module between two layers, with a branch around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = conv(kernel=3), conv()
+        self.sub = Block(conv(), nn.ReLU(), conv(), nn.MaxPool2d(2, 1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(self.sub(x) + x[..., 1:, 1:])
+
+
+def quantized_places(prepared: Prepared) -> set[str]:
+    return {prepared.graph[id].place for id in prepared.weights}
+
+
+def prepared_with(
+    custom: CustomConfig, mapping: QConfigMapping | None = None, backend: BackendConfig = CPU
+) -> Prepared:
+    graph = unwrap(fuse(unwrap(trace(Whole().eval(), X, custom=custom)), backend=backend, custom=custom))
+    return unwrap(prepare(graph, mapping, backend=backend, custom=custom))
+
+
+FLOAT = Standalone(QConfigMapping())
+ALL = {"first", "sub.0", "sub.2", "last"}
+
+
+def test_a_region_without_a_configuration_stays_float() -> None:
+    assert quantized_places(prepared_with(CustomConfig())) == ALL
+    assert quantized_places(prepared_with(names("sub"))) == ALL
+    assert quantized_places(prepared_with(CustomConfig(standalone_names={"sub": FLOAT}))) == {"first", "last"}
+    assert quantized_places(prepared_with(CustomConfig(standalone_types={Block: FLOAT}))) == {"first", "last"}
+
+
+def test_the_names_in_a_region_are_relative_to_it() -> None:
+    inside = CPU.qconfig_mapping.set_module_name("0", None)
+    custom = CustomConfig(standalone_names={"sub": Standalone(inside)})
+    assert quantized_places(prepared_with(custom)) == ALL - {"sub.0"}
+    by_order = CPU.qconfig_mapping.set_module_name_object_type_order("", nn.Conv2d, 1, None)
+    custom = CustomConfig(standalone_names={"sub": Standalone(by_order)})
+    assert quantized_places(prepared_with(custom)) == ALL - {"sub.2"}
+    outside = CPU.qconfig_mapping.set_module_name("sub", None)
+    custom = CustomConfig(standalone_names={"sub": Standalone(CPU.qconfig_mapping)})
+    assert quantized_places(prepared_with(custom, outside)) == ALL
+    assert quantized_places(prepared_with(names("sub"), outside)) == {"first", "last"}
+
+
+def test_a_region_is_quantized_by_its_own_backend_and_described_so() -> None:
+    lean = replace(CPU, name="lean", operators=CPU.operators[:1])
+    custom = CustomConfig(standalone_names={"sub": Standalone(None, lean)})
+    described = unwrap(describe(prepared_with(custom)))
+    assert {row.place: row.reason for row in described.floats}["sub.3"] == "the lean backend has no rule for it"
+    whole = CustomConfig(standalone_names={"sub": Standalone(None, CPU)})
+    reasons = {row.place: row.reason for row in unwrap(describe(prepared_with(whole, backend=lean))).floats}
+    assert reasons["add"] == "the lean backend has no rule for it"
+    assert "lean" not in reasons.get("sub.3", "")
+
+
+def test_sites_inside_have_the_observers_of_the_region() -> None:
+    inside = QConfigMapping().set_global(QConfig(MinMax(), PerChannelMinMax(INT8_NARROW_PER_CHANNEL)))
+    prepared = prepared_with(CustomConfig(standalone_names={"sub": Standalone(inside)}))
+    place = {node.id: node.place for node in prepared.graph}
+    uses = {(place[edge.user], edge.slot): type(prepared.sites[site].observer) for edge, site in prepared.inputs.items()}
+    values = {id: type(prepared.sites[site].observer) for id, site in prepared.outputs.items()}
+    of_place = {place[id]: observer for id, observer in values.items()}
+    assert uses["first", "input"] is Histogram
+    assert of_place["sub.0"] is MinMax
+    unmatched = inside.set_object_type(nn.Linear, None)
+    noted = prepared_with(CustomConfig(standalone_names={"sub": Standalone(unmatched)})).notes
+    assert [note.node for note in noted] == ["standalone module 'sub': object_types['torch.nn.Linear']"]
+
+
+def test_an_entry_that_suits_an_operator_in_some_region_is_no_error() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = Block(conv()), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.conv(x))
+
+    only_linear = replace(CPU, operators=(replace(CPU.operators[0], kinds=("linear",)),))
+    custom = CustomConfig(standalone_types={Block: Standalone(None, only_linear)})
+    graph = unwrap(trace(Both().eval(), X, custom=custom))
+    assert quantized_places(unwrap(prepare(graph, custom=custom))) == {"linear"}
+
+
+def test_annotations_say_the_same_and_every_error_is_told_at_once() -> None:
+    custom = CustomConfig(standalone_names={"sub": FLOAT})
+    graph = unwrap(fuse(unwrap(trace(Whole().eval(), X)), custom=custom))
+    annotations = unwrap(annotate(graph, custom=custom))
+    assert unwrap(prepare(graph, annotations)) == unwrap(prepare(graph, custom=custom))
+    wrong = QConfigMapping().set_module_name("three", None)
+    bad = CustomConfig(standalone_names={"sub": Standalone(wrong), "sup": Standalone()})
+    found = problems(prepare(graph, QConfigMapping().set_module_name("frist", None), custom=bad).failure())
+    assert {problem.node for problem in found} == {"frist", "sup", "three"}
+
+
+@pytest.mark.parametrize("custom", [names("sub"), CustomConfig(standalone_types={Block: FLOAT})])
+def test_a_model_with_a_standalone_module_is_quantized_in_one_call(custom: CustomConfig) -> None:
+    model = Whole().eval()
+    lowered = unwrap(quantize(model, [X], custom=custom, progress=False))
+    assert not lowered.certificate.fallbacks
+    assert sqnr(run(model, (X,)), run(unwrap(materialize(lowered)), (X,))) > 25
+
+
+@pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
+@pytest.mark.parametrize("inside", ["minmax", "histogram", "float", "parent"])
+@pytest.mark.parametrize("outside", ["histogram", "float"])
+def test_the_outputs_are_the_references(inside: str, outside: str) -> None:
+    import torch.ao.quantization as ao
+    from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+
+    def ours(config: str) -> QConfigMapping:
+        return QConfigMapping() if config == "float" else our_mapping(config)
+
+    def theirs(config: str) -> object:
+        return ao.QConfigMapping() if config == "float" else their_mapping(config)
+
+    model = Whole().eval()
+    their_custom = PrepareCustomConfig().set_standalone_module_name(
+        "sub", None if inside == "parent" else theirs(inside), (X,), None, None
+    )
+    prepared = oracle.prepare(model, (X,), theirs(outside), prepare_custom_config=their_custom)
+    expected = run(oracle.convert(oracle.calibrate(prepared, [(X,)])), (X,))
+    standalone = Standalone() if inside == "parent" else Standalone(ours(inside))
+    custom = CustomConfig(standalone_names={"sub": standalone})
+    graph = unwrap(fuse(unwrap(trace(model, X, custom=custom)), backend=X86, custom=custom))
+    stage = unwrap(prepare(graph, ours(outside), backend=X86, custom=custom))
+    converted = unwrap(convert(unwrap(calibrate(stage, [X], progress=False))))
+    actual, float_output = run(unwrap(materialize(converted)), (X,)), run(model, (X,))
+    if inside == outside == "float":
+        assert torch.allclose(actual, float_output, atol=1e-5)
+    step = float((float_output.max() - float_output.min()) / 127)
+    assert (actual - expected).abs().max() <= 1.01 * step
+    assert (actual - expected).abs().mean() <= 0.25 * step
