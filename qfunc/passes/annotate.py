@@ -15,7 +15,7 @@ from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph
 from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.rules import Rules
-from qfunc.passes.unmatched import unmatched
+from qfunc.passes.unmatched import unmatched, without_effect
 from qfunc.result import R
 
 NOTHING = CustomConfig()
@@ -41,10 +41,11 @@ def annotate(
         custom: exceptions for the model; of them, the inputs and outputs that are to be codes.
 
     Returns:
-        The annotations, with a note for each entry of the configuration that matches nothing; or all of: `UnknownName`
-        for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible observers, for fused
-        operators with different configurations and for outputs that cannot be codes, `UnsupportedDType` for an entry
-        whose dtypes suit no operator that it names, `UserFunctionFailed` for a selector that raises.
+        The annotations, with a note for each entry of the configuration that matches or changes nothing; or all of:
+        `UnknownName` for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible
+        observers, for fused operators with different configurations and for outputs that cannot be codes,
+        `UnsupportedDType` for an entry whose dtypes suit no operator that it names, `UserFunctionFailed` for a selector
+        that raises.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -61,7 +62,7 @@ def annotate(
         return Failure(several(problems))
     rules = Rules(graph, mapping, backend, demanded=frozenset(quantized_outputs(graph, custom).values()))
     asked = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
-    ruled = rules.annotations(unmatched(asked, graph, backend.qconfig_mapping))
-    annotations, problems = with_borders(graph, ruled, mapping, custom)
+    notes = (*unmatched(asked, graph, backend.qconfig_mapping, rules.unused), *without_effect(asked, rules))
+    annotations, problems = with_borders(graph, rules.annotations(notes), mapping, custom)
     found = [*rules.problems, *problems]
     return Failure(several(found)) if found else Success(annotations)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 from pyrsistent import pmap
@@ -38,6 +40,7 @@ class Rules:
         self.problems: list[Problem] = list(resolution.problems)
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
+        self.unused = tuple(resolution.unused)
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._fits: set[tuple[Entry, bool]] = set()
@@ -89,6 +92,12 @@ class Rules:
             notes,
             biases=pmap(biases),
         )
+
+    def without_places(self) -> Annotations:
+        """The decisions without the configuration's entries for single values and uses."""
+        bare = copy(self)
+        bare.mapping, bare.floats = replace(self.mapping, outputs=pmap(), edges=pmap()), dict(self.floats)
+        return bare.annotations(())
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
         row, qconfig = self.backend.operator(node), chosen.qconfig

@@ -1,4 +1,4 @@
-"""Entries of a configuration that match no node of a graph, as notes."""
+"""Entries of a configuration that match no node of a graph, or change nothing in it, as notes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.point import used
+from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name
 from qfunc.config.resolve import numbered
 from qfunc.ir import Graph, Note
+from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.passes.rules import Rules
 
 
-def unmatched(mapping: QConfigMapping, graph: Graph, default: QConfigMapping) -> tuple[Note, ...]:
-    """A note for each entry by type, by regex or by order that names no node, whether or not a stronger one names it.
+def unmatched(
+    mapping: QConfigMapping, graph: Graph, default: QConfigMapping, unused: Iterable[Selector] = ()
+) -> tuple[Note, ...]:
+    """A note for each entry by type, by selector, by regex or by order that names no node.
 
-    The entries of `default`, the backend's own configuration, are meant for any model: they are not told of.
+    Whether or not a stronger one names it. `unused` are the selectors that pick nothing. The entries of `default`, the
+    backend's own configuration, are meant for any model: they are not told of.
     """
+    idle = sorted({selector_name(selector) for selector in unused if selector not in default.selections})
+    selections = tuple(Note(f"selections[{name!r}]", "selects no node of this graph") for name in idle)
     if not (mapping.object_types or mapping.module_name_regexes or mapping.module_name_object_type_orders):
-        return ()
+        return selections
     calls = [(node, key) for node, key in numbered(graph) if node.kind not in _PLUMBING]
     paths = dict.fromkeys(node.origin.module for node, _ in calls)
     # A function or a method is configured by its own name, and by the type of the module that contains it.
@@ -28,9 +36,30 @@ def unmatched(mapping: QConfigMapping, graph: Graph, default: QConfigMapping) ->
     orders = [key for key in mapping.module_name_object_type_orders if key not in keys]
     return (
         *_of_types(sorted(types), graph, forms),
+        *selections,
         *_of_regexes(regexes, paths),
         *_of_orders(sorted(orders), keys),
     )
+
+
+def without_effect(mapping: QConfigMapping, rules: Rules) -> Iterator[Note]:
+    """A note for each entry of a value or a use that keeps float what nothing would have quantized."""
+    outputs = {id for id, way in mapping.outputs.items() if isinstance(way, KeepFloat)}
+    edges = {edge for edge, way in mapping.edges.items() if isinstance(way, KeepFloat)}
+    if not (outputs or edges):
+        return
+    graph, bare = rules.graph, rules.without_places()
+    quantized = {*bare.outputs, *(used(graph[edge.user], edge) for edge in bare.inputs)}
+    for id in (id for id in graph.order if id in outputs - quantized):
+        yield Note(f"outputs[{id!r}]", "changes nothing; no operator that is quantized here makes or reads this value")
+    for edge in sorted(edges, key=lambda edge: (edge.user, edge.slot, edge.index)):
+        if edge not in bare.inputs:
+            value = used(graph[edge.user], edge)
+            hint = f"to read {value!r} unrounded, keep it float for all uses: set_output({value!r}, None)"
+            yield Note(
+                f"edges[{edge}]",
+                f"changes nothing; the use is not quantized{f'; {hint}' if value in bare.outputs else ''}",
+            )
 
 
 _PLUMBING = ("placeholder", "get_attr", "output")
