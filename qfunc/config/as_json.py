@@ -14,7 +14,8 @@ from qfunc.config.backend_config import BackendConfig
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, as_written, parse
-from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OPERATORS
+from qfunc.config.selectors import SELECTORS
+from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OPERATORS, QUANTIZATIONS
 from qfunc.config.writing import Writer
 from qfunc.errors import BadConfig, Problem, several
 from qfunc.result import R
@@ -31,8 +32,9 @@ def to_json(configuration: Configuration, *, names: Mapping[str, type | Callable
     """A configuration as a JSON document, the same text for equal ones.
 
     Observers of qfunc are written as the names of their classes and their fields, operators of patterns as their
-    canonical names. What is the user's own is written as a name: `names` holds the classes of observers (frozen
-    dataclasses) and the functions by the names that `from_json` is to be given them again with.
+    canonical names, selectors of `qfunc.config.selectors` as their own. What is the user's own is written as a name:
+    `names` holds the classes of observers (frozen dataclasses) and the functions by the names that `from_json` is to be
+    given them again with.
 
     Returns:
         The text, or a `BadConfig` for each part that has no name or is of a wrong type.
@@ -120,7 +122,7 @@ def _wrong_names(names: object) -> Iterator[Problem]:
     for name, value in names.items():
         if not isinstance(name, str) or not name or name.startswith("."):
             yield BadConfig("names", f"{shown(name)} is no name: a str without a dot before it", remedy)
-        elif name in OBSERVERS or name in OPERATORS:
+        elif any(name in known for known in (OBSERVERS, QUANTIZATIONS, OPERATORS, SELECTORS)):
             yield BadConfig(f"names[{name!r}]", "the name is qfunc's or torch's own", "put your own before it")
         elif not callable(value):
             yield BadConfig(f"names[{name!r}]", f"expected a class or a function, got {shown(value)}", remedy)

@@ -35,9 +35,8 @@ def values_in(node: Node, slot: str) -> tuple[str, ...]:
     """The values in one argument of a node or of an operator fused behind it, in order."""
     name, args = slot, node.args
     if slot.startswith("post."):
-        _, position, name = slot.split(".")
-        posts = node.post[int(position) : int(position) + 1]
-        args = posts[0].args if posts else ()
+        position, _, name = slot.removeprefix("post.").partition(".")
+        args = next((post.args for index, post in enumerate(node.post) if str(index) == position), ())
     return tuple([value for key, arg in args if key == name for value in refs(arg)])
 
 

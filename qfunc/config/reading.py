@@ -111,16 +111,14 @@ class Reader:
                 return self._items(of, value, at)
             case s.Names():
                 return _through(frozenset, self._items(s.TEXT, value, at))
-            case s.Table(of):
-                fields = self._fields(value, at, _key)
-                found = {key: self.read(of, item, (*at, _key(key))) for key, item in fields.items()}
-                return _BAD if any(item is _BAD for item in found.values()) else pmap(found)
+            case s.Table():
+                return self._table(shape, value, at)
             case s.Record():
                 return self._record(shape, value, at)
             case s.Row(fields):
                 return _through(lambda row: tuple(row[name] for name in fields), self._row(fields, value, at))
-            case s.Rows(fields):
-                return self._rows(fields, value, at)
+            case s.Rows():
+                return self._rows(shape, value, at)
             case s.OneOf(cases):
                 given = self._fields(value, at)
                 if len(given) != 1 or next(iter(given)) not in cases:
@@ -130,14 +128,16 @@ class Reader:
             case s.WithOrWithout(field, first, second):
                 has = isinstance(value, Object) and any(name == field for name, _ in value.pairs)
                 return self._record(first if has else second, value, at)
+            case s.TextOr(of):
+                return value if isinstance(value, str) else self._record(of, value, at)
             case s.Late(late):
                 return self.read(late(), value, at)
             case s.Function():
-                return self._function(value, at)
+                return self._function(shape, value, at)
             case s.Operator():
                 return self._operator(value, at)
-            case s.Observed():
-                return self._observer(value, at)
+            case s.Quantized():
+                return self._quantization(value, at)
 
     @property
     def _full(self) -> bool:
@@ -148,8 +148,8 @@ class Reader:
             case list():
                 return self._items(s.Plain(), value, at)
             case Object():
-                tagged = any(name == "observer" for name, _ in value.pairs)
-                return self._observer(value, at) if tagged else self._record(s.SPEC, value, at)
+                tagged = any(name in s.TAGS for name, _ in value.pairs)
+                return self._quantization(value, at) if tagged else self._record(s.SPEC, value, at)
             case int() | float() if not isinstance(value, bool):
                 return value if fits(s.FLOAT if isinstance(value, float) else s.INT, value) else self._too_large(at)
             case _:
@@ -196,21 +196,40 @@ class Reader:
         optional = (f.name for f in fields if f.default is not missing or f.default_factory is not missing)
         return self._row(shape.fields, value, at, frozenset(optional))
 
-    def _rows(self, fields: Mapping[str, s.Shape], value: Any, at: Place) -> Any:
-        rows = self._items(s.Row(fields), value, at)
+    def _table(self, shape: s.Table, value: Any, at: Place) -> Any:
+        found: dict[Any, Any] = {}
+        before = len(self.problems)
+        for name, item in self._fields(value, at, _key).items():
+            place = (*at, _key(name))
+            key = name if isinstance(shape.key, s.Scalar) else self._function(shape.key, name, place)
+            read = self.read(shape.of, item, place)
+            if key is _BAD:
+                continue
+            if not _hashable(key):
+                self._wrong(place, "what has this name is not hashable", "register a function, or a frozen dataclass")
+            elif key in found:
+                self._wrong(place, "an entry before it names the same", "keep one of the two")
+            else:
+                found[key] = read
+        return _BAD if len(self.problems) > before else pmap(found)
+
+    def _rows(self, shape: s.Rows, value: Any, at: Place) -> Any:
+        rows = self._items(s.Row(shape.fields), value, at)
         if rows is _BAD:
             return _BAD
-        found: dict[tuple[Any, ...], Any] = {}
-        for index, (*key, item) in enumerate(rows):
-            if tuple(key) in found:
+        found: dict[Any, Any] = {}
+        for index, (*parts, item) in enumerate(rows):
+            key = tuple(parts) if shape.key is tuple else shape.key(*parts)
+            if key in found:
                 return self._wrong((*at, f"[{index}]"), "an entry before it names the same", "keep one of the two")
-            found[tuple(key)] = item
+            found[key] = item
         return pmap(found)
 
-    def _function(self, value: Any, at: Place) -> Any:
-        if isinstance(value, str) and value in self._names:
-            return self._names[value]
-        return self._unregistered(at, value, "function")
+    def _function(self, shape: s.Function, value: Any, at: Place) -> Any:
+        known = {**shape.known, **self._names}
+        if isinstance(value, str) and value in known:
+            return known[value]
+        return self._unregistered(at, value, shape.what, shape.known)
 
     def _operator(self, value: Any, at: Place) -> Any:
         if isinstance(value, list):
@@ -222,13 +241,24 @@ class Reader:
         known = {**s.OPERATORS, **self._names}
         return known[value] if value in known else self._unregistered(at, value, "operator", s.OPERATORS)
 
-    def _observer(self, value: Any, at: Place) -> Any:
+    def _quantization(self, value: Any, at: Place) -> Any:
         if not isinstance(value, Object):
-            return self._mistyped(at, "an object with the field 'observer'", value)
+            return self._mistyped(at, "an object with the field 'observer' or 'quantization'", value)
+        if not any(name == "quantization" for name, _ in value.pairs):
+            return self._observer(value, at)
+        name = value.get("quantization")
+        if not isinstance(name, str) or name not in s.QUANTIZATIONS:
+            return self._mistyped((*at, ".quantization"), " or ".join(map(repr, s.QUANTIZATIONS)), name)
+        return self._record(s.QUANTIZATIONS[name], _without(value, "quantization"), at)
+
+    def _observer(self, value: Object, at: Place) -> Any:
         name = value.get("observer")
         own = self._names.get(name) if isinstance(name, str) else None
         if isinstance(name, str) and name in s.OBSERVERS:
             record: s.Record | None = s.OBSERVERS[name]
+        elif isinstance(name, str) and name in s.QUANTIZATIONS:
+            remedy = f"write 'quantization': {name!r}"
+            return self._wrong((*at, ".observer"), f"{name} observes nothing itself", remedy)
         elif own is None:
             return self._unregistered((*at, ".observer"), name, "observer", s.OBSERVERS)
         else:
@@ -236,8 +266,7 @@ class Reader:
         if record is None:
             reason = f"what is registered as {name!r} is no class of an observer"
             return self._wrong((*at, ".observer"), reason, "register a frozen dataclass under this name")
-        rest = Object(tuple(value.pairs[: (tag := _first(value, "observer"))] + value.pairs[tag + 1 :]))
-        fields = self._parts(record, rest, at)
+        fields = self._parts(record, _without(value, "observer"), at)
         if fields is _BAD or own is None:
             return _through(lambda found: record.type(**found), fields)
         try:
@@ -272,8 +301,18 @@ def _through(build: Any, found: Any) -> Any:
     return _BAD if found is _BAD else build(found)
 
 
-def _first(value: Object, name: str) -> int:
-    return next(index for index, (key, _) in enumerate(value.pairs) if key == name)
+def _without(value: Object, name: str) -> Object:
+    """An object without the first field of a name."""
+    first = next(index for index, (key, _) in enumerate(value.pairs) if key == name)
+    return Object(value.pairs[:first] + value.pairs[first + 1 :])
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except Exception:  # noqa: BLE001 - the user's own hash: anything may come out of it
+        return False
+    return True
 
 
 def _step(name: str) -> str:
@@ -308,5 +347,5 @@ def as_written(value: Any) -> str:
             return shown(value)
 
 
-_ARTICLES: Mapping[str, str] = {"function": "a", "operator": "an", "observer": "an"}
+_ARTICLES: Mapping[str, str] = {"function": "a", "selector": "a", "operator": "an", "observer": "an"}
 _CALLED: Mapping[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}

@@ -16,12 +16,16 @@ from torch import nn
 
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.custom_fusion import CustomFusion
-from qfunc.config.dtype_config import DTypeConfig
+from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.selectors import SELECTORS
 from qfunc.match import Anything, Constant, MatchAllNode, Pattern, Step
 from qfunc.numerics import observers
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.ops import FORMS, resolve
 
 
@@ -34,7 +38,7 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """What a field of the user's own observer may hold: scalars, `None`, tuples, specs and observers."""
+    """What a field of the user's own observer may hold: scalars, `None`, tuples, specs and ways to quantize."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,9 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A map from names, as an object."""
+    """A map from names, or from functions by their names, as an object."""
 
+    key: Scalar | Function
     of: Shape
 
 
@@ -87,9 +92,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A map whose keys are tuples, as an array of objects: the items of the key, then the value."""
+    """A map whose keys are tuples or records, as an array of objects: the parts of the key, then the value."""
 
     fields: Mapping[str, Shape]
+    key: type = tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,13 @@ class WithOrWithout:
 
 
 @dataclass(frozen=True, slots=True)
+class TextOr:
+    """A str or a record."""
+
+    of: Record
+
+
+@dataclass(frozen=True, slots=True)
 class Late:
     """A shape that holds itself."""
 
@@ -117,7 +130,10 @@ class Late:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function of the user's, by its registered name."""
+    """A function by its name: the user's by the registered one, those of `known` by their own; `what` is said of it."""
+
+    what: str
+    known: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +142,11 @@ class Operator:
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """An observer: an object of its fields, and of `observer`, the name of its class."""
+class Quantized:
+    """How something is quantized: an object of the fields of a class, and of its name.
+
+    The name is called `observer` for what only observes, `quantization` for what is in `QUANTIZATIONS`.
+    """
 
 
 Shape: TypeAlias = (
@@ -143,10 +162,11 @@ Shape: TypeAlias = (
     | Rows
     | OneOf
     | WithOrWithout
+    | TextOr
     | Late
     | Function
     | Operator
-    | Observed
+    | Quantized
 )
 
 TEXT, INT, FLOAT, FLAG = Scalar(str), Scalar(int), Scalar(float), Scalar(bool)
@@ -171,18 +191,36 @@ OBSERVERS: Mapping[str, Record] = MappingProxyType(
 )
 """qfunc's observers by the names of their classes."""
 
-QCONFIG = Record(QConfig, {"activation": Observed(), "weight": Observed(), "input_activation": Maybe(Observed())})
+TAGS = ("observer", "quantization")
+"""The fields that hold the name of a class."""
+
+QUANTIZATIONS: Mapping[str, Record] = MappingProxyType(
+    {
+        "Cast": Record(Cast, {"dtype": TEXT, "dynamic": FLAG}),
+        "Dynamic": Record(Dynamic, {"spec": SPEC}),
+        "FakeQuantize": Record(FakeQuantize, {"observer": Quantized()}),
+        "KeepFloat": Record(KeepFloat, {}),
+        "ReuseInput": Record(ReuseInput, {}),
+    }
+)
+"""The other ways to quantize, by the names of their classes."""
+
+QCONFIG = Record(QConfig, {"activation": Quantized(), "weight": Quantized(), "input_activation": Maybe(Quantized())})
 _CHOICE = Maybe(QCONFIG)
 _MAPPING = Record(
     QConfigMapping,
     {
         "global_qconfig": _CHOICE,
-        "object_types": Table(_CHOICE),
+        "object_types": Table(TEXT, _CHOICE),
+        "selections": Table(Function("selector", SELECTORS), _CHOICE),
         "module_name_regexes": Many(Row({"regex": TEXT, "qconfig": _CHOICE})),
-        "module_names": Table(_CHOICE),
+        "module_names": Table(TEXT, _CHOICE),
         "module_name_object_type_orders": Rows(
             {"module_name": TEXT, "object_type": TEXT, "index": INT, "qconfig": _CHOICE}
         ),
+        "nodes": Table(TEXT, _CHOICE),
+        "outputs": Table(TEXT, Quantized()),
+        "edges": Rows({"user": TEXT, "slot": TEXT, "index": INT, "quantization": Quantized()}, Edge),
     },
 )
 
@@ -204,40 +242,51 @@ _STEP: Record = Record(
         "repeats": FLAG,
     },
 )
+_FUNCTION = Function("function", MappingProxyType({}))
 _FUSION = WithOrWithout(
     "fuser",
     Record(
         CustomFusion,
         {
-            "fuser": Function(),
+            "fuser": _FUNCTION,
             "pattern": Many(Operator()),
             "complex_pattern": Many(Operator()),
-            "root_node_getter": Maybe(Function()),
-            "extra_inputs_getter": Maybe(Function()),
+            "root_node_getter": Maybe(_FUNCTION),
+            "extra_inputs_getter": Maybe(_FUNCTION),
         },
     ),
     Record(Pattern, {"name": TEXT, "steps": Many(_STEP), "trains": FLAG}),
 )
+_DTYPE = Maybe(
+    TextOr(
+        Record(
+            DTypeWithConstraints,
+            {
+                "dtype": TEXT,
+                "quant_min_lower_bound": Maybe(INT),
+                "quant_max_upper_bound": Maybe(INT),
+                "scale_min_lower_bound": Maybe(FLOAT),
+                "scale_max_upper_bound": Maybe(FLOAT),
+                "scale_exact_match": Maybe(FLOAT),
+                "zero_point_exact_match": Maybe(INT),
+            },
+        )
+    )
+)
+_DTYPES = ("input_dtype", "output_dtype", "weight_dtype", "bias_dtype")
 _OPERATOR = Record(
     OperatorConfig,
     {
         "kinds": Many(TEXT),
         "observation": Choices(Observation),
-        "dtypes": Many(
-            Record(
-                DTypeConfig,
-                {
-                    "input_dtype": Maybe(TEXT),
-                    "output_dtype": Maybe(TEXT),
-                    "weight_dtype": Maybe(TEXT),
-                    "bias_dtype": Maybe(TEXT),
-                    "is_dynamic": FLAG,
-                },
-            )
-        ),
+        "dtypes": Many(Record(DTypeConfig, {**dict.fromkeys(_DTYPES, _DTYPE), "is_dynamic": FLAG})),
         "forms": Names(),
-        "fixed": Maybe(Observed()),
+        "by_tensor_count": Many(Row({"count": INT, "observation": Choices(Observation)})),
+        "fixed": Maybe(Quantized()),
         "float_output": FLAG,
+        "inputs": Maybe(Many(TEXT)),
+        "weight": Maybe(TEXT),
+        "bias": Maybe(TEXT),
     },
 )
 _BACKEND = Record(

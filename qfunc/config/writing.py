@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from enum import Enum
 from types import MethodType
 from typing import Any, get_type_hints
@@ -88,16 +88,16 @@ class Writer:
                 if isinstance(value, frozenset) and all(isinstance(item, str) for item in value):
                     return sorted(value)
                 return self._mistyped(at, "a frozenset of str", value)
-            case s.Table(of):
-                return self._table(of, value, at)
+            case s.Table():
+                return self._table(shape, value, at)
             case s.Record(cls, fields):
                 if type(value) is not cls:
                     return self._mistyped(at, f"a {cls.__name__}", value)
                 return {name: self.write(of, getattr(value, name), (*at, f".{name}")) for name, of in fields.items()}
             case s.Row(fields):
                 return self._row(fields, value, at)
-            case s.Rows(fields):
-                return self._rows(fields, value, at)
+            case s.Rows():
+                return self._rows(shape, value, at)
             case s.OneOf(cases):
                 for name, (cls, of) in cases.items():
                     if isinstance(value, cls):
@@ -105,14 +105,16 @@ class Writer:
                 return self._mistyped(at, " or ".join(cls.__name__ for cls, _ in cases.values()), value)
             case s.WithOrWithout(_, first, second):
                 return self.write(first if isinstance(value, first.type) else second, value, at)
+            case s.TextOr(of):
+                return value if fits(s.TEXT, value) else self.write(of, value, at)
             case s.Late(late):
                 return self.write(late(), value, at)
             case s.Function():
-                return self._registered(value, at, "function")
+                return self._function(shape, value, at)
             case s.Operator():
                 return self._operator(value, at)
-            case s.Observed():
-                return self._observer(value, at)
+            case s.Quantized():
+                return self._quantization(value, at)
 
     def _plain(self, value: Any, at: Place) -> Any:
         if value is None or isinstance(value, (str, bool)):
@@ -127,7 +129,7 @@ class Writer:
             case QuantSpec():
                 return self.write(s.SPEC, value, at)
             case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                return self._observer(value, at)
+                return self._quantization(value, at)
         remedy = "use None, bool, str, finite numbers, QuantSpec, observers, and tuples of these"
         return self._wrong(at, f"{shown(value)} has no form in JSON", remedy)
 
@@ -136,10 +138,15 @@ class Writer:
             return self._mistyped(at, "a tuple", value)
         return [self.write(of, item, (*at, f"[{index}]")) for index, item in enumerate(value)]
 
-    def _table(self, of: s.Shape, value: Any, at: Place) -> Any:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            return self._mistyped(at, "a map from str", value)
-        return {key: self.write(of, item, (*at, f"[{key!r}]")) for key, item in value.items()}
+    def _table(self, shape: s.Table, value: Any, at: Place) -> Any:
+        if not isinstance(value, Mapping):
+            return self._mistyped(at, "a map", value)
+        if isinstance(shape.key, s.Scalar):
+            if not all(isinstance(key, str) for key in value):
+                return self._mistyped(at, "a map from str", value)
+            return {key: self.write(shape.of, item, (*at, f"[{key!r}]")) for key, item in value.items()}
+        names = [(self._function(shape.key, key, at), item) for key, item in value.items()]
+        return {name: self.write(shape.of, item, (*at, f"[{name!r}]")) for name, item in names if name is not None}
 
     def _row(self, fields: Mapping[str, s.Shape], value: Any, at: Place) -> Any:
         if not isinstance(value, tuple) or len(value) != len(fields):
@@ -147,11 +154,16 @@ class Writer:
         parts = zip(fields.items(), value, strict=True)
         return {name: self.write(of, part, (*at, f".{name}")) for (name, of), part in parts}
 
-    def _rows(self, fields: Mapping[str, s.Shape], value: Any, at: Place) -> Any:
-        if not isinstance(value, Mapping) or not all(isinstance(key, tuple) for key in value):
-            return self._mistyped(at, "a map from tuples", value)
-        keys = sorted(value, key=lambda key: [(part, "") if isinstance(part, int) else (0, str(part)) for part in key])
-        return [self._row(fields, (*key, value[key]), (*at, f"[{i}]")) for i, key in enumerate(keys)]
+    def _rows(self, shape: s.Rows, value: Any, at: Place) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(key, shape.key) for key in value):
+            return self._mistyped(at, f"a map from {shape.key.__name__}", value)
+        parts = {_parts(key): key for key in value}
+        rows = sorted(parts, key=lambda row: [(part, "") if isinstance(part, int) else (0, str(part)) for part in row])
+        return [self._row(shape.fields, (*row, value[parts[row]]), (*at, f"[{i}]")) for i, row in enumerate(rows)]
+
+    def _function(self, shape: s.Function, value: Any, at: Place) -> Any:
+        own = (name for name, known in shape.known.items() if known is value)
+        return next(own, None) or self._registered(value, at, shape.what)
 
     def _operator(self, value: Any, at: Place) -> Any:
         if isinstance(value, tuple):
@@ -165,8 +177,11 @@ class Writer:
             return name
         return self._registered(value, at, "operator")
 
-    def _observer(self, value: Any, at: Place) -> Any:
+    def _quantization(self, value: Any, at: Place) -> Any:
         cls = type(value)
+        other = s.QUANTIZATIONS.get(cls.__name__)
+        if other is not None and other.type is cls:
+            return {"quantization": cls.__name__, **self.write(other, value, at)}
         known = s.OBSERVERS.get(cls.__name__)
         if known is not None and known.type is cls:
             return {"observer": cls.__name__, **self.write(known, value, at)}
@@ -174,15 +189,16 @@ class Writer:
             return self._mistyped(at, "an observer", value)
         name = self._registered(cls, at, "observer")
         record = user_record(cls)
-        if record is None or "observer" in record.fields:
-            reason = f"{cls.__name__} is no dataclass" if record is None else "it has a field called 'observer'"
+        taken = () if record is None else [tag for tag in s.TAGS if tag in record.fields]
+        if record is None or taken:
+            reason = f"it has a field called {taken[0]!r}" if taken else f"{cls.__name__} is no dataclass"
             return self._wrong(at, reason, "make it a frozen dataclass, so that its fields can be written")
         return {"observer": name, **self.write(record, value, at)}
 
     def _registered(self, value: Any, at: Place, what: str) -> Any:
         for name in sorted(self._names):
             known = self._names[name]
-            if known is value or (isinstance(value, MethodType) and known == value):
+            if known is value or (type(known) is type(value) and _is_value(value) and known == value):
                 return name
         if not callable(value):
             return self._mistyped(at, f"a {what}", value)
@@ -196,6 +212,17 @@ class Writer:
     def _wrong(self, at: Place, reason: str, remedy: str) -> Any:
         self.problems.append(BadConfig(place_of(at), reason, remedy))
         return None
+
+
+def _is_value(function: Any) -> bool:
+    """Whether a function is what it is made of: a method, or a frozen dataclass that can be called."""
+    return isinstance(function, MethodType) or (
+        dataclasses.is_dataclass(function) and not isinstance(function, type) and isinstance(function, Hashable)
+    )
+
+
+def _parts(key: Any) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else tuple(getattr(key, field.name) for field in dataclasses.fields(key))
 
 
 _CALLED: Mapping[Any, str] = {str: "str", int: "int of 64 bits", float: "finite float", bool: "bool"}

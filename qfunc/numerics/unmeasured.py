@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from qfunc.errors import BadConfig, Problem, UnknownName
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import Observer, validate_observer
 from qfunc.numerics.qparams import UINT8, QuantSpec, validate
 
@@ -96,6 +97,8 @@ def validate_quantization(quantization: Any) -> Iterator[Problem]:
                 yield UnknownName(str(dtype), "floating-point dtype", FLOATS)
         case KeepFloat() | ReuseInput():
             return
+        case FakeQuantize(observer) if not isinstance(observer, UNMEASURED):
+            yield from validate_quantization(observer)
         case None:
             remedy = "pass KeepFloat() for what stays float, or an observer such as MinMax()"
             yield BadConfig("quantization", "it is None", remedy)

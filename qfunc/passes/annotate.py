@@ -18,7 +18,7 @@ from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.regions import Region, region_notes, region_problems, regions
 from qfunc.passes.rules import Rules
-from qfunc.passes.unmatched import unmatched
+from qfunc.passes.unmatched import unmatched, without_effect
 from qfunc.result import R, unwrap
 
 NOTHING = CustomConfig()
@@ -45,10 +45,11 @@ def annotate(
         custom: exceptions for the model: its standalone modules, the inputs and outputs that are to be codes.
 
     Returns:
-        The annotations, with a note for each entry of the configuration that matches nothing; or all of: `UnknownName`
-        for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible observers, for fused
-        operators with different configurations and for outputs that cannot be codes, `UnsupportedDType` for an entry
-        whose dtypes suit no operator that it names, `UserFunctionFailed` for a selector that raises.
+        The annotations, with a note for each entry of the configuration that matches or changes nothing; or all of:
+        `UnknownName` for a module or node that does not exist or an unknown dtype, `BadConfig` for impossible
+        observers, for fused operators with different configurations and for outputs that cannot be codes,
+        `UnsupportedDType` for an entry whose dtypes suit no operator that it names, `UserFunctionFailed` for a selector
+        that raises.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -71,7 +72,7 @@ def annotate(
     for one in rules:
         same = (other.fits for other in rules if other.mapping is one.mapping)
         problems += (*one.problems, *one.useless_entries(frozenset().union(*same)))
-    given = [one.annotations(_notes(part, graph, asked)) for one, part in zip(rules, parts, strict=True)]
+    given = [one.annotations(_notes(part, one, asked)) for one, part in zip(rules, parts, strict=True)]
     ruled = unwrap(combine(*given)) if found else given[0]
     ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))
     annotations, more = with_borders(graph, ruled, mapping, custom)
@@ -112,12 +113,12 @@ def _parts(graph: Graph, mapping: QConfigMapping, backend: BackendConfig, found:
     ]
 
 
-def _notes(part: _Part, graph: Graph, asked: QConfigMapping) -> tuple[Note, ...]:
-    """Notes of entries that match nothing; of a standalone module's own mapping, with its path."""
+def _notes(part: _Part, rules: Rules, asked: QConfigMapping) -> tuple[Note, ...]:
+    """Notes of entries that match or change nothing; of a standalone module's own mapping, with its path."""
     region = part.region
     if region is None:
-        return unmatched(asked, graph, part.backend.qconfig_mapping)
+        return (*unmatched(asked, rules), *without_effect(asked, rules))
     if region.qconfig_mapping is None or region.base != region.path:
         return ()
-    notes = unmatched(part.mapping, graph, part.backend.qconfig_mapping, base=part.base, own=part.own)
+    notes = (*unmatched(part.mapping, rules), *without_effect(part.mapping, rules))
     return tuple(Note(f"standalone module {region.path!r}: {note.node}", note.text) for note in notes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 from pyrsistent import pmap
@@ -51,11 +53,13 @@ class Rules:
         self.problems: list[Problem] = list(resolution.problems)
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
+        self.unused = tuple(resolution.unused)
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._demanded = demanded
         self._numbers = non_tensors(graph)
-        self._own = resolution.chosen.keys()
+        self.base = base
+        self.own: AbstractSet[str] = resolution.chosen.keys()
         for id, chosen in resolution.chosen.items():
             self._decide(graph[id], chosen)
         self._read_quantized = self._keep_useful() if backend.lazy else None
@@ -85,9 +89,9 @@ class Rules:
         weights = {id: q.weight for id, (row, q) in self._chosen.items() if _has_weight(self.graph[id], row)}
         biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
         for edge, spec in self.mapping.edges.items():
-            inputs.update(_at(edge, spec) if edge.user in self._own else ())
+            inputs.update(_at(edge, spec) if edge.user in self.own else ())
         for id, spec in self.mapping.outputs.items():
-            if id not in self._own:
+            if id not in self.own:
                 continue
             taps = [tap for tap in taps if tap != id]
             outputs.pop(id, None)
@@ -103,6 +107,12 @@ class Rules:
             notes,
             biases=pmap(biases),
         )
+
+    def without_places(self) -> Annotations:
+        """The decisions without the configuration's entries for single values and uses."""
+        bare = copy(self)
+        bare.mapping, bare.floats = replace(self.mapping, outputs=pmap(), edges=pmap()), dict(self.floats)
+        return bare.annotations(())
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
         row, qconfig = self.backend.operator(node), chosen.qconfig

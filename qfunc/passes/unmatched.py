@@ -1,28 +1,32 @@
-"""Entries of a configuration that match no node of a graph, as notes."""
+"""Entries of a configuration that match no node of a graph, or change nothing in it, as notes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.point import used
+from qfunc.config.qconfig_mapping import QConfigMapping, selector_name
 from qfunc.config.resolve import numbered, relative
 from qfunc.ir import Graph, Note
+from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.passes.rules import Rules
 
 
-def unmatched(
-    mapping: QConfigMapping, graph: Graph, default: QConfigMapping, *, base: str = "", own: Container[str] | None = None
-) -> tuple[Note, ...]:
-    """A note for each entry by type, by regex or by order that names no node, whether or not a stronger one names it.
+def unmatched(mapping: QConfigMapping, rules: Rules) -> tuple[Note, ...]:
+    """A note for each entry by type, selector, regex or order that names none of the nodes that `rules` decide.
 
-    The entries of `default`, the backend's own configuration, are meant for any model: they are not told of. A mapping
-    whose names are relative to `base` is for the nodes `own` alone.
+    Whether or not a stronger one names it. The entries of the backend's own configuration are meant for any model: they
+    are not told of.
     """
+    graph, default = rules.graph, rules.backend.qconfig_mapping
+    idle = sorted({selector_name(selector) for selector in rules.unused if selector not in default.selections})
+    selections = tuple(Note(f"selections[{name!r}]", "selects no node of this graph") for name in idle)
     if not (mapping.object_types or mapping.module_name_regexes or mapping.module_name_object_type_orders):
-        return ()
-    calls = [(node, key) for node, key in numbered(graph, base, own) if node.kind not in _PLUMBING]
-    paths = dict.fromkeys(relative(node.origin.module, base) for node, _ in calls)
+        return selections
+    calls = [(node, key) for node, key in numbered(graph, rules.base, rules.own) if node.kind not in _PLUMBING]
+    paths = dict.fromkeys(relative(node.origin.module, rules.base) for node, _ in calls)
     # A function or a method is configured by its own name, and by the type of the module that contains it.
     forms = dict.fromkeys(name for node, (_, form, _) in calls for name in (form, node.origin.type))
     keys = dict.fromkeys(key for _, key in calls)
@@ -31,9 +35,30 @@ def unmatched(
     orders = [key for key in mapping.module_name_object_type_orders if key not in keys]
     return (
         *_of_types(sorted(types), graph, forms),
+        *selections,
         *_of_regexes(regexes, paths),
         *_of_orders(sorted(orders), keys),
     )
+
+
+def without_effect(mapping: QConfigMapping, rules: Rules) -> Iterator[Note]:
+    """A note for each entry of a value or a use that keeps float what nothing would have quantized."""
+    outputs = {id for id, way in mapping.outputs.items() if isinstance(way, KeepFloat) and id in rules.own}
+    edges = {edge for edge, way in mapping.edges.items() if isinstance(way, KeepFloat) and edge.user in rules.own}
+    if not (outputs or edges):
+        return
+    graph, bare = rules.graph, rules.without_places()
+    quantized = {*bare.outputs, *(used(graph[edge.user], edge) for edge in bare.inputs)}
+    for id in (id for id in graph.order if id in outputs - quantized):
+        yield Note(f"outputs[{id!r}]", "changes nothing; no operator that is quantized here makes or reads this value")
+    for edge in sorted(edges, key=lambda edge: (edge.user, edge.slot, edge.index)):
+        if edge not in bare.inputs:
+            value = used(graph[edge.user], edge)
+            hint = f"to read {value!r} unrounded, keep it float for all uses: set_output({value!r}, None)"
+            yield Note(
+                f"edges[{edge}]",
+                f"changes nothing; the use is not quantized{f'; {hint}' if value in bare.outputs else ''}",
+            )
 
 
 _PLUMBING = ("placeholder", "get_attr", "output")

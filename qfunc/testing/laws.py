@@ -25,11 +25,11 @@ from qfunc.passes.convert import convert
 from qfunc.passes.observe import erase_observers, with_observers
 from qfunc.passes.prepare import prepare
 from qfunc.quantize import fuse, lower
-from qfunc.testing.configurations import reordered
 from qfunc.testing.fuse_laws import fused_is_near, training_is_exact
 from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.metrics import same_bits, sqnr
 from qfunc.testing.numeric_laws import OBSERVER_LAW_TABLE, Measurement
+from qfunc.testing.reordering import reordered
 from qfunc.testing.walk import BrokenError, Case, Walk, fingerprint, graph_of, made, run, steps, walk
 
 Subject = TypeVar("Subject")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyrsistent import pmap
 from torch import nn
 
 from qfunc import (
@@ -37,9 +38,14 @@ from qfunc import (
     unwrap,
 )
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
-from qfunc.config.shapes import DOCUMENTS, OBSERVERS, OneOf, Record, Row, WithOrWithout
+from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.point import Edge
+from qfunc.config.selectors import SELECTORS
+from qfunc.config.shapes import DOCUMENTS, OBSERVERS, QUANTIZATIONS, OneOf, Record, Row, Rows, WithOrWithout
 from qfunc.match import Anything, Constant, Pattern, Step
-from qfunc.numerics.qparams import UINT8
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8
+from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.testing import models
 from qfunc.testing.strategies import BACKENDS, configurations, qconfigs
 from tests.zoo import ZOO
@@ -180,9 +186,125 @@ def test_a_user_s_own_classes_and_functions_come_back_by_name():
             Pattern("odd", (Step(("add",), sides=((1, Anything()), (2, Constant((1, None, 2.0))))),), trains=False),
             Pattern("side", (Step(("add",), frozenset({"b", "a"}), (), ((0, (Step(("relu",)),)),), 2, repeats=True),)),
         ),
-        operators=(OperatorConfig(("tanh",), Observation.BY_TENSORS, fixed=Sketch(inner=Sketch(depth=3))),),
+        operators=(OperatorConfig(("tanh",), Observation.OWN, fixed=Sketch(inner=Sketch(depth=3))),),
     )
     assert again(backend, names) == backend
+
+
+WAYS = (
+    *(Dynamic(), Dynamic(INT8_SYMMETRIC), Cast(), Cast("bfloat16", dynamic=True), KeepFloat(), ReuseInput()),
+    *(FakeQuantize(MovingAverageMinMax()), FakeQuantize(FakeQuantize(FixedQParams(UINT8, 0.5, 3)))),
+    *(FakeQuantize(Sketch(inner=FakeQuantize(Histogram()))), Sketch(inner=KeepFloat())),
+)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=repr)
+def test_every_way_to_quantize_comes_back_wherever_it_may_stand(way):
+    mapping = (
+        QConfigMapping()
+        .set_global(QConfig(way, way, way))
+        .set_object_type(nn.Linear, QConfig(way, MinMax()))
+        .set_node("y", QConfig(MinMax(), way))
+        .set_output("y", way)
+        .set_edge(Edge("y", "input", 2), way)
+    )
+    assert again(mapping) == mapping
+    assert repr(again(mapping)) == repr(mapping)
+
+
+def test_what_measures_nothing_has_the_name_of_its_class():
+    document = json.loads(unwrap(to_json(QConfig(Cast("bfloat16"), FakeQuantize(MinMax()), KeepFloat()))))
+    spec = document["weight"]["observer"].pop("spec")
+    assert document == {
+        "qfunc": "QConfig",
+        "version": 1,
+        "activation": {"quantization": "Cast", "dtype": "bfloat16", "dynamic": False},
+        "input_activation": {"quantization": "KeepFloat"},
+        "weight": {"quantization": "FakeQuantize", "observer": {"observer": "MinMax"}},
+    }
+    assert spec["dtype"] == "uint8"
+
+
+def test_every_union_of_ways_to_quantize_is_covered():
+    assert {record.type for record in QUANTIZATIONS.values()} == {*UNMEASURED, FakeQuantize}
+
+
+def every_other(graph):
+    return graph.order[::2]
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """A selector with a field."""
+
+    kind: str
+
+    def __call__(self, graph):
+        return [node.id for node in graph if node.kind == self.kind]
+
+
+def test_selectors_come_back_by_their_own_names_or_by_registered_ones():
+    names = {"mine.every_other": every_other, "mine.relus": OfKind("relu"), "mine.adds": OfKind("add")}
+    qconfig = QConfig(MinMax(), MinMax())
+    mapping = QConfigMapping()
+    for selector in (*SELECTORS.values(), every_other, OfKind("add"), OfKind("relu")):
+        mapping = mapping.set_selected(selector, qconfig)
+    mapping = mapping.set_selected(OfKind("relu"), None)
+    assert again(mapping, names) == mapping
+    document = json.loads(unwrap(to_json(mapping, names=names)))
+    assert sorted(document["selections"]) == sorted([*SELECTORS, *names])
+    assert document["selections"]["mine.relus"] is None
+
+
+def test_selectors_without_a_name_are_told_of():
+    mapping = QConfigMapping().set_selected(every_other, None).set_selected(OfKind("add"), None)
+    found = sorted(problem.reason for problem in to_json(mapping).failure().errors)
+    assert found == ["the selector OfKind has no registered name", "the selector every_other has no registered name"]
+    error = from_json(
+        unwrap(to_json(mapping.set_selected(OfKind("add"), None), names={"a": every_other, "b": OfKind("add")}))
+    )
+    assert {problem.reason for problem in error.failure().errors} == {
+        "there is no selector 'a'",
+        "there is no selector 'b'",
+    }
+
+
+@given(data=st.data())
+def test_entries_of_nodes_values_and_uses_come_back(data):
+    way, text, index = st.sampled_from(WAYS), st.text(), st.integers(-(2**63), 2**63 - 1)
+    mapping = QConfigMapping(
+        nodes=pmap(data.draw(st.dictionaries(text, st.none() | st.builds(QConfig, way, way), max_size=3))),
+        outputs=pmap(data.draw(st.dictionaries(text, way, max_size=3))),
+        edges=pmap(data.draw(st.dictionaries(st.builds(Edge, text, text, index), way, max_size=4))),
+    )
+    assert again(mapping) == mapping
+    backwards = (dict(list(table.items())[::-1]) for table in (mapping.nodes, mapping.outputs, mapping.edges))
+    reset = QConfigMapping(**{name: pmap(t) for name, t in zip(("nodes", "outputs", "edges"), backwards, strict=True)})
+    assert to_json(reset, names=NAMES) == to_json(mapping, names=NAMES)
+
+
+BOUNDS = st.builds(
+    DTypeWithConstraints, st.text(max_size=3), *[st.none() | st.integers(-9, 300)] * 2,
+    *[st.none() | st.floats(0, 2)] * 3, st.none() | st.integers(0, 9),
+)  # fmt: skip
+DTYPES = st.none() | st.sampled_from(["uint8", "float16"]) | BOUNDS
+
+
+@given(
+    row=st.builds(
+        OperatorConfig,
+        st.tuples(st.text()),
+        st.sampled_from(Observation),
+        st.lists(st.builds(DTypeConfig, DTYPES, DTYPES, DTYPES, DTYPES, st.booleans()), max_size=3).map(tuple),
+        by_tensor_count=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(Observation)), max_size=2).map(tuple),
+        inputs=st.none() | st.tuples(st.text()) | st.just(()),
+        weight=st.none() | st.text(),
+        bias=st.none() | st.text(),
+    )
+)
+def test_rows_of_backends_come_back(row):
+    backend = replace(CPU, operators=(row,))
+    assert again(backend) == backend
 
 
 def test_what_has_no_name_is_told_with_the_way_to_register_it():
@@ -240,7 +362,7 @@ def test_a_pattern_that_nests_without_end_is_refused():
 def records(shape: Any) -> Any:
     """All records that a shape holds, those of late shapes apart."""
     match shape:
-        case Record(_, fields) | Row(fields):
+        case Record(_, fields) | Row(fields) | Rows(fields):
             yield from ([shape] if isinstance(shape, Record) else [])
             for part in fields.values():
                 yield from records(part)
@@ -254,8 +376,10 @@ def records(shape: Any) -> Any:
 
 
 def test_no_field_of_a_configuration_is_left_out():
-    found = [record for shape in (*DOCUMENTS.values(), *OBSERVERS.values()) for record in records(shape)]
-    assert {BackendConfig, Step, Pattern, CustomFusion, OperatorConfig, QuantSpec} <= {record.type for record in found}
+    shapes = (*DOCUMENTS.values(), *OBSERVERS.values(), *QUANTIZATIONS.values())
+    found = [record for shape in shapes for record in records(shape)]
+    known = {BackendConfig, Step, Pattern, CustomFusion, OperatorConfig, DTypeConfig, DTypeWithConstraints, QuantSpec}
+    assert known <= {record.type for record in found}
     for record in found:
         assert set(record.fields) == {field.name for field in dataclasses.fields(record.type)}, record.type
 
@@ -265,19 +389,35 @@ def test_the_text_is_of_this_form():
     spec = {"ch_axis": None, "dtype": "uint8", "eps": 2.0**-23, "qscheme": "per_tensor_affine"}
     observer = {"observer": "MinMax", "spec": {**spec, "quant_max": 255, "quant_min": 0}}
     document = {
+        "edges": [],
         "global_qconfig": {"activation": observer, "input_activation": None, "weight": observer},
         "module_name_object_type_orders": [],
         "module_name_regexes": [],
         "module_names": {},
+        "nodes": {},
         "object_types": {".relu": None},
+        "outputs": {},
         "qfunc": "QConfigMapping",
+        "selections": {},
         "version": 1,
     }
     assert unwrap(to_json(mapping)) == json.dumps(document, indent=1)
 
 
 def test_the_text_does_not_depend_on_the_hash_seed():
-    code = "import qfunc, hashlib; print(hashlib.sha256(qfunc.to_json(qfunc.ONEDNN).unwrap().encode()).hexdigest())"
+    code = """
+import hashlib, qfunc
+from qfunc.config.point import Edge
+from qfunc.config.selectors import SELECTORS
+mapping = qfunc.ONEDNN.qconfig_mapping
+for number in range(20):
+    mapping = mapping.set_node(f"n{number}", None).set_output(f"n{number}", None)
+    mapping = mapping.set_edge(Edge(f"n{number}", "input"), None)
+for selector in SELECTORS.values():
+    mapping = mapping.set_selected(selector, None)
+for value in (qfunc.ONEDNN, mapping):
+    print(hashlib.sha256(qfunc.to_json(value).unwrap().encode()).hexdigest())
+"""
     texts = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}

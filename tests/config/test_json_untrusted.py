@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -30,9 +30,15 @@ from qfunc import (
     trace,
     unwrap,
 )
+from qfunc.config.backend_config import Observation, OperatorConfig
+from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.point import Edge
 from qfunc.config.reading import LONGEST, MOST_PROBLEMS
+from qfunc.config.selectors import first_layer
 from qfunc.errors import BadConfig, UserFunctionFailed, problems
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import UINT8, QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,26 @@ def keep(is_qat, *modules):
     return nn.Sequential(*modules)
 
 
-NAMES = {"mine.Strict": Strict, "mine.keep": keep}
+class Unhashable:
+    """A selector that cannot be a key."""
+
+    __hash__ = None
+
+    def __call__(self, graph):
+        return graph.order
+
+
+def nothing(graph):
+    return ()
+
+
+NAMES = {
+    "mine.Strict": Strict,
+    "mine.keep": keep,
+    "mine.nothing": nothing,
+    "mine.again": nothing,
+    "mine.unhashable": Unhashable(),
+}
 
 MAPPING = (
     QConfigMapping()
@@ -59,7 +84,13 @@ MAPPING = (
     .set_object_type(nn.Linear, CPU.qconfig_mapping.global_qconfig)
     .set_module_name_regex(".*", None)
     .set_module_name_object_type_order("", nn.ReLU, 0, QConfig(MinMax(), Strict()))
+    .set_selected(first_layer, QConfig(Dynamic(), MinMax(), Cast(dynamic=True)))
+    .set_selected(nothing, None)
+    .set_node("_1", QConfig(KeepFloat(), Cast("bfloat16")))
+    .set_output("_0", FakeQuantize(MinMax()))
+    .set_edge(Edge("_1", "input"), None)
 )
+CONSTRAINED = DTypeConfig(DTypeWithConstraints("int8", -127, scale_min_lower_bound=2.0**-12), None, "int8")
 FUSION = {"fuser": "mine.keep", "complex_pattern": ["torch.nn.ReLU", ["operator.add", "MatchAllNode", ".relu", 3]]}
 SIDES = {"name": "x", "steps": [{"sides": [{"position": 1, "side": {"constant": {"value": [1, None]}}}]}] * 2}
 
@@ -67,6 +98,8 @@ SIDES = {"name": "x", "steps": [{"sides": [{"position": 1, "side": {"constant": 
 def documents() -> list[Any]:
     found = [json.loads(unwrap(to_json(each, names=NAMES))) for each in (MAPPING, EXECUTORCH, X86)]
     found[1]["fusions"] = [*found[1]["fusions"][:2], FUSION, SIDES]
+    backend = replace(CPU, operators=(OperatorConfig(("linear",), Observation.OWN, (CONSTRAINED,), weight="weight"),))
+    found[1]["operators"] += json.loads(unwrap(to_json(backend)))["operators"]
     found[2]["fusions"], found[2]["operators"] = found[2]["fusions"][-2:], found[2]["operators"][-3:]
     return found
 
@@ -92,6 +125,12 @@ ODD = st.sampled_from(
         "MinMax",
         "os.system",
         "mine.keep",
+        "mine.unhashable",
+        "first_layer",
+        "Cast",
+        "post.0",
+        "post.x.other",
+        "_1",
     ]
 )
 values = st.recursive(
@@ -176,6 +215,7 @@ def test_every_field_is_checked_for_its_name_and_type(document):
 
 HEAD = '"qfunc": "QConfigMapping", "version": 1'
 OBSERVER = '{"observer": "MinMax"}'
+EDGE = '{"user": "_1", "slot": "input", "index": 0, "quantization": {"quantization": "KeepFloat"}}'
 ORDER = '{"module_name": "", "object_type": "a", "index": 0, "qconfig": null}'
 
 
@@ -210,6 +250,28 @@ def weight(observer: str) -> str:
         (f'{{{HEAD}, "global_qconfig": {{"activation": {OBSERVER}}}}}', "global_qconfig.weight", "missing"),
         (weight('{"observer": "os.system"}'),
          "global_qconfig.weight.observer", "there is no observer 'os.system'"),
+        (weight('{"observer": "Cast"}'),
+         "global_qconfig.weight.observer", "Cast observes nothing itself"),
+        (weight('{"quantization": "MinMax"}'),
+         "global_qconfig.weight.quantization", "'KeepFloat' or 'ReuseInput', got 'MinMax'"),
+        (weight('{"quantization": ["Cast"]}'),
+         "global_qconfig.weight.quantization", "got an array"),
+        (weight('{"quantization": "Cast", "quantization": "Cast"}'),
+         "global_qconfig.weight.quantization", "no field 'quantization'"),
+        (weight('{"quantization": "Cast", "bits": 8}'),
+         "global_qconfig.weight.bits", "no field 'bits'"),
+        (weight('{"quantization": "FakeQuantize", "observer": "MinMax"}'),
+         "global_qconfig.weight.observer", "expected an object"),
+        (f'{{{HEAD}, "selections": {{"os.getcwd": null}}}}',
+         "selections['os.getcwd']", "there is no selector 'os.getcwd'"),
+        (f'{{{HEAD}, "selections": {{"mine.nothing": null, "mine.again": null}}}}',
+         "selections['mine.again']", "names the same"),
+        (f'{{{HEAD}, "selections": {{"mine.unhashable": null}}}}',
+         "selections['mine.unhashable']", "not hashable"),
+        (f'{{{HEAD}, "selections": []}}', "selections", "expected an object"),
+        (f'{{{HEAD}, "outputs": {{"x": null}}}}', "outputs['x']", "expected an object"),
+        (f'{{{HEAD}, "edges": [{EDGE}, {EDGE}]}}', "edges[1]", "names the same"),
+        (f'{{{HEAD}, "edges": [{EDGE.replace("0", "0.5")}]}}', "edges[0].index", "expected an integer, got 0.5"),
         (weight('{"observer": "mine.keep"}'),
          "global_qconfig.weight.observer", "no class of an observer"),
         (weight('{"observer": "mine.Strict", "rate": 2}'),

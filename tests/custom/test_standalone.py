@@ -258,7 +258,9 @@ def test_sites_inside_have_the_observers_of_the_region() -> None:
     inside = QConfigMapping().set_global(QConfig(MinMax(), PerChannelMinMax(INT8_NARROW_PER_CHANNEL)))
     prepared = prepared_with(CustomConfig(standalone_names={"sub": Standalone(inside)}))
     place = {node.id: node.place for node in prepared.graph}
-    uses = {(place[edge.user], edge.slot): type(prepared.sites[site].observer) for edge, site in prepared.inputs.items()}
+    uses = {
+        (place[edge.user], edge.slot): type(prepared.sites[site].observer) for edge, site in prepared.inputs.items()
+    }
     values = {id: type(prepared.sites[site].observer) for id, site in prepared.outputs.items()}
     of_place = {place[id]: observer for id, observer in values.items()}
     assert uses["first", "input"] is Histogram
