@@ -16,6 +16,7 @@ F = "torch.nn.functional"
 # `y += x` is traced by the reference as operator.add.
 ADDS = frozenset({"operator.add", "operator.iadd", "torch.add"})
 MULS = frozenset({"operator.mul", "operator.imul", "torch.mul"})
+SUBS = frozenset({"operator.sub", "operator.isub", "torch.sub"})
 RELUS = frozenset({"torch.nn.ReLU", f"{F}.relu"})
 LEAKY_RELUS = frozenset({"torch.nn.LeakyReLU", f"{F}.leaky_relu"})
 TANHS = frozenset({"torch.nn.Tanh", "torch.tanh"})
@@ -79,10 +80,10 @@ def norms(*ranks: int) -> tuple[Pattern, ...]:
     return tuple(_chain(_norm(rank), _RELU) for rank in ranks)
 
 
-def binaries() -> tuple[Pattern, ...]:
-    """Sums and products with ReLU."""
-    relu = replace(_RELU, forms=RELUS | {"torch.relu"})
-    return tuple(_chain(Step((kind,), forms), relu) for kind, forms in (("add", ADDS), ("mul", MULS)))
+def binaries(*kinds: str) -> tuple[Pattern, ...]:
+    """Sums, differences and products with ReLU."""
+    relu, forms = replace(_RELU, forms=RELUS | {"torch.relu"}), {"add": ADDS, "sub": SUBS, "mul": MULS}
+    return tuple(_chain(Step((kind,), forms[kind]), relu) for kind in kinds)
 
 
 def curved_linears() -> tuple[Pattern, ...]:
@@ -102,11 +103,11 @@ def sums() -> tuple[Pattern, ...]:
     return (*with_norm, _chain(conv, add, relu), _chain(conv, add))
 
 
-NATIVE_FUSIONS = (*convolutions(1, 2, 3), *transposed(1, 2, 3), *linears(), *norms(2, 3), *binaries())
+NATIVE_FUSIONS = (*convolutions(1, 2, 3), *transposed(1, 2, 3), *linears(), *norms(2, 3), *binaries("add", "mul"))
 """Of native, fbgemm, x86 and qnnpack."""
 
 ONEDNN_FUSIONS = (*NATIVE_FUSIONS, *curved_linears(), *sums())
 
-TENSORRT_FUSIONS = (*convolutions(1, 2, 3), *transposed(1, 2, 3), *linears(), *binaries())
+TENSORRT_FUSIONS = (*convolutions(1, 2, 3), *transposed(1, 2, 3), *linears(), *binaries("add", "mul"))
 
-EXECUTORCH_FUSIONS = (*convolutions(2), *binaries())
+EXECUTORCH_FUSIONS = (*convolutions(2), *binaries("add", "sub", "mul"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from qfunc.config.qconfig import QConfig, WeightQuantization
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import FixedQParams
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.unmeasured import Cast, KeepFloat, Quantization, ReuseInput, dtype_of
@@ -38,6 +39,8 @@ class DTypeWithConstraints:
         dtype = dtype_of(quantization)
         if dtype != self.dtype:
             return dtype
+        if isinstance(quantization, FakeQuantize):
+            quantization = quantization.observer
         spec = getattr(quantization, "spec", None)
         return next(self._of_spec(spec, quantization), "") if isinstance(spec, QuantSpec) else ""
 

@@ -177,8 +177,10 @@ class Histogram(_Folding[HistogramState]):
         """The qparams of the best range, or None if nothing was seen; `state_is_finite(state)` is assumed."""
         if not state.range.observed:
             return None
-        levels = 1 << torch.iinfo(self.spec.torch_dtype).bits
-        low, high = best_range(state.counts, state.range.minimum.item(), state.range.maximum.item(), levels)
+        least, largest = self.spec.limits
+        low, high = best_range(
+            state.counts, state.range.minimum.item(), state.range.maximum.item(), largest - least + 1
+        )
         return qparams_of_range(low, high, self.spec)
 
 

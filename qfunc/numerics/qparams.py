@@ -7,6 +7,11 @@ widened to hold zero, and `n = quant_max - quant_min` steps:
                  zero_point = clamp(quant_min - round(minimum / scale), quant_min, quant_max)
     symmetric    scale = max(max(-minimum, maximum) / (n / 2), eps)
                  zero_point = 0 for signed integers, else the middle of the range
+
+With the scheme `per_channel_affine_float_qparams` the range is not widened and the zero point is a float:
+
+    scale = (maximum - minimum) / n, or 1 where that is at most eps
+    zero_point = -minimum / scale
 """
 
 from __future__ import annotations
@@ -29,12 +34,27 @@ DTYPES = MappingProxyType(
         "int32": torch.int32,
         "uint16": torch.uint16,
         "uint32": torch.uint32,
+        "uint4": torch.uint8,
+        "int4": torch.int8,
     }
 )
-"""The integer types that a quantized tensor can have, by the names that torch gives them."""
+"""The integer types that a quantized tensor can have, by name, with what holds their codes: for 4 bits, 8."""
 
-QSCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
-"""The quantization schemes: one scale for the tensor or one per channel; zero point free or in the middle."""
+_NIBBLES = MappingProxyType({"uint4": (0, 15), "int4": (-8, 7)})
+
+FLOAT_QPARAMS = "per_channel_affine_float_qparams"
+
+QSCHEMES = (
+    "per_tensor_affine",
+    "per_tensor_symmetric",
+    "per_channel_affine",
+    "per_channel_symmetric",
+    FLOAT_QPARAMS,
+)
+"""The quantization schemes: one scale for the tensor or one per channel; zero point free, in the middle, or no integer.
+
+The last is for tables of vectors: codes from the least value on, zero itself need not be exact.
+"""
 
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -60,8 +80,18 @@ class QuantSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch type that `dtype` names; the name must be one of `DTYPES`."""
+        """The torch type that holds the codes of `dtype`; the name must be one of `DTYPES`."""
         return DTYPES[self.dtype]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest code that `dtype` holds; the name must be one of `DTYPES`.
+
+        >>> QuantSpec("int4", 0, 7).limits
+        (-8, 7)
+        """
+        held = torch.iinfo(self.torch_dtype)
+        return _NIBBLES.get(self.dtype, (held.min, held.max))
 
     @property
     def per_channel(self) -> bool:
@@ -92,11 +122,18 @@ INT8_SYMMETRIC_PER_CHANNEL = QuantSpec("int8", -128, 127, "per_channel_symmetric
 INT8_NARROW_PER_CHANNEL = QuantSpec("int8", -127, 127, "per_channel_symmetric", 0)
 """Weights with a scale per output channel, in a range that is its own negative."""
 
+UINT8_FLOAT_QPARAMS = QuantSpec("uint8", 0, 255, FLOAT_QPARAMS, 0)
+"""Tables of vectors: each has a range of its own, whose least value is the code 0."""
+
+UINT4_FLOAT_QPARAMS = QuantSpec("uint4", 0, 15, FLOAT_QPARAMS, 0)
+"""The same in 4 bits."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QParams:
     """Scale (float32) and zero point (int64) of one tensor: shape `()`, or `(channels,)` along `spec.ch_axis`.
 
+    With the scheme `per_channel_affine_float_qparams` the zero point is float32 as well.
     Equal, and of equal hash, when all values, shapes and the spec are.
 
     >>> one = QParams(torch.tensor(0.5), torch.tensor(3), UINT8)
@@ -162,9 +199,9 @@ def _range_problems(spec: QuantSpec) -> Iterator[Problem]:
         remedy = "choose quant_min <= 0 <= quant_max that are not equal, so that zero is exact"
         yield BadConfig(node, f"{low}..{high} is not a range that holds zero", remedy)
     if spec.dtype in DTYPES:
-        limits = torch.iinfo(DTYPES[spec.dtype])
-        if low < limits.min or high > limits.max:
-            reason = f"{low}..{high} does not fit {spec.dtype}, which holds {limits.min}..{limits.max}"
+        least, largest = spec.limits
+        if low < least or high > largest:
+            reason = f"{low}..{high} does not fit {spec.dtype}, which holds {least}..{largest}"
             yield BadConfig(node, reason, "narrow the range or choose a wider dtype")
 
 
@@ -193,7 +230,7 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
     """Scale and zero point for values in `[minimum, maximum]`, by the formulas at the head of this module.
 
     `minimum` and `maximum` have shape `()` or `(channels,)`; a valid `spec` is assumed. The result is always finite
-    and zero is always exact: where the width of the range overflows float32 it is taken in float64, an infinite bound
+    and, with integer zero points, zero is always exact: where the width of the range overflows float32 it is taken in float64, an infinite bound
     counts as the largest float32 and NaN as zero. Computed in float32, in the order of torch.ao, so that both round to
     the same zero point. The middle of an unsigned range is 2**(bits - 1) for all of the dtype and
     `(quant_min + quant_max) // 2` for a part of it.
@@ -202,17 +239,29 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
     >>> round(q.scale.item(), 6), q.zero_point.item()
     (0.01, 100)
     """
-    low = torch.nan_to_num(minimum.detach().to(torch.float32)).clamp(max=0)
-    high = torch.nan_to_num(maximum.detach().to(torch.float32)).clamp(min=0)
+    low = torch.nan_to_num(minimum.detach().to(torch.float32))
+    high = torch.nan_to_num(maximum.detach().to(torch.float32))
+    if spec.qscheme == FLOAT_QPARAMS:
+        return _float_qparams(low, high, spec)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         scale = _bounded(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2, spec.eps)
         return QParams(scale, torch.full_like(scale, _middle(spec), dtype=torch.int64), spec)
-    width = high - low
-    if not torch.isfinite(width).all():
-        width = high.double() - low.double()
-    scale = _bounded(width, spec.quant_max - spec.quant_min, spec.eps)
+    scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, spec.eps)
     zero_point = spec.quant_min - torch.round(low / scale).to(torch.int64)
     return QParams(scale, zero_point.clamp(spec.quant_min, spec.quant_max), spec)
+
+
+def _float_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, 0.0)
+    scale = torch.where(scale > spec.eps, scale, torch.ones_like(scale))
+    return QParams(scale, -low / scale, spec)
+
+
+def _width(low: Tensor, high: Tensor) -> Tensor:
+    """`high - low`, in float64 where it overflows float32."""
+    width = high - low
+    return width if torch.isfinite(width).all() else high.double() - low.double()
 
 
 def _bounded(width: Tensor, steps: float, eps: float) -> Tensor:
@@ -221,8 +270,8 @@ def _bounded(width: Tensor, steps: float, eps: float) -> Tensor:
 
 
 def _middle(spec: QuantSpec) -> int:
-    limits = torch.iinfo(spec.torch_dtype)
-    if limits.min < 0:
+    least, largest = spec.limits
+    if least < 0:
         return 0
-    whole = (spec.quant_min, spec.quant_max) == (limits.min, limits.max)
-    return 1 << (limits.bits - 1) if whole else math.floor((spec.quant_min + spec.quant_max) / 2)
+    whole = (spec.quant_min, spec.quant_max) == (least, largest)
+    return (largest + 1) // 2 if whole else math.floor((spec.quant_min + spec.quant_max) / 2)

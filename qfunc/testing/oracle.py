@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from qfunc.config.backend_config import Observation
+from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
 from qfunc.match import MatchAllNode
 
 QParams: TypeAlias = tuple[tuple[float, ...], tuple[int, ...]]
@@ -119,6 +121,73 @@ def fusion_patterns(backend: str) -> tuple[Any, ...]:
 
         table = backend_config(backend)._pattern_complex_format_to_config
         return tuple(translated(pattern) for pattern, row in table.items() if row.fuser_method is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedOperator:
+    """A single operator of a backend's table: a class, a function, or the name of a method or an attribute.
+
+    `by_tensor_count` and `dtypes` are in qfunc's terms; `positions` says which arguments are what.
+    """
+
+    operator: Any
+    observation: Observation
+    by_tensor_count: tuple[tuple[int, Observation], ...]
+    dtypes: tuple[DTypeConfig, ...]
+    positions: tuple[tuple[str, int], ...]
+
+
+def operator_patterns(backend: str) -> tuple[ListedOperator, ...]:
+    """What a backend quantizes one by one; what torch.ao's own fused and training modules do is left out."""
+    found = []
+    for pattern, row in backend_config(backend)._pattern_complex_format_to_config.items():
+        own = isinstance(pattern, type) and pattern.__module__.startswith("torch.ao.")
+        if not isinstance(pattern, tuple) and not own:
+            counts = row._num_tensor_args_to_observation_type
+            found.append(
+                ListedOperator(
+                    pattern,
+                    _observation(row.observation_type),
+                    tuple((count, _observation(kind)) for count, kind in counts.items()),
+                    tuple(map(_dtypes, row.dtype_configs)),
+                    tuple(row._input_type_to_index.items()),
+                )
+            )
+    return tuple(found)
+
+
+def _observation(observation_type: Any) -> Observation:
+    return {
+        "OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT": Observation.OWN,
+        "OUTPUT_SHARE_OBSERVER_WITH_INPUT": Observation.SHARED,
+        "INPUT_OUTPUT_NOT_OBSERVED": Observation.NOT_OBSERVED,
+    }[observation_type.name]
+
+
+def _dtypes(config: Any) -> DTypeConfig:
+    parts = (config.input_dtype_with_constraints, config.output_dtype_with_constraints)
+    value, result, weight = (_constraints(part) for part in (*parts, config.weight_dtype_with_constraints))
+    return DTypeConfig(value, result, weight, dtype_name(config.bias_dtype), bool(config.is_dynamic))
+
+
+def _constraints(given: Any) -> DTypeWithConstraints | str | None:
+    name = dtype_name(given.dtype)
+    names = (field.name for field in fields(DTypeWithConstraints) if field.name != "dtype")
+    bounds = {bound: getattr(given, bound) for bound in names}
+    bare = name is None or all(bound is None for bound in bounds.values())
+    return name if bare else DTypeWithConstraints(name, **bounds)  # type: ignore[arg-type]
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """A dtype by the name that qfunc has for it: a quantized one's is that of its codes.
+
+    >>> dtype_name(torch.float16), dtype_name(torch.quint8), dtype_name(torch.quint4x2)
+    ('float16', 'uint8', 'uint4')
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return {"quint8": "uint8", "qint8": "int8", "quint4x2": "uint4"}.get(name, name)
 
 
 def fuse_modules(

@@ -1,0 +1,163 @@
+"""The reference's default configurations of whole models, by backend, and some for kinds of quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from returns.result import Failure, Success
+from torch import nn
+from torch.nn import functional
+
+from qfunc.backends import qconfigs
+from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.errors import UnknownName
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.observers import (
+    FixedQParams,
+    Histogram,
+    MinMax,
+    MovingAverageMinMax,
+    MovingAveragePerChannelMinMax,
+    Observer,
+    PerChannelMinMax,
+)
+from qfunc.numerics.qparams import (
+    INT8_NARROW_PER_CHANNEL,
+    INT8_SYMMETRIC,
+    INT8_SYMMETRIC_PER_CHANNEL,
+    UINT8,
+    UINT8_REDUCED,
+    QuantSpec,
+)
+from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.result import R
+
+_TRANSPOSED = (
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+)
+_LAYER_NORMS = (nn.LayerNorm, functional.layer_norm)
+
+_FIXED: tuple[tuple[str, FixedQParams], ...] = (
+    *(
+        (form, qconfigs.UNIT_RANGE)
+        for form in (
+            *("torch.nn.Hardsigmoid", "torch.nn.functional.hardsigmoid", ".hardsigmoid", ".hardsigmoid_"),
+            *("torch.nn.Sigmoid", "torch.sigmoid", ".sigmoid", ".sigmoid_", "torch.nn.Softmax"),
+        )
+    ),
+    *((form, qconfigs.SIGNED_UNIT_RANGE) for form in ("torch.nn.Tanh", "torch.tanh", ".tanh", ".tanh_")),
+)
+"""The operators whose range is known beforehand, in the ways of writing that the reference lists."""
+
+_BY_BACKEND: Mapping[str, tuple[QuantSpec, bool]] = MappingProxyType(
+    {
+        "fbgemm": (UINT8_REDUCED, True),
+        "x86": (UINT8_REDUCED, True),
+        "qnnpack": (UINT8, False),
+        "onednn": (UINT8, True),
+    }
+)
+"""Backend -> the numbers of its activations, and whether weights have a scale per channel."""
+
+
+def get_default_qconfig_mapping(backend: str = "x86") -> R[QConfigMapping]:
+    """The default configuration of one of the reference's backends, for quantization of a trained model.
+
+    Returns:
+        The mapping, or `UnknownName` for another backend than "fbgemm", "x86", "qnnpack" and "onednn".
+
+    >>> print(get_default_qconfig_mapping("onednn").unwrap().global_qconfig)
+    activation: Histogram uint8 0..255 per_tensor_affine; weight: PerChannelMinMax int8 -128..127 per_channel_symmetric
+    """
+    return _default(backend, qat=False)
+
+
+def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R[QConfigMapping]:
+    """The default configuration of one of the reference's backends, for training.
+
+    Args:
+        backend: "fbgemm", "x86", "qnnpack" or "onednn".
+        version: 0 or 1. They differ in the reference's operators, not in what these compute.
+
+    Returns:
+        The mapping, or `UnknownName` for another backend or version.
+
+    >>> get_default_qat_qconfig_mapping("cuda").failure().render().splitlines()[0]
+    "'cuda': there is no such backend with a default configuration"
+    """
+    if version not in (0, 1):
+        return Failure(UnknownName(str(version), "version of a default configuration", ("0", "1")))
+    return _default(backend, qat=True)
+
+
+def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
+    if backend not in _BY_BACKEND:
+        return Failure(UnknownName(str(backend), "backend with a default configuration", tuple(_BY_BACKEND)))
+    spec, per_channel = _BY_BACKEND[backend]
+    activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat)
+    mapping = _with_types(QConfig(activation, weight), per_tensor, qat=qat)
+    transposed = QConfig(activation, per_tensor if backend in ("fbgemm", "x86") else weight)
+    for form in _TRANSPOSED:
+        mapping = mapping.set_object_type(form, transposed)
+    return Success(mapping)
+
+
+def _observers(spec: QuantSpec, *, per_channel: bool, qat: bool) -> tuple[Observer[Any], Observer[Any], Observer[Any]]:
+    """Those of activations, of weights, and of weights that can have but one scale."""
+    if not qat:
+        per_tensor = MinMax(INT8_SYMMETRIC)
+        weights = PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL) if per_channel else per_tensor
+        return Histogram(spec), weights, per_tensor
+    trained = FakeQuantize(MovingAverageMinMax(INT8_SYMMETRIC))
+    channels = FakeQuantize(MovingAveragePerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL))
+    return FakeQuantize(MovingAverageMinMax(spec)), channels if per_channel else trained, trained
+
+
+def _with_types(qconfig: QConfig, per_tensor: Observer[Any], *, qat: bool) -> QConfigMapping:
+    """The entries of types that all backends have in common.
+
+    What has a fixed range has it as its result; its input has the range that is measured.
+    """
+    mapping = (
+        QConfigMapping()
+        .set_global(qconfig)
+        .set_object_type("reshape", qconfigs.DEFAULT_REUSE_INPUT)
+        .set_object_type(nn.PReLU, qconfigs.DEFAULT_QUINT8_WEIGHT)
+    )
+    for form in _LAYER_NORMS:
+        mapping = mapping.set_object_type(form, replace(qconfig, weight=KeepFloat()))
+    return _with_fixed(mapping, qconfig, per_tensor, qat=qat)
+
+
+def _with_fixed(mapping: QConfigMapping, qconfig: QConfig, weight: Observer[Any], *, qat: bool) -> QConfigMapping:
+    types = mapping.object_types
+    for form, fixed in _FIXED:
+        types = types.set(form, QConfig(FakeQuantize(fixed) if qat else fixed, weight, qconfig.activation))
+    return replace(mapping, object_types=types)
+
+
+def symmetric_qnnpack_mapping(*, qat: bool = False) -> QConfigMapping:
+    """The reference's configuration for XNNPACK: `int8` activations for all but what has a fixed range."""
+    qconfig = qconfigs.DEFAULT_SYMMETRIC_QNNPACK_QAT if qat else qconfigs.DEFAULT_SYMMETRIC_QNNPACK
+    types = _default("qnnpack", qat=qat).unwrap().object_types
+    for form in types.keys() - dict(_FIXED).keys():
+        types = types.set(form, qconfig)
+    return QConfigMapping(qconfig, types)
+
+
+DYNAMIC = QConfigMapping().set_global(qconfigs.PER_CHANNEL_DYNAMIC)
+"""Linear and recurrent layers quantize their inputs as the model runs: no calibration."""
+
+FLOAT16_DYNAMIC = QConfigMapping().set_global(qconfigs.FLOAT16_DYNAMIC)
+"""The same layers cast their inputs and weights to float16 as the model runs."""
+
+FLOAT16_STATIC = QConfigMapping().set_global(qconfigs.FLOAT16_STATIC)
+"""All values and weights are cast to float16."""
+
+WEIGHT_ONLY = QConfigMapping().set_global(QConfig(KeepFloat(), PerChannelMinMax(INT8_NARROW_PER_CHANNEL)))
+"""Only the weights of layers are quantized; all computation is in float."""
