@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ class Resolution:
         default: QConfigMapping | None = None,
         *,
         base: str = "",
-        own: Container[str] | None = None,
+        own: tuple[str, ...] | None = None,
     ) -> None:
         self._base = base
         self.problems: list[Problem] = []
@@ -67,9 +67,8 @@ class Resolution:
         self._patterns = [(text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
         self._selected = self._select(graph)
         self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph, base, own)}
-        for node in graph:
-            if node.id in self.chosen:
-                self._compare_parts(node, graph)
+        for id in self.chosen:
+            self._compare_parts(graph[id], graph)
 
     def _select(self, graph: Graph) -> dict[str, tuple[Selector, Choice]]:
         found: dict[str, tuple[Selector, Choice]] = {}
@@ -108,7 +107,7 @@ class Resolution:
 
     def _by_name(self, path: str) -> Chosen | None:
         path = relative(path, self._base)
-        for prefix in _ancestors(path):
+        for prefix in ancestors(path):
             if prefix in self._mapping.module_names:
                 return Chosen(self._mapping.module_names[prefix], ("module_names", prefix))
         for text, pattern, qconfig in self._patterns:
@@ -172,15 +171,15 @@ def relative(path: str, base: str) -> str:
 
 
 def numbered(
-    graph: Graph, base: str = "", own: Container[str] | None = None
+    graph: Graph, base: str = "", own: Iterable[str] | None = None
 ) -> Iterator[tuple[Node, tuple[str, str, int]]]:
     """Every node with its key among `module_name_object_type_orders`: the module whose forward calls, what, and which.
 
     The calls of one thing by one module are counted from 0. Modules are named as seen from `base`; where `own` nodes
-    are given, there are only these.
+    are given, in graph order, there are only these.
     """
     counts: dict[tuple[str, str], int] = {}
-    for node in (node for node in graph if own is None or node.id in own):
+    for node in map(graph.nodes.__getitem__, graph.order if own is None else own):
         form, parent = form_of(node), relative(_container(node), base)
         index = counts.get((parent, form), 0)
         counts[parent, form] = index + 1
@@ -195,7 +194,12 @@ def _container(node: Node) -> str:
     return node.origin.module
 
 
-def _ancestors(path: str) -> Iterator[str]:
+def ancestors(path: str) -> Iterator[str]:
+    """The path of a module and those of all that it is in, the model's own last.
+
+    >>> list(ancestors("layer1.0"))
+    ['layer1.0', 'layer1', '']
+    """
     while path:
         yield path
         path = path.rpartition(".")[0]

@@ -17,7 +17,7 @@ from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.regions import Region, region_notes, region_problems, regions
-from qfunc.passes.rules import Rules
+from qfunc.passes.rules import Rules, Surroundings
 from qfunc.passes.unmatched import unmatched, without_effect
 from qfunc.result import R, unwrap
 
@@ -65,10 +65,9 @@ def annotate(
         problems += places_of(part.mapping, graph) if part.region is not None else ()
     if problems:
         return Failure(several(problems))
+    surroundings = Surroundings.of(graph)
     demanded = frozenset(quantized_outputs(graph, custom).values())
-    rules = [
-        Rules(graph, part.mapping, part.backend, base=part.base, own=part.own, demanded=demanded) for part in parts
-    ]
+    rules = [Rules(graph, p.mapping, p.backend, surroundings, base=p.base, own=p.own, demanded=demanded) for p in parts]
     for one in rules:
         same = (other.fits for other in rules if other.mapping is one.mapping)
         problems += (*one.problems, *one.useless_entries(frozenset().union(*same)))
@@ -87,7 +86,8 @@ class _Part:
     region: Region | None
     mapping: QConfigMapping
     backend: BackendConfig
-    own: frozenset[str] | None = None
+    own: tuple[str, ...] | None = None
+    """Its nodes, in graph order."""
 
     @property
     def base(self) -> str:
@@ -103,11 +103,11 @@ def _parts(graph: Graph, mapping: QConfigMapping, backend: BackendConfig, found:
     for id, region in found.items():
         inside.setdefault(region.path, []).append(id)
         held[region.path] = region
-    outside = _Part(None, mapping, backend, frozenset(graph.order) - found.keys())
+    outside = _Part(None, mapping, backend, tuple(id for id in graph.order if id not in found))
     return [
         outside,
         *(
-            _Part(region, region.qconfig_mapping or mapping, region.backend or backend, frozenset(inside[path]))
+            _Part(region, region.qconfig_mapping or mapping, region.backend or backend, tuple(inside[path]))
             for path, region in held.items()
         ),
     ]

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig, Standalone
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import problems_of, relative
+from qfunc.config.resolve import ancestors, problems_of, relative
 from qfunc.errors import Problem, UnknownName
 from qfunc.ir import Graph, Note
 from qfunc.ops import type_name
@@ -92,7 +92,8 @@ def region_problems(graph: Graph, custom: CustomConfig) -> Iterator[Problem]:
     for standalone, paths in _entries(graph, custom):
         if standalone.qconfig_mapping is None or not paths:
             continue
-        inside = {relative(module, path) for path in paths for module in graph.modules if _is_inside(module, path)}
+        around = frozenset(paths)
+        inside = {relative(m, path) for m in graph.modules for path in ancestors(m) if path in around}
         for problem in problems_of(standalone.qconfig_mapping, inside):
             if isinstance(problem, UnknownName) and problem.what == "module":
                 yield replace(problem, what=f"submodule of {paths[0]!r} named")
@@ -111,7 +112,3 @@ def region_notes(graph: Graph, custom: CustomConfig, found: dict[str, Region]) -
         if name not in types:
             close = get_close_matches(name, types, n=2) or types[:8]
             yield Note(f"standalone_types[{name}]", f"matches no module; there are {', '.join(close)}")
-
-
-def _is_inside(module: str, path: str) -> bool:
-    return not path or module == path or module.startswith(f"{path}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pyrsistent import pmap
@@ -28,10 +28,23 @@ from qfunc.passes.numbers import non_tensors
 P = TypeVar("P")
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is known of a whole graph: the values that are no tensors, and the nodes that read each value."""
+
+    numbers: AbstractSet[str]
+    readers: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(graph: Graph) -> Surroundings:
+        """Those of a graph."""
+        return Surroundings(non_tensors(graph), users(graph))
+
+
 class Rules:
     """The decisions about one graph, or the nodes `own` of it, made in two walks: what is quantized, then how.
 
-    The mapping's names of modules are relative to `base`.
+    The mapping's names of modules are relative to `base`; `surroundings` are those of the whole graph.
     """
 
     def __init__(
@@ -39,9 +52,10 @@ class Rules:
         graph: Graph,
         mapping: QConfigMapping,
         backend: BackendConfig,
+        surroundings: Surroundings,
         *,
         base: str = "",
-        own: frozenset[str] | None = None,
+        own: tuple[str, ...] | None = None,
         demanded: frozenset[str] = frozenset(),
     ) -> None:
         resolution = Resolution(mapping, graph, backend.qconfig_mapping, base=base, own=own)
@@ -57,7 +71,8 @@ class Rules:
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._demanded = demanded
-        self._numbers = non_tensors(graph)
+        self._surroundings = surroundings
+        self._numbers = surroundings.numbers
         self.base = base
         self.own: AbstractSet[str] = resolution.chosen.keys()
         for id, chosen in resolution.chosen.items():
@@ -69,8 +84,8 @@ class Rules:
         inputs, outputs = dict[Edge, Spec](), dict[str, Spec]()
         groups: list[tuple[Point, ...]] = []
         taps: list[str] = []
-        for node in (node for node in self.graph if node.id in self._chosen):
-            row, qconfig = self._chosen[node.id]
+        for id, (row, qconfig) in self._chosen.items():
+            node = self.graph[id]
             operands = self._quantized_operands(node, qconfig)
             edges = [edge for edge, value in operands if not self._overridden(edge, value)]
             if isinstance(qconfig.activation, ReuseInput):
@@ -250,7 +265,7 @@ class Rules:
         A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
         so rounds, must have an operand that is produced quantized.
         """
-        readers = users(self.graph)
+        readers = self._surroundings.readers
         queue = list(self._chosen)
         while queue:
             id = queue.pop()
