@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qfunc.backends import dtypes as d
 from qfunc.backends.fusions import ADDS, MULS, SUBS, F, modules
-from qfunc.config.backend_config import Observation, OperatorConfig
+from qfunc.config.backend_config import PARAMETERS, Observation, OperatorConfig
 from qfunc.config.dtype_config import DTypeConfig
 
 Dtypes = tuple[DTypeConfig, ...]
@@ -130,7 +130,7 @@ def layer_norms() -> Rows:
 def recurrent(dtypes: Dtypes) -> OperatorConfig:
     """Recurrent layers and cells."""
     forms = modules("GRUCell", "LSTMCell", "RNNCell", "LSTM", "GRU")
-    return OperatorConfig(tuple(sorted(forms)), Observation.OWN, dtypes, forms)
+    return OperatorConfig(tuple(sorted(forms)), Observation.OWN, dtypes, forms, weight=PARAMETERS)
 
 
 def embeddings(*dtypes: DTypeConfig) -> OperatorConfig:

@@ -16,7 +16,7 @@ from returns.result import Failure, Success
 from qfunc.config.point import Edge, Point, used
 from qfunc.config.qconfig import WeightQuantization
 from qfunc.errors import BadConfig, Problem, UnknownName, several
-from qfunc.ir import Expression, Graph, Note
+from qfunc.ir import Expression, Graph, Node, Note
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.qparams import QParams, QuantSpec, validate
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, validate_quantization
@@ -198,10 +198,20 @@ def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Proble
     for table, slot in ((annotations.weights, "weight"), (annotations.biases, "bias")):
         for id in table:
             node = graph.nodes.get(id)
-            if node is not None and not (node.has(slot) and isinstance(node.get(slot), Expression)):
+            if node is not None and not (_has_parameter(node, slot) or (slot == "weight" and _is_unknown_call(node))):
                 yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
     for spec in dict.fromkeys((*specs, *parameters)):
         yield from _wrong_spec(spec)
+
+
+def _has_parameter(node: Node, slot: str) -> bool:
+    return node.has(slot) and isinstance(node.get(slot), Expression)
+
+
+def _is_unknown_call(node: Node) -> bool:
+    """Whether it is a call of a module, such as a recurrent layer, whose parameters are no arguments."""
+    written = node.origin.written
+    return written is not None and written.op == "call_module" and node.kind == node.origin.type
 
 
 def _wrong_spec(spec: Any) -> Iterator[Problem]:

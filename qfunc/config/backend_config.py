@@ -29,6 +29,10 @@ class Observation(Enum):
     """Not at all, nor are its inputs: it only asks for sizes, say."""
 
 
+PARAMETERS = "parameters"
+"""Stands for the matrices among the parameters of a module that is called, which are no arguments of the call."""
+
+
 @dataclass(frozen=True, slots=True)
 class OperatorConfig:
     """One operator (or several alike) of a backend.
@@ -37,7 +41,7 @@ class OperatorConfig:
     the output is quantized where so many operands are tensors, and not numbers. `fixed` gives the output the qparams of
     the function's range; `float_output` says that its kernel can also write float32. `inputs`, `weight` and `bias` name
     its arguments, where those of the vocabulary are not meant or the vocabulary does not know the operator (whose
-    arguments are called by their positions, '0', '1', ..., or keywords).
+    arguments are called by their positions or keywords, as in "0", "dim"); a recurrent layer's weight is `PARAMETERS`.
     """
 
     kinds: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from pyrsistent import pmap
 
 from qfunc.config.annotation import Annotations, SharedWith, Spec
-from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
+from qfunc.config.backend_config import PARAMETERS, BackendConfig, Observation, OperatorConfig
 from qfunc.config.point import Edge, Point, values_in
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
@@ -135,7 +135,7 @@ class Rules:
             self._keep(node, "" if qconfig is None else _hindrance(node, self.graph, self.backend))
         elif qconfig is None:
             self.floats[node.id] = "the configuration keeps it float"
-        elif row.observation is Observation.NOT_OBSERVED:
+        elif self._observation(node, row) is Observation.NOT_OBSERVED:
             self.floats[node.id] = f"the {self.backend.name} backend observes nothing of it"
         elif self._can_quantize(node, row, qconfig):
             misfit = self._misfit(node, row, qconfig)
@@ -182,18 +182,17 @@ class Rules:
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
         operands = list(self._operands(node, row))
-        weight = _weight_slot(node, row)
         reason = ""
         if node.aliased or any(self.graph[value].aliased for _, value in operands):
             reason = "its memory is changed in place"
-        elif not operands or any(_not_float(self.graph[value]) for _, value in operands if _quantizes(qconfig)):
+        elif _quantizes(qconfig) and (not operands or any(_not_float(self.graph[value]) for _, value in operands)):
             self.problems += _weight_problems(node, row)
             reason = "an operand is no floating-point tensor"
         elif "other" in _inputs(node, row) and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif node.kind in ("add", "sub") and node.get("alpha") != 1:
             reason = "the sum is scaled by alpha"
-        elif self.backend.lazy and weight is not None and isinstance(node.get(weight), Ref):
+        elif self.backend.lazy and _computes_weight(node, row):
             reason = "its weight is computed by the graph"
         if reason:
             self._keep(node, reason)
@@ -234,7 +233,7 @@ class Rules:
     def _computed_weight(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> tuple[tuple[Edge, Spec], ...]:
         """A weight that the graph computes is quantized where it is used, like an activation."""
         slot = _weight_slot(node, row)
-        if slot is None or not isinstance(node.get(slot), Ref) or qconfig.is_dynamic:
+        if slot is None or not _computes_weight(node, row) or qconfig.is_dynamic:
             return ()
         edge = Edge(node.id, slot)
         return () if edge in self.mapping.edges else _at(edge, qconfig.weight)
@@ -252,12 +251,16 @@ class Rules:
         refs_ok = all(v not in self._numbers for slot in ("input", "other") for v in refs(node.get(slot)))
         return refs_ok and all(isinstance(value, (int, float)) for value in rest)
 
+    def _observation(self, node: Node, row: OperatorConfig) -> Observation:
+        """How the output is quantized, with so many tensors among its operands."""
+        count = sum(1 for _ in self._operands(node, row)) if row.by_tensor_count else 0
+        return dict(row.by_tensor_count).get(count, row.observation)
+
     def _shares(self, node: Node, row: OperatorConfig) -> bool:
         own_divisor = node.has("divisor_override") and node.get("divisor_override") is not None
         if own_divisor and not self.backend.observe_shared_outputs:
             return False  # such an average leaves the range of what it averages, and nothing else would see it
-        count = sum(1 for _ in self._operands(node, row)) if row.by_tensor_count else 0
-        return dict(row.by_tensor_count).get(count, row.observation) is Observation.SHARED
+        return self._observation(node, row) is Observation.SHARED
 
     def _keep_useful(self) -> frozenset[str]:
         """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
@@ -308,13 +311,32 @@ def _inputs(node: Node, row: OperatorConfig) -> tuple[str, ...]:
 def _weight_slot(node: Node, row: OperatorConfig) -> str | None:
     """The argument that is a weight which is quantized, if the operator has one."""
     slot = row.weight or ("weight" if node.kind in _WEIGHTED else None)
-    return slot if slot is not None and node.has(slot) else None
+    return slot if slot is not None and (node.has(slot) or _has_parameters(node, row)) else None
+
+
+def _has_parameters(node: Node, row: OperatorConfig) -> bool:
+    """Whether it is a call of a module whose weights are no arguments."""
+    written = node.origin.written
+    return row.weight == PARAMETERS and written is not None and written.op == "call_module"
+
+
+def _computes_weight(node: Node, row: OperatorConfig) -> bool:
+    """Whether the weight is a value of the graph."""
+    slot = _weight_slot(node, row)
+    return slot is not None and node.has(slot) and isinstance(node.get(slot), Ref)
 
 
 def _has_weight(node: Node, row: OperatorConfig) -> bool:
     """Whether the node has a weight that is quantized, and that is a parameter."""
     slot = _weight_slot(node, row)
-    return slot is not None and isinstance(node.get(slot), Expression)
+    return _weight_of(node, row) is not None or (slot is not None and _has_parameters(node, row))
+
+
+def _weight_of(node: Node, row: OperatorConfig) -> Expression | None:
+    """The weight that is an argument and a parameter."""
+    slot = _weight_slot(node, row)
+    weight = node.get(slot) if slot is not None and node.has(slot) else None
+    return weight if isinstance(weight, Expression) else None
 
 
 def _can_write_float(node: Node, row: OperatorConfig) -> bool:
@@ -324,16 +346,16 @@ def _can_write_float(node: Node, row: OperatorConfig) -> bool:
 
 def _axis_problems(node: Node, row: OperatorConfig, spec: QuantSpec) -> Iterator[Problem]:
     """A channel axis that the weight does not have."""
-    shape = next(loads(node.get(_weight_slot(node, row) or ""))).shape  # type: ignore[arg-type]
-    if spec.ch_axis is not None and spec.ch_axis >= len(shape):
+    weight = _weight_of(node, row)
+    shape = () if weight is None else next(loads(weight)).shape
+    if weight is not None and spec.ch_axis is not None and spec.ch_axis >= len(shape):
         reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
         yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
 
 
 def _weight_problems(node: Node, row: OperatorConfig) -> Iterator[Problem]:
     """A weight that is no float32."""
-    weight = node.get(_weight_slot(node, row) or "") if _has_weight(node, row) else None
-    dtypes = {load.dtype for load in loads(weight)} if isinstance(weight, Expression) else set()
+    dtypes = {load.dtype for load in loads(_weight_of(node, row))}
     for dtype in sorted(dtypes - {"float32"}):
         remedy = "convert the model and its inputs with .float(), or keep the module float with set_module_name"
         yield UnsupportedDType(

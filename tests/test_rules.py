@@ -1,0 +1,312 @@
+"""What backends' rules make of each way to quantize: the uses, values, weights and biases that are quantized."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, nn
+
+from qfunc import (
+    CPU,
+    QNNPACK,
+    X86,
+    Cast,
+    CustomConfig,
+    Derived,
+    DTypeConfig,
+    DTypeWithConstraints,
+    Dynamic,
+    Edge,
+    FixedQParams,
+    Histogram,
+    KeepFloat,
+    MinMax,
+    Observation,
+    OperatorConfig,
+    PerChannelMinMax,
+    QConfig,
+    QConfigMapping,
+    QuantSpec,
+    ReuseInput,
+    SharedWith,
+    Unshared,
+    annotate,
+    describe,
+    fuse,
+    prepare,
+    trace,
+    unwrap,
+)
+from qfunc.backends import qconfigs
+from qfunc.errors import BadConfig, UnsupportedDType, problems
+from qfunc.numerics.qparams import INT8, INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
+
+X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([[1, 2], [3, 4]])
+
+
+class Net(nn.Module):
+    """Layers of all families that backends quantize, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.out = nn.Conv1d(6, 6, 1), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.scale = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.conv(x)).reshape(2, 6, 8)
+        x = F.linear(x, self.scale.t())
+        return self.out(self.rnn(x)[0])
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bag, self.fc = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.words(ids).sum(1) + self.bag(ids))
+
+
+def graph_of(model=Net, inputs=X, backend=X86):
+    return unwrap(fuse(unwrap(trace(model().eval(), inputs)), backend=backend))
+
+
+def annotated(graph, qconfig=None, backend=X86, **options):
+    mapping = qconfig if isinstance(qconfig, QConfigMapping) else QConfigMapping().set_global(qconfig)
+    return unwrap(annotate(graph, mapping, backend=backend, **options))
+
+
+def test_dynamic_quantization_is_of_inputs_alone():
+    found = annotated(graph_of(), qconfigs.DEFAULT_DYNAMIC)
+    edges = (Edge("fc", "input"), Edge("linear", "input"), Edge("out", "input"), Edge("rnn", "0"))
+    assert dict(found.inputs) == dict.fromkeys(edges, Dynamic(UINT8))
+    assert not found.outputs
+    assert set(found.weights) == {"fc", "out", "rnn"}
+    assert "not with qparams chosen when the model runs" in found.floats["conv"]
+    assert found.refused >= {"conv"}
+
+
+def test_float16_is_a_cast():
+    dynamic = annotated(graph_of(), qconfigs.FLOAT16_DYNAMIC)
+    assert dynamic.inputs[Edge("fc", "input")] == Cast("float16", dynamic=True)
+    assert not dynamic.outputs
+    assert not dynamic.biases
+    row = OperatorConfig(
+        ("linear", "conv1d"), Observation.OWN, (DTypeConfig("float16", "float16", "float16", "float16"),)
+    )
+    static = annotated(graph_of(), qconfigs.FLOAT16_STATIC, replace(X86, operators=(row,)))
+    assert static.inputs[Edge("fc", "input")] == static.outputs["fc"] == static.biases["fc"] == Cast("float16")
+    assert static.weights["conv"] == Cast("float16")
+
+
+def test_weights_alone():
+    mapping = QConfigMapping().set_object_type(nn.Embedding, qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY)
+    mapping = mapping.set_object_type(nn.EmbeddingBag, qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY_4BIT)
+    found = annotated(graph_of(Words, IDS), mapping)
+    assert set(found.weights) == {"words", "bag"}
+    assert not found.inputs
+    assert not found.outputs
+
+
+def test_inputs_or_results_alone():
+    weight = MinMax(INT8_SYMMETRIC)
+    given = (QConfig(KeepFloat(), weight, MinMax()), QConfig(MinMax(), weight, KeepFloat()))
+    row = OperatorConfig(("linear",), Observation.OWN, (DTypeConfig(None, None, "int8"),))
+    inputs, outputs = (annotated(graph_of(), qconfig, replace(X86, operators=(row,))) for qconfig in given)
+    assert set(inputs.inputs) > {Edge("fc", "input")}
+    assert not inputs.outputs
+    assert set(outputs.outputs) == {"fc", "linear", "out"}
+    assert set(outputs.inputs) == {Edge("linear", "weight")}
+
+
+def test_a_reshape_reuses_the_range_of_its_input():
+    found = annotated(graph_of(), X86.qconfig_mapping)
+    assert found.outputs["reshape"] == SharedWith("fc")
+    assert Edge("reshape", "input") not in found.inputs
+    floating = annotated(graph_of(), X86.qconfig_mapping.set_module_name("fc", None))
+    assert "reshape" not in floating.outputs
+    assert floating.floats["reshape"] == "its input, whose qparams it is to reuse, is not quantized"
+
+
+def test_a_weight_that_the_graph_computes_is_quantized_where_it_is_used():
+    found = annotated(graph_of(), X86.qconfig_mapping)
+    assert found.inputs[Edge("linear", "weight")] == X86.qconfig_mapping.global_qconfig.weight
+    assert "linear" not in found.weights
+    assert annotated(graph_of(), CPU.qconfig_mapping, CPU).floats["linear"] == "its weight is computed by the graph"
+
+
+def test_operators_that_the_vocabulary_does_not_know():
+    """A row says which of their arguments are activations, and which is the weight."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensordot(x, self.table, 1)
+
+    row = OperatorConfig(("torch.functional.tensordot",), Observation.OWN, inputs=("0",), weight="1")
+    backend = replace(X86, name="mine", operators=(row,))
+    found = annotated(graph_of(Own, backend=backend), X86.qconfig_mapping.global_qconfig, backend)
+    qconfig = X86.qconfig_mapping.global_qconfig
+    assert dict(found.inputs) == {
+        Edge("tensordot", "0"): qconfig.activation,
+        Edge("tensordot", "1"): qconfig.weight,
+    }
+    assert found.outputs["tensordot"] == qconfig.activation
+    silent = replace(backend, operators=(replace(row, observation=Observation.NOT_OBSERVED),))
+    assert annotated(graph_of(Own), qconfig, silent).floats["tensordot"] == "the mine backend observes nothing of it"
+
+
+def test_the_number_of_tensors_decides_about_the_range():
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1.0, x + x
+
+    row = OperatorConfig(
+        ("add",), Observation.OWN, by_tensor_count=((1, Observation.NOT_OBSERVED), (2, Observation.SHARED))
+    )
+    found = annotated(graph_of(Sums), X86.qconfig_mapping, X86)
+    assert found.outputs["add"] == SharedWith(Edge("add", "input"))
+    assert found.outputs["add_1"] == X86.qconfig_mapping.global_qconfig.activation
+    other = annotated(graph_of(Sums), X86.qconfig_mapping, replace(X86, operators=(row,)))
+    assert "add" not in other.outputs
+    assert other.outputs["add_1"] == SharedWith(Edge("add_1", "input"))
+
+
+MISFITS = (
+    (DTypeWithConstraints("uint8"), MinMax(INT8), "int8"),
+    (DTypeWithConstraints("uint8", quant_min_lower_bound=1), MinMax(), "codes 0..255, lower than 1"),
+    (DTypeWithConstraints("uint8", quant_max_upper_bound=127), MinMax(), "codes 0..255, higher than 127"),
+    (
+        DTypeWithConstraints("uint8", scale_min_lower_bound=2**-12),
+        MinMax(),
+        "scales from 1.192e-07, less than 0.0002441",
+    ),
+    (
+        DTypeWithConstraints("uint8", scale_exact_match=1 / 256, zero_point_exact_match=0),
+        Histogram(),
+        "measured qparams instead of the fixed scale 0.00390625 and zero point 0",
+    ),
+    (
+        DTypeWithConstraints("uint8", scale_exact_match=1 / 256, zero_point_exact_match=0),
+        FixedQParams(UINT8, 1 / 256, 128),
+        "a scale of 0.003906 and a zero point of 128 instead of the fixed scale 0.00390625 and zero point 0",
+    ),
+    (
+        DTypeWithConstraints("uint8", scale_max_upper_bound=0.1),
+        FixedQParams(UINT8, 0.5, 0),
+        "a scale of 0.5, more than 0.1",
+    ),
+    (
+        DTypeWithConstraints("uint8", scale_min_lower_bound=0.1),
+        FixedQParams(UINT8, 0.05, 0),
+        "a scale of 0.05, less than 0.1",
+    ),
+    (DTypeWithConstraints("float16"), Cast(), ""),
+    (DTypeWithConstraints("uint8", 0, 255, 2**-23, 1.0), MinMax(), ""),
+)
+
+
+@pytest.mark.parametrize(("allowed", "given", "reason"), MISFITS, ids=lambda value: repr(value)[:60])
+def test_constraints_of_dtypes(allowed, given, reason):
+    assert allowed.misfit(given) == reason
+    row = OperatorConfig(("linear",), Observation.OWN, (DTypeConfig(allowed, None, None),))
+    qconfig = QConfig(given, MinMax(INT8_SYMMETRIC))
+    result = annotate(graph_of(), QConfigMapping().set_global(qconfig), backend=replace(X86, operators=(row,)))
+    if not reason:
+        assert Edge("fc", "input") in unwrap(result).inputs
+    else:
+        found = problems(result.failure())
+        assert {type(problem) for problem in found} == {UnsupportedDType}
+        assert all(f"activations of {reason}" in problem.reason for problem in found)
+
+
+def test_the_least_scale_of_xnnpack_is_asked_for():
+    graph = graph_of(backend=QNNPACK)
+    assert annotated(graph, qconfigs.DEFAULT_SYMMETRIC_QNNPACK, QNNPACK).weights
+    fine = QConfig(Histogram(INT8), MinMax(QuantSpec("int8", -127, 127, "per_tensor_symmetric")))
+    found = problems(annotate(graph, QConfigMapping().set_global(fine), backend=QNNPACK).failure())
+    assert {type(problem) for problem in found} == {UnsupportedDType}
+
+
+def test_an_entry_that_suits_nothing_is_an_error_and_one_that_suits_some_is_not():
+    entry = QConfigMapping().set_object_type(nn.Conv1d, qconfigs.DEFAULT_DYNAMIC)
+    (problem,) = problems(annotate(graph_of(), entry, backend=X86).failure())
+    assert (type(problem), problem.node) == (UnsupportedDType, "conv")
+    assert "chosen when the model runs" in problem.reason
+
+
+def test_points_with_qparams_of_their_own_or_of_others():
+    graph = graph_of()
+    given = annotated(graph, X86.qconfig_mapping)
+    alike = unwrap(prepare(graph, given))
+    assert Edge("out", "input") in alike.inputs or "getitem" in alike.outputs
+    own = MinMax()
+    apart = replace(given, inputs=given.inputs.set(Edge("linear", "input"), Unshared(own)))
+    prepared = unwrap(prepare(graph, apart))
+    assert prepared.inputs[Edge("linear", "input")] != prepared.outputs["reshape"]
+    assert prepared.sites[prepared.inputs[Edge("linear", "input")]].observer == own
+    derived = Derived((Edge("fc", "input"), Edge("fc", "weight")), max, INT8)
+    with_bias = replace(given, biases=given.biases.set("fc", derived))
+    told = unwrap(describe(unwrap(prepare(graph, with_bias))))
+    assert [(row.node, row.observer) for row in told.biases] == [("fc", "Derived")]
+    lost = replace(with_bias, weights=given.weights.discard("fc"))
+    assert {type(problem) for problem in problems(prepare(graph, lost).failure())} == {BadConfig}
+    assert not given.keep_float("fc").biases
+
+
+def test_single_values_and_uses():
+    graph = graph_of()
+    wide, channels = MinMax(QuantSpec("int16", -32768, 32767)), PerChannelMinMax(replace(INT8_SYMMETRIC_PER_CHANNEL))
+    mapping = X86.qconfig_mapping.set_output("fc", wide).set_edge(Edge("out", "input"), channels)
+    mapping = mapping.set_output("conv", None).set_edge(Edge("conv", "input"), None)
+    prepared = unwrap(prepare(graph, mapping, backend=X86))
+    assert prepared.sites[prepared.outputs["fc"]].observer == wide
+    assert prepared.sites[prepared.inputs[Edge("out", "input")]].observer == channels
+    assert "conv" not in prepared.outputs
+    assert not {Edge("conv", "input"), Edge("fc", "input")} & set(prepared.inputs)
+    text = str(unwrap(describe(prepared)))
+    assert "int16 -32768..32767" in text
+    assert "per_channel_symmetric" in text
+
+
+def test_a_reused_range_cannot_be_asked_of_a_single_value():
+    found = problems(prepare(graph_of(), QConfigMapping().set_output("fc", ReuseInput()), backend=X86).failure())
+    assert [type(problem) for problem in found] == [BadConfig]
+
+
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+def test_codes_at_the_borders(backend):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, object]:
+            return {"a": self.fc(x), "b": [y], "c": y.cos()}
+
+    graph = graph_of(Two, (X, X), backend)
+    prepared = unwrap(
+        prepare(
+            graph, backend=backend, custom=CustomConfig(input_quantized_indexes=(0, 1), output_quantized_indexes=(0,))
+        )
+    )
+    assert {"x", "y", "fc"} <= set(prepared.outputs)
+    assert prepared.quantized_inputs == {"x", "y"}
+    assert prepared.quantized_outputs == {0}
+    assert "codes: input x" in str(unwrap(describe(prepared)))
+    wrong = CustomConfig(input_quantized_indexes=(2,), output_quantized_indexes=(1, 2, 3, -1))
+    found = problems(prepare(graph, backend=backend, custom=wrong).failure())
+    assert len(found) == 5
+    assert {type(problem) for problem in found} == {BadConfig}
+    nothing = problems(
+        prepare(graph, QConfigMapping(), backend=backend, custom=CustomConfig(input_quantized_indexes=(0,))).failure()
+    )
+    assert [problem.node for problem in nothing] == ["input 'x'"]
