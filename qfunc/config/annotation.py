@@ -206,12 +206,16 @@ def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Proble
             node = graph.nodes.get(id)
             if node is not None and not (node.has(slot) and isinstance(node.get(slot), Expression)):
                 yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
+    yield from _wrong_swaps(annotations, graph)
+    for spec in dict.fromkeys((*specs, *parameters)):
+        yield from _wrong_spec(spec)
+
+
+def _wrong_swaps(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
     for id in annotations.swapped:
         written = graph[id].origin.written if id in graph.nodes else None
         if written is None or written.op != "call_module":
             yield BadConfig(str(id), "it is no call of a module of the graph", "swap calls of modules only")
-    for spec in dict.fromkeys((*specs, *parameters)):
-        yield from _wrong_spec(spec)
 
 
 def _wrong_spec(spec: Any) -> Iterator[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pyrsistent import PMap, pmap
@@ -45,7 +46,7 @@ def _called(path: str, name: str, function: Any, module: nn.Module, *args: Any) 
     try:
         made = function(given, *args)
     except ObserverError as error:
-        raise CustomModuleError(error.problem) from error
+        raise CustomModuleError(replace(error.problem, node=f"{path}: {error.problem.node}")) from error
     except Exception as error:
         raise CustomModuleError(UserFunctionFailed(path, f"its {name}(...) raised {told(error)}")) from error
     if not isinstance(made, nn.Module):

@@ -39,7 +39,7 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     problems += uncalibrated(calibrated)
     if problems:
         return Failure(several(problems))
-    qparams = {site: _affine(q) for site, q in found.items()}
+    qparams = {site: affine_of(q) for site, q in found.items()}
     graph = _insert(prepared, qparams, to_quantize(calibrated))
     intended = {
         node.id: node.origin.module
@@ -91,7 +91,7 @@ def _place(prepared: Prepared, site: str) -> str:
 _HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
 
 
-def _affine(qparams: QParams) -> Affine:
+def affine_of(qparams: QParams) -> Affine:
     """The qparams as literals.
 
     Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
