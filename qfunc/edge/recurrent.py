@@ -73,19 +73,24 @@ class Cell(nn.Module):
         self.points = nn.ModuleDict(points)
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The hidden states `(L, N, H)` of all steps and the last states; `x` is `(L, N, features)`."""
+        """The hidden states `(L, N, H)` of all steps and the last states; `x` is `(L, N, features)`.
+
+        A hidden state is rounded for the next step; what is given out is not, since whoever reads it rounds it.
+        """
         at = self.points
         of_input = F.linear(at["input"](x), *self.input())
         weight, bias = self.hidden()
         h, c = at["states"](h), at["cell"](c)
         outputs: list[Tensor] = [h] * len(x)
+        last = h
         for step in reversed(range(len(x))) if backward else range(len(x)):
             sums = at["gates"](of_input[step] + F.linear(h, weight, bias))
             i, f, g, o = sums.chunk(4, -1)
             i, f, o = (at["sigmoid"](torch.sigmoid(gate)) for gate in (i, f, o))
             c = at["cell"](f * c + i * at["tanh"](torch.tanh(g)))
-            h = outputs[step] = at["states"](o * at["tanh"](torch.tanh(c)))
-        return torch.stack(outputs), h, c
+            last = outputs[step] = o * at["tanh"](torch.tanh(c))
+            h = at["states"](last)
+        return torch.stack(outputs), last, c
 
 
 class RecurrentLayers(nn.Module):
@@ -108,9 +113,9 @@ class RecurrentLayers(nn.Module):
         x = x if batched else x.unsqueeze(1)
         x = x.transpose(0, 1) if batched and self.batch_first else x
         if states is None:
-            zeros = x.new_zeros(len(self.cells), x.shape[1], self.hidden_size)
-            states = (zeros, zeros)
-        h, c = states if batched else (states[0].reshape(len(self.cells), 1, -1), states[1].unsqueeze(-2))
+            h = c = x.new_zeros(len(self.cells), x.shape[1], self.hidden_size)
+        else:
+            h, c = states if batched else (states[0].unsqueeze(1), states[1].unsqueeze(1))
         x, (h, c) = self._layers(x, h, c)
         if not batched:
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
