@@ -36,6 +36,7 @@ from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
 from qfunc.edge.host import check_host
 from qfunc.edge.materialize import materialize
+from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
 from qfunc.match import MatchAllNode, Pattern, Step
@@ -67,6 +68,7 @@ __all__ = [
     "NATIVE",
     "ONEDNN",
     "QNNPACK",
+    "QUANTIZABLE_LSTM",
     "TENSORRT",
     "X86",
     "Annotations",
@@ -131,8 +133,10 @@ __all__ = [
     "layers",
     "lower",
     "materialize",
+    "observed_lstm",
     "prepare",
     "quantize",
+    "quantized_lstm",
     "render",
     "to_json",
     "trace",

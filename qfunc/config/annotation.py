@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
+from qfunc.config.custom_config import Swap
 from qfunc.config.point import Edge, Point, used
 from qfunc.config.qconfig import WeightQuantization
 from qfunc.errors import BadConfig, Problem, UnknownName, several
@@ -68,6 +69,7 @@ class Annotations:
     these parameters of theirs are. All points of one of the `groups` have the same qparams. `taps` are values that the
     observer of their own output sees as well, where that is another's. `floats` says of nodes that stay float why;
     those in `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
+    `swapped` are the calls of custom modules, which quantize inside themselves.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
     than the value's own quantizes the value anew. `quantized_inputs` and `quantized_outputs` are inputs and positions
@@ -85,6 +87,7 @@ class Annotations:
     biases: PMap[str, ParameterSpec] = pmap()
     quantized_inputs: frozenset[str] = frozenset()
     quantized_outputs: frozenset[int] = frozenset()
+    swapped: PMap[str, Swap] = pmap()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -103,6 +106,7 @@ class Annotations:
             floats=self.floats.set(node, reason),
             refused=self.refused - {node},
             biases=pmap(biases),
+            swapped=self.swapped.discard(node),
         )
 
 
@@ -138,6 +142,7 @@ def combine(*annotations: Annotations) -> R[Annotations]:
     outputs = _united((given.outputs for given in annotations), problems)
     weights = _united((given.weights for given in annotations), problems)
     biases = _united((given.biases for given in annotations), problems)
+    swapped = _united((given.swapped for given in annotations), problems)
     if problems:
         return Failure(several(sorted(problems, key=lambda problem: problem.node)))
     quantized = {*outputs, *weights, *biases, *(edge.user for edge in inputs)}
@@ -155,6 +160,7 @@ def combine(*annotations: Annotations) -> R[Annotations]:
             biases,
             frozenset().union(*(given.quantized_inputs for given in annotations)),
             frozenset().union(*(given.quantized_outputs for given in annotations)),
+            swapped,
         )
     )
 
@@ -200,6 +206,7 @@ def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Proble
             node = graph.nodes.get(id)
             if node is not None and not (_has_parameter(node, slot) or (slot == "weight" and _is_unknown_call(node))):
                 yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
+    yield from _wrong_swaps(annotations, graph)
     for spec in dict.fromkeys((*specs, *parameters)):
         yield from _wrong_spec(spec)
 
@@ -212,6 +219,13 @@ def _is_unknown_call(node: Node) -> bool:
     """Whether it is a call of a module, such as a recurrent layer, whose parameters are no arguments."""
     written = node.origin.written
     return written is not None and written.op == "call_module" and node.kind == node.origin.type
+
+
+def _wrong_swaps(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
+    for id in annotations.swapped:
+        written = graph[id].origin.written if id in graph.nodes else None
+        if written is None or written.op != "call_module":
+            yield BadConfig(str(id), "it is no call of a module of the graph", "swap calls of modules only")
 
 
 def _wrong_spec(spec: Any) -> Iterator[Problem]:

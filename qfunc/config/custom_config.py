@@ -52,6 +52,14 @@ class CustomModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Swap:
+    """That a module is to be quantized as a custom module, and with what configuration."""
+
+    module: CustomModule
+    qconfig: QConfig
+
+
+@dataclass(frozen=True, slots=True)
 class CustomConfig:
     """Exceptions for one model.
 

@@ -13,6 +13,7 @@ from returns.result import Failure, Success
 from torch import Tensor, fx
 
 from qfunc.edge.batches import length, not_batches, read
+from qfunc.edge.custom_modules import calibrated_modules
 from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.facts import bind_inputs
 from qfunc.edge.materialize import materialize
@@ -80,7 +81,8 @@ def calibrate_on(
     if not count:
         return Failure(NoBatches())
     states = {key: observer.state for observer in observers if (key := observer.site.key) is not None}
-    return Success(Calibrated(prepared, Statistics(digest(prepared.graph), pmap(states), count)))
+    statistics = Statistics(digest(prepared.graph), pmap(states), count)
+    return Success(Calibrated(prepared, statistics, calibrated_modules(prepared, module)))
 
 
 def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from qfunc.edge.custom_modules import make_custom_module
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.leaves import LEAVES
 from qfunc.edge.statements import AUGMENTED, StatementTracer
@@ -59,6 +60,7 @@ class Emitter:
         """Source objects by id, and what stands for them: for `deepcopy`."""
         self._layers: dict[tuple[str, NamedArgs], str] = {}
         self._clones: dict[tuple[str, bool], str] = {}
+        self._made: dict[str, str] = {}
         self._tensors: dict[Expression, Tensor] = {}
         self._late: list[tuple[fx.Node, str, Any]] = []
         self.unsaved: list[str] = []
@@ -95,6 +97,8 @@ class Emitter:
                 return self._leaf(node)
             case "owned":
                 return self._own(node)
+            case "custom_module":
+                return self._custom(node)
             case _:
                 return self._post(node, self._operator(node))
 
@@ -138,16 +142,28 @@ class Emitter:
 
     def _own(self, node: Node) -> fx.Node:
         """A module that a user's fuser made: a copy, since the graph keeps it as it is."""
-        module, inputs, keywords = (node.get(name) for name in ("module", "inputs", "keywords"))
-        assert isinstance(module, Token) and isinstance(inputs, tuple) and isinstance(keywords, tuple)
-        path = node.origin.module
+        module, path = node.get("module"), node.origin.module
+        assert isinstance(module, Token)
         try:
             made = copying.deepcopy(self._graph.objects[module.id].value)
         except Exception as error:
             raise UncopyableModuleError(path, str(error)) from error
+        return self._call(node, self._attach(path, made))
+
+    def _custom(self, node: Node) -> fx.Node:
+        """A module that a user's function makes now, one for all calls of it."""
+        module = node.get("module")
+        assert isinstance(module, Token)
+        if module.id not in self._made:
+            self._made[module.id] = self._attach(node.origin.module, make_custom_module(self._graph, module.id))
+        return self._call(node, self._made[module.id])
+
+    def _call(self, node: Node, path: str) -> fx.Node:
+        """The call of a module with the inputs and keywords of a node."""
+        inputs, keywords = node.get("inputs"), node.get("keywords")
+        assert isinstance(inputs, tuple) and isinstance(keywords, tuple)
         kwargs = {str(pair[0]): self._arg(pair[1]) for pair in keywords if isinstance(pair, tuple)}
-        args = tuple(self._arg(item) for item in inputs)
-        return self._fx.create_node("call_module", self._attach(path, made), args, kwargs, node.id)
+        return self._fx.create_node("call_module", path, tuple(self._arg(item) for item in inputs), kwargs, node.id)
 
     def _leaf(self, node: Node) -> fx.Node:
         """A module of qfunc's own: an observer, a quantizer, a kernel. Observers of one path are one module."""

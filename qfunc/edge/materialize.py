@@ -10,6 +10,7 @@ from typing import Any
 from returns.result import Failure, Success
 from torch import fx, nn
 
+from qfunc.edge.custom_modules import CustomModuleError, stale_modules
 from qfunc.edge.emit import Emitter, UncopyableModuleError
 from qfunc.edge.evaluate import check_sources
 from qfunc.edge.observer import ObserverError
@@ -50,13 +51,13 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     graph = _graph_of(stage)
     if graph is None:
         return Failure(WrongStage(type(stage).__name__, "Graph, Prepared, Calibrated, Converted or Lowered"))
-    problems = check_sources(graph)
+    problems = [*check_sources(graph), *stale_modules(graph)]
     if problems:
         return Failure(several(problems))
     emitter = Emitter(graph, copy=copy)
     try:
         fx_graph = emitter.emit()
-    except ObserverError as error:
+    except (ObserverError, CustomModuleError) as error:
         return Failure(error.problem)
     except UncopyableModuleError as error:
         return Failure(UserFunctionFailed(error.path, str(error)))
@@ -77,7 +78,7 @@ def _graph_of(stage: object) -> Graph | None:
         case Prepared():
             return with_observers(stage)
         case Calibrated(prepared):
-            return with_observers(prepared)
+            return with_observers(prepared, stage.modules)
         case Converted(graph) | Lowered(graph):
             return graph
         case _:

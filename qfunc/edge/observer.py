@@ -31,14 +31,14 @@ class ObserverModule(nn.Module):
         super().__init__()
         assert measures(site.observer), site
         self.site, self.observer = site, site.observer
-        self.state: Any = _guarded(self.observer, site.id, self.observer.init)
+        self.state: Any = guarded(self.observer, site.id, self.observer.init)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
         site = self.site
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ObserverError(UnsupportedDType(site.id, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
-        self.state = _guarded(self.observer, site.id, self.observer.update, self.state, x.detach())
+        self.state = guarded(self.observer, site.id, self.observer.update, self.state, x.detach())
         return x
 
     def extra_repr(self) -> str:
@@ -51,7 +51,7 @@ _UNKNOWN = "trace with example_inputs, so that such values are known and left al
 
 def observe_once(observer: Observer[Any], weight: Tensor, name: str) -> QParams:
     """The qparams of a weight; an `ObserverError` where there are none."""
-    state = _guarded(observer, name, lambda: observer.update(observer.init(), weight))
+    state = guarded(observer, name, lambda: observer.update(observer.init(), weight))
     qparams = finished(observer, state)
     if isinstance(qparams, str):
         raise ObserverError(UserFunctionFailed(name, qparams))
@@ -60,7 +60,7 @@ def observe_once(observer: Observer[Any], weight: Tensor, name: str) -> QParams:
     return qparams
 
 
-def _guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> Any:
+def guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> Any:
     """A call of an observer; failures of a user's are told apart from bugs of ours, which raise as they are."""
     try:
         return function(*args)

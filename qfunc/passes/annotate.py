@@ -16,6 +16,7 @@ from qfunc.config.resolve import places_of, problems_of
 from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
+from qfunc.passes.custom_modules import with_custom_modules
 from qfunc.passes.regions import Region, region_notes, region_problems, regions
 from qfunc.passes.rules import Rules, Surroundings
 from qfunc.passes.unmatched import unmatched, without_effect
@@ -42,7 +43,7 @@ def annotate(
         graph: a traced, usually fused graph.
         qconfig_mapping: what to quantize, and how; by default the backend's own.
         backend: what can be quantized.
-        custom: exceptions for the model: its standalone modules, the inputs and outputs that are to be codes.
+        custom: exceptions for the model: its standalone and custom modules, and what of it is to be codes.
 
     Returns:
         The annotations, with a note for each entry of the configuration that matches or changes nothing; or all of:
@@ -74,8 +75,9 @@ def annotate(
     given = [one.annotations(_notes(part, one, asked)) for one, part in zip(rules, parts, strict=True)]
     ruled = unwrap(combine(*given)) if found else given[0]
     ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))
+    ruled, wrong = with_custom_modules(graph, ruled, rules, custom)
     annotations, more = with_borders(graph, ruled, mapping, custom)
-    problems += more
+    problems += (*wrong, *more)
     return Failure(several(problems)) if problems else Success(annotations)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pyrsistent import pmap
@@ -9,12 +10,13 @@ from returns.result import Failure, Success
 
 from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, PostOp, Ref, digest, map_arg
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, fact_in
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.params import DequantizeWeight, QuantizeWeight
+from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
 from qfunc.result import R
@@ -34,14 +36,16 @@ def convert(calibrated: Calibrated) -> R[Converted]:
         return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
     prepared = calibrated.prepared
     found, problems = _qparams(calibrated)
+    problems += uncalibrated(calibrated)
     if problems:
         return Failure(several(problems))
-    qparams = {site: _affine(q) for site, q in found.items()}
-    graph = _insert(prepared, qparams)
+    qparams = {site: affine_of(q) for site, q in found.items()}
+    graph = _insert(prepared, qparams, to_quantize(calibrated))
     intended = {
         node.id: node.origin.module
         for node in prepared.graph
-        if node.id in prepared.outputs or node.id in prepared.weights or node.id in prepared.refused
+        if (node.id in prepared.outputs or node.id in prepared.weights or node.id in prepared.refused)
+        and node.id not in prepared.swapped
     }
     return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats))
 
@@ -87,7 +91,7 @@ def _place(prepared: Prepared, site: str) -> str:
 _HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
 
 
-def _affine(qparams: QParams) -> Affine:
+def affine_of(qparams: QParams) -> Affine:
     """The qparams as literals.
 
     Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
@@ -100,7 +104,7 @@ def _affine(qparams: QParams) -> Affine:
     return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]
 
 
-def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
+def _insert(prepared: Prepared, qparams: dict[str, Affine], custom: dict[str, Opaque]) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
     for value in (id for id in graph.order if id in prepared.outputs):
@@ -118,10 +122,14 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine]) -> Graph:
             turned.setdefault(user, {})[edge] = pairs[pair]
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
+    for id in prepared.swapped:
+        draft.put(custom_node(draft[id]))
     for id, observer in prepared.weights.items():
         assert measures(observer), observer
         draft.put(_quantize_weight(draft[id], observer))
-    return recorded(graph, draft.commit(), "convert", f"backend={prepared.backend}")
+    made = draft.commit()
+    made = replace(made, objects=made.objects.update(custom)) if custom else made
+    return recorded(graph, made, "convert", f"backend={prepared.backend}")
 
 
 def _quantized(draft: Draft, node: Node, affine: Affine) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from pyrsistent import pmap
+
 from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token
+from qfunc.passes.custom_modules import custom_node, to_observe
 from qfunc.passes.stages import Prepared
 
 
-def with_observers(prepared: Prepared) -> Graph:
+def with_observers(prepared: Prepared, modules: Mapping[str, Opaque] = pmap()) -> Graph:
     """The graph in which an `observe` node follows every observed value; it hands its input on unchanged.
 
+    A call of a custom module becomes one of the module that observes; `modules` are those calibrated already.
     Observers of one site carry the same module path, so that they are one module.
     """
     graph = prepared.graph
@@ -24,7 +29,9 @@ def with_observers(prepared: Prepared) -> Graph:
             id = draft.fresh(f"{tap}_observed")
             args = (("inputs", (Ref(tap),)), ("site", token))
             draft.insert_after(tap, Node(id, "observe", args, origin=Origin(path)))
-    return replace(draft.commit(), objects=objects)
+    for id in prepared.swapped:
+        draft.put(custom_node(draft[id]))
+    return replace(draft.commit(), objects=objects.update(to_observe(prepared, modules)))
 
 
 def erase_observers(graph: Graph) -> Graph:

@@ -80,6 +80,7 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Se
             annotations.quantized_inputs,
             annotations.quantized_outputs,
             scaled,
+            swapped=annotations.swapped,
         )
     )
 

@@ -59,6 +59,7 @@ class Rules:
         demanded: frozenset[str] = frozenset(),
     ) -> None:
         resolution = Resolution(mapping, graph, backend.qconfig_mapping, base=base, own=own)
+        self.resolution = resolution
         self.graph = graph
         self.fits: set[tuple[Entry, bool]] = set()
         """The entries whose dtypes suit some operator, with and without a weight."""
@@ -128,6 +129,10 @@ class Rules:
         bare = copy(self)
         bare.mapping, bare.floats = replace(self.mapping, outputs=pmap(), edges=pmap()), dict(self.floats)
         return bare.annotations(())
+
+    def reads_quantized(self, value: str) -> bool:
+        """Whether a value that is not one of a backend's operators is to be quantized for all that read it."""
+        return self._read_quantized is None or value in self._read_quantized or value in self._demanded
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
         row, qconfig = self.backend.operator(node), chosen.qconfig

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias, TypeGuard
 from pyrsistent import PMap, pmap
 
 from qfunc.config.annotation import Derived, ParameterSpec
+from qfunc.config.custom_config import Swap
 from qfunc.config.point import Edge
-from qfunc.ir import Graph, Note
+from qfunc.ir import Graph, Note, Opaque
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 
@@ -55,9 +56,9 @@ class Prepared:
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` and `biases` map nodes to how these parameters of theirs are quantized; `floats` says
     of each node that stays float why; those of them in `refused` are layers that the configuration meant to quantize.
-    `notes` tell of entries of the configuration that match nothing. `quantized_inputs` and `quantized_outputs` are the
-    inputs and the positions of the output that the converted model takes and gives as codes. `equalizations` are by the
-    ids of their sites.
+    `swapped` are the calls of custom modules. `notes` tell of entries of the configuration that match nothing.
+    `quantized_inputs` and `quantized_outputs` are the inputs and the positions of the output that the converted model
+    takes and gives as codes. `equalizations` are by the ids of their sites.
     """
 
     graph: Graph
@@ -73,6 +74,7 @@ class Prepared:
     quantized_inputs: frozenset[str] = frozenset()
     quantized_outputs: frozenset[int] = frozenset()
     equalizations: PMap[str, Equalization] = pmap()
+    swapped: PMap[str, Swap] = pmap()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -101,6 +103,8 @@ class Calibrated:
 
     prepared: Prepared
     statistics: Statistics
+    modules: PMap[str, Opaque] = pmap()
+    """The custom modules that were calibrated, by the paths of the modules they stand for."""
 
     __hash__ = None  # type: ignore[assignment]
 
