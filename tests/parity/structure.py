@@ -95,10 +95,16 @@ class Structure:
 
     @cached_property
     def ours(self) -> Quantized:
-        sites = self.prepared.sites.values()
+        prepared = self.prepared
+        weights = {(self.chain(id)[0], _our(observer)) for id, observer in prepared.weights.items()}
+        # A weight that the graph computes is quantized where it is used.
+        computed = {edge: site for edge, site in prepared.inputs.items() if edge.slot == "weight"}
+        weights |= {(self.chain(edge.user)[0], _our(prepared.sites[site].observer)) for edge, site in computed.items()}
+        of_activations = {*prepared.outputs.values(), *(s for e, s in prepared.inputs.items() if e not in computed)}
+        sites = [prepared.sites[site] for site in of_activations]
         return Quantized(
             frozenset(Group(frozenset(map(self.their_name, site.taps)), _our(site.observer)) for site in sites),
-            frozenset((self.chain(id)[0], _our(observer)) for id, observer in self.prepared.weights.items()),
+            frozenset(weights),
         )
 
     @cached_property
