@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,12 +51,8 @@ class Group(NamedTuple):
 class Quantized(NamedTuple):
     """All that a side quantizes; weights by torch.ao's names of the nodes that use them."""
 
-    groups: frozenset[Group]
+    groups: Counter[Group]
     weights: frozenset[tuple[str, Described]]
-
-    @property
-    def values(self) -> frozenset[str]:
-        return frozenset().union(*(group.values for group in self.groups))
 
 
 _NAMES = {
@@ -102,10 +99,8 @@ class Structure:
         weights |= {(self.chain(edge.user)[0], _our(prepared.sites[site].observer)) for edge, site in computed.items()}
         of_activations = {*prepared.outputs.values(), *(s for e, s in prepared.inputs.items() if e not in computed)}
         sites = [prepared.sites[site] for site in of_activations]
-        return Quantized(
-            frozenset(Group(frozenset(map(self.their_name, site.taps)), _our(site.observer)) for site in sites),
-            frozenset(weights),
-        )
+        groups = (Group(frozenset(map(self.their_name, site.taps)), _our(site.observer)) for site in sites)
+        return Quantized(Counter(groups), frozenset(weights))
 
     @cached_property
     def their_prepared(self) -> fx.GraphModule:
@@ -118,16 +113,28 @@ class Structure:
         groups: dict[int, tuple[Any, set[str]]] = {}
         with _quiet():
             weights = set(_module_weights(self.their_prepared, self.backend))
-        for node, module in _observers(self.their_prepared):
+        for node, module in self.their_observers.items():
             users = [user for user in node.users if _is_weight(user, node)]
             weights |= {(user.name, _their(module)) for user in users}
             if len(users) < len(node.users) or not node.users:
-                value = _observed(node, self.their_prepared)
-                groups.setdefault(id(module), (module, set()))[1].add(value)
-        return Quantized(
-            frozenset(Group(frozenset(values), _their(module)) for module, values in groups.values()),
-            frozenset(weights),
-        )
+                groups.setdefault(id(module), (module, set()))[1].add(self.observed(node))
+        found = (Group(frozenset(values), _their(module)) for module, values in groups.values())
+        return Quantized(Counter(found), frozenset(weights))
+
+    @cached_property
+    def their_observers(self) -> dict[fx.Node, Any]:
+        """Their calls, with the module of each."""
+        from torch.ao.quantization import ObserverBase
+
+        prepared = self.their_prepared
+        calls = [(n, prepared.get_submodule(n.target)) for n in prepared.graph.nodes if n.op == "call_module"]
+        return {node: module for node, module in calls if isinstance(module, ObserverBase)}
+
+    def observed(self, node: fx.Node) -> str:
+        """The value that an observer sees; those of one value may stand one behind another."""
+        while node in self.their_observers:
+            node = node.args[0]
+        return node.name
 
     def chain(self, id: str) -> tuple[str, ...]:
         """The first and the last of the traced nodes that a fused node stands for."""
@@ -179,22 +186,6 @@ def _their(module: Any) -> Described:
     axis = module.ch_axis if qscheme.startswith("per_channel") else None
     dtype = _DTYPES.get(module.dtype, str(module.dtype))
     return Described(_NAMES.get(name, name), dtype, module.quant_min, module.quant_max, qscheme, axis, eps, fixed)
-
-
-def _observers(prepared: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
-    from torch.ao.quantization import ObserverBase
-
-    for node in prepared.graph.nodes:
-        if node.op == "call_module" and isinstance(module := prepared.get_submodule(node.target), ObserverBase):
-            yield node, module
-
-
-def _observed(node: fx.Node, prepared: fx.GraphModule) -> str:
-    """The value that an observer sees; observers of one value may stand one behind another."""
-    observers = {node for node, _ in _observers(prepared)}
-    while node in observers:
-        node = node.args[0]
-    return node.name
 
 
 def _is_weight(user: fx.Node, node: fx.Node) -> bool:

@@ -1,0 +1,98 @@
+"""Where qfunc's sites differ from torch.ao's on purpose: each cause, why, and the models it concerns.
+
+A cause is a function from what torch.ao quantizes to what it would quantize without the flaw.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from torch import fx
+
+from tests.parity.structure import Group, Quantized, Structure
+
+
+class Cause(NamedTuple):
+    """`mended` is torch.ao's side without the flaw; `models` are all those that it makes a difference for."""
+
+    reason: str
+    mended: Callable[[Structure, Quantized], Quantized]
+    models: frozenset[str]
+    backends: frozenset[str] = frozenset()
+    """Those that it makes a difference for; empty for all."""
+
+    def concerns(self, model: str, backend: str) -> bool:
+        return model in self.models and (not self.backends or backend in self.backends)
+
+
+def _joined(sides: Structure, theirs: Quantized) -> Quantized:
+    """The operands and the result of what runs on integers with one range have one observer."""
+    groups = list(theirs.groups.elements())
+    for values in _one_range(sides):
+        # A weight may be observed as well, with another dtype.
+        parts = [group for group in groups if group.values & values]
+        if len(parts) > 1:
+            measured = [group.observer for group in parts if group.observer.fixed is None]
+            union = frozenset().union(*(group.values for group in parts))
+            groups = [group for group in groups if group not in parts]
+            groups.append(Group(union, (measured or [parts[0].observer])[0]))
+    return theirs._replace(groups=Counter(groups))
+
+
+def _one_range(sides: Structure) -> Iterator[frozenset[str]]:
+    """The observed values that each such operator reads and writes."""
+    for node in sides.their_prepared.graph.nodes:
+        shares = (node.meta.get("target_dtype_info") or {}).get("input_output_share_observers", False)
+        written = [user for user in node.users if user in sides.their_observers]
+        if shares and written and node.op != "output":
+            read = [used for used in node.all_input_nodes if used in sides.their_observers]
+            yield frozenset(sides.observed(observer) for observer in (*read, *written))
+
+
+def _without(theirs: Quantized, values: Iterable[str], layers: Iterable[str] = ()) -> Quantized:
+    gone, without_weight = frozenset(values), frozenset(layers)
+    kept = (Group(group.values - gone, group.observer) for group in theirs.groups.elements())
+    weights = frozenset(weight for weight in theirs.weights if weight[0] not in without_weight)
+    return Quantized(Counter(group for group in kept if group.values), weights)
+
+
+def _numbers_left(sides: Structure, theirs: Quantized) -> Quantized:
+    """Inputs that are numbers are not observed."""
+    names = [node.name for node in sides.their_prepared.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(names, sides.inputs, strict=False))
+    return _without(theirs, (name for name in names if isinstance(given.get(name, 0.0), float)))
+
+
+def _aliases_left(sides: Structure, theirs: Quantized) -> Quantized:
+    """Values whose memory is changed in place are not observed, nor is what only their operators read."""
+    aliased = {node.id for node in sides.traced if node.aliased}
+
+    def only_there(observer: fx.Node) -> bool:
+        value = sides.observed(observer)
+        readers = [user for user in observer.users if user not in sides.their_observers]
+        return value in aliased or (bool(readers) and all(user.name in aliased for user in readers))
+
+    return _without(theirs, (sides.observed(o) for o in sides.their_observers if only_there(o)), aliased)
+
+
+CAUSES = {
+    "sharing is not transitive": Cause(
+        "An operator that runs on integers with one range reads and writes with different observers: the reference "
+        "points those of a concatenation's operands elsewhere, and not what shared them before.",
+        _joined,
+        frozenset({"unet", "TestHelperModules.Conv2dWithTwoCat", "vit_b_16"}),
+    ),
+    "numbers are observed": Cause(
+        "A number among the inputs is observed like a tensor, and the observer fails when it is called with one.",
+        _numbers_left,
+        frozenset({"many_inputs"}),
+    ),
+    "aliases are observed": Cause(
+        "An operator that writes in place is given an observed copy, so that its effect on aliases is lost.",
+        _aliases_left,
+        frozenset({"aliased"}),
+    ),
+}
+"""In the order in which they are applied."""
