@@ -61,20 +61,20 @@ def _without(theirs: Quantized, values: Iterable[str], layers: Iterable[str] = (
 def _numbers_left(sides: Structure, theirs: Quantized) -> Quantized:
     """Inputs that are numbers are not observed."""
     names = [node.name for node in sides.their_prepared.graph.nodes if node.op == "placeholder"]
-    given = dict(zip(names, sides.inputs, strict=False))
+    given = dict(zip(names, sides.graphs.inputs, strict=False))
     return _without(theirs, (name for name in names if isinstance(given.get(name, 0.0), float)))
 
 
 def _aliases_left(sides: Structure, theirs: Quantized) -> Quantized:
-    """Values whose memory is changed in place are not observed, nor is what only their operators read."""
-    aliased = {node.id for node in sides.traced if node.aliased}
+    """Operators whose memory is changed in place are left alone, and those that read such memory."""
+    traced = sides.graphs.traced
+    left = {node.id for node in traced if node.aliased or any(traced[used].aliased for used in node.uses())}
 
     def only_there(observer: fx.Node) -> bool:
-        value = sides.observed(observer)
-        readers = [user for user in observer.users if user not in sides.their_observers]
-        return value in aliased or (bool(readers) and all(user.name in aliased for user in readers))
+        readers = [user.name for user in observer.users if user not in sides.their_observers]
+        return sides.observed(observer) in left or (bool(readers) and left.issuperset(readers))
 
-    return _without(theirs, (sides.observed(o) for o in sides.their_observers if only_there(o)), aliased)
+    return _without(theirs, [sides.observed(o) for o in sides.their_observers if only_there(o)], left)
 
 
 CAUSES = {

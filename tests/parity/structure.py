@@ -66,11 +66,31 @@ _DTYPES = {torch.quint8: "uint8", torch.qint8: "int8", torch.qint32: "int32"}
 
 
 @dataclass(frozen=True)
-class Structure:
-    """`model` prepared by both with the default mapping of `backend`, which is a name."""
+class Traced:
+    """What is the same for every backend."""
 
     model: nn.Module
     inputs: tuple[object, ...]
+
+    @cached_property
+    def traced(self) -> Graph:
+        return unwrap(trace(self.model, self.inputs))
+
+    @cached_property
+    def their_ids(self) -> dict[str, str]:
+        """The names there of our nodes, which differ for some: `x += y` is no operator of its own for its tracer."""
+        from torch.ao.quantization.fx.tracer import QuantizationTracer
+
+        traced = QuantizationTracer([], []).trace(copy.deepcopy(self.model))
+        names = [node.name for node in traced.nodes if not node.name.endswith("activation_post_process")]
+        return dict(zip(self.traced.order, names, strict=True))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model prepared by both with the default mapping of `backend`, which is a name."""
+
+    graphs: Traced
     backend: str
 
     @cached_property
@@ -79,12 +99,8 @@ class Structure:
         return found
 
     @cached_property
-    def traced(self) -> Graph:
-        return unwrap(trace(self.model, self.inputs))
-
-    @cached_property
     def fused(self) -> Graph:
-        return unwrap(fuse(self.traced, backend=self.config))
+        return unwrap(fuse(self.graphs.traced, backend=self.config))
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -103,16 +119,19 @@ class Structure:
         return Quantized(Counter(groups), frozenset(weights))
 
     @cached_property
+    def _their_config(self) -> Any:
+        return oracle.backend_config(self.backend)
+
+    @cached_property
     def their_prepared(self) -> fx.GraphModule:
         with _quiet():
-            config = oracle.backend_config(self.backend)
-            return oracle.prepare(self.model, self.inputs, their_default(self.backend), backend_config=config)
+            return oracle.prepare(self.graphs.model, (), their_default(self.backend), backend_config=self._their_config)
 
     @cached_property
     def theirs(self) -> Quantized:
         groups: dict[int, tuple[Any, set[str]]] = {}
         with _quiet():
-            weights = set(_module_weights(self.their_prepared, self.backend))
+            weights = set(_module_weights(self.their_prepared, self._their_config))
         for node, module in self.their_observers.items():
             users = [user for user in node.users if _is_weight(user, node)]
             weights |= {(user.name, _their(module)) for user in users}
@@ -138,10 +157,11 @@ class Structure:
 
     def chain(self, id: str) -> tuple[str, ...]:
         """The first and the last of the traced nodes that a fused node stands for."""
-        fused, found = self.fused[id], [self.traced[id]]
+        traced, names = self.graphs.traced, self.graphs.their_ids
+        fused, found = self.fused[id], [traced[id]]
         while (found[0].kind, found[0].origin) != (fused.kind, fused.origin):
-            found = [*found[1:], *map(self.traced.nodes.__getitem__, found[0].uses())]
-        return self._their_ids.get(found[0].id, found[0].id), self._their_ids.get(id, id)
+            found = [*found[1:], *map(traced.nodes.__getitem__, found[0].uses())]
+        return names[found[0].id], names[id]
 
     def their_name(self, id: str) -> str:
         """A fused node has the id of its chain's last node here; where torch.ao has a fused module, the first one's."""
@@ -151,15 +171,6 @@ class Structure:
     @cached_property
     def _their_nodes(self) -> frozenset[str]:
         return frozenset(node.name for node in self.their_prepared.graph.nodes)
-
-    @cached_property
-    def _their_ids(self) -> dict[str, str]:
-        """Of nodes called otherwise there: `x += y` is no operator of its own for its tracer."""
-        from torch.ao.quantization.fx.tracer import QuantizationTracer
-
-        traced = QuantizationTracer([], []).trace(copy.deepcopy(self.model))
-        names = [node.name for node in traced.nodes if not node.name.endswith("activation_post_process")]
-        return dict(zip(self.traced.order, names, strict=True))
 
 
 @contextmanager
@@ -194,7 +205,7 @@ def _is_weight(user: fx.Node, node: fx.Node) -> bool:
     return node_arg_is_weight(user, node)
 
 
-def _module_weights(prepared: fx.GraphModule, backend: str) -> Iterator[tuple[str, Described]]:
+def _module_weights(prepared: fx.GraphModule, config: Any) -> Iterator[tuple[str, Described]]:
     """The weights of modules that convert would quantize."""
     from torch.ao.nn.intrinsic import _FusedModule
     from torch.ao.quantization.backend_config.utils import (
@@ -204,7 +215,7 @@ def _module_weights(prepared: fx.GraphModule, backend: str) -> Iterator[tuple[st
     from torch.ao.quantization.fx.qconfig_mapping_utils import _is_qconfig_supported_by_dtype_configs
     from torch.ao.quantization.utils import weight_is_quantized
 
-    config, state = oracle.backend_config(backend), prepared.meta["_observed_graph_module_attrs"]
+    state = prepared.meta["_observed_graph_module_attrs"]
     roots, dtypes = get_root_module_to_quantized_reference_module(config), get_pattern_to_dtype_configs(config)
     for node in prepared.graph.nodes:
         if node.op != "call_module" or node.name not in state.observed_node_names:

@@ -15,7 +15,7 @@ from qfunc import trace
 from qfunc.testing import oracle
 from tests.parity import common_models
 from tests.parity.exceptions import CAUSES
-from tests.parity.structure import Quantized, Structure
+from tests.parity.structure import Quantized, Structure, Traced
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
@@ -46,8 +46,8 @@ UNTRACEABLE = {"TestHelperModules.ControlFlow": "higher-order operators take no 
 
 
 @cache
-def _built(case: Any) -> tuple[nn.Module, tuple[object, ...]]:
-    return case.build()
+def _built(case: Any) -> Traced:
+    return Traced(*case.build())
 
 
 def differences(ours: Quantized, theirs: Quantized) -> list[str]:
@@ -60,11 +60,11 @@ def differences(ours: Quantized, theirs: Quantized) -> list[str]:
     ]
 
 
-def compare(name: str, model: nn.Module, inputs: tuple[object, ...], backend: str) -> None:
+def compare(name: str, graphs: Traced, backend: str) -> None:
     """Both sides agree, but for the causes that are listed for this model and backend, of which none is idle."""
-    sides = Structure(model, inputs, backend)
+    sides = Structure(graphs, backend)
     for reason, where, error, message, concerned in UNPREPARED:
-        if backend == where and concerned(model):
+        if backend == where and concerned(graphs.model):
             assert sides.prepared.sites, reason
             with pytest.raises(error, match=message):
                 sides.their_prepared  # noqa: B018 - fails
@@ -80,31 +80,31 @@ def compare(name: str, model: nn.Module, inputs: tuple[object, ...], backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ZOO, ids=str)
 def test_zoo(case, backend):
-    compare(case.name, *_built(case), backend)
+    compare(case.name, _built(case), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [case for case in COMMON if case.name not in UNTRACEABLE], ids=str)
 def test_common(case, backend):
-    compare(str(case), *_built(case), backend)
+    compare(str(case), _built(case), backend)
 
 
 @pytest.mark.parametrize("case", [case for case in COMMON if case.name in UNTRACEABLE], ids=str)
 def test_untraceable(case):
-    model, inputs = _built(case)
-    assert isinstance(trace(model, inputs), Failure)
+    graphs = _built(case)
+    assert isinstance(trace(graphs.model, graphs.inputs), Failure)
     with pytest.raises(RuntimeError):
-        oracle.fuse(model)
+        oracle.fuse(graphs.model)
 
 
 @cache
-def _torchvision(zoo: Any, name: str) -> tuple[nn.Module, tuple[object, ...]]:
+def _torchvision(zoo: Any, name: str) -> Traced:
     """As the shared zoo builds them, but with the statistics that they begin with: nothing is computed with them."""
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
     model: nn.Module = getattr(zoo.import_torchvision().models, name)(**options)
     side = 224 if name == "vit_b_16" else 64
-    return model.eval(), (torch.randn(1, 3, side, side),)
+    return Traced(model.eval(), (torch.randn(1, 3, side, side),))
 
 
 TORCHVISION = (
@@ -120,7 +120,7 @@ OFTEN = ("mobilenet_v3_large", "shufflenet_v2_x1_0", "swin_t")
 def test_torchvision(torchvision_zoo, name, backend):
     if not (DEEP or backend == "x86" or name in OFTEN):
         pytest.skip("in the deep profile")
-    compare(name, *_torchvision(torchvision_zoo, name), backend)
+    compare(name, _torchvision(torchvision_zoo, name), backend)
 
 
 def test_all_torchvision_models_are_compared(torchvision_zoo):
