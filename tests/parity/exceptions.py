@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -44,9 +44,8 @@ def _joined(sides: Structure, theirs: Quantized) -> Quantized:
 def _one_range(sides: Structure) -> Iterator[frozenset[str]]:
     """The observed values that each such operator reads and writes."""
     for node in sides.their_prepared.graph.nodes:
-        shares = (node.meta.get("target_dtype_info") or {}).get("input_output_share_observers", False)
         written = [user for user in node.users if user in sides.their_observers]
-        if shares and written and node.op != "output":
+        if _shares(node) and written:
             read = [used for used in node.all_input_nodes if used in sides.their_observers]
             yield frozenset(sides.observed(observer) for observer in (*read, *written))
 
@@ -77,6 +76,41 @@ def _aliases_left(sides: Structure, theirs: Quantized) -> Quantized:
     return _without(theirs, [sides.observed(o) for o in sides.their_observers if only_there(o)], left)
 
 
+def _reshapes_observed(sides: Structure, theirs: Quantized) -> Quantized:
+    """What an operator reads of a float value's reshape is observed, where that operator runs on integers."""
+    groups = Counter(theirs.groups)
+    for node in sides.their_prepared.graph.nodes:
+        first = _reuses(node) and not any(_reuses(used) or _shares(used) for used in node.all_input_nodes)
+        if first and not _is_observed(sides, node):
+            chain, readers = [node], list(node.users)
+            while readers:
+                reader = readers.pop()
+                if _shares(reader) or _reuses(reader):
+                    chain.append(reader)
+                    readers += reader.users
+            last = [reader for link in chain for reader in link.users if reader not in chain]
+            observers = {sides.their_inputs(reader) for reader in last} - {None}
+            groups.update(Group(frozenset(link.name for link in chain), observer) for observer in observers)
+    return theirs._replace(groups=groups)
+
+
+def _shares(node: fx.Node) -> bool:
+    return _meant(node).get("input_output_share_observers", False)
+
+
+def _reuses(node: fx.Node) -> bool:
+    return _meant(node).get("reuse_input_obs_or_fq", False)
+
+
+def _meant(node: fx.Node) -> Any:
+    """What torch.ao notes of a node before it inserts observers."""
+    return node.meta.get("target_dtype_info") or {}
+
+
+def _is_observed(sides: Structure, node: fx.Node) -> bool:
+    return any(user in sides.their_observers for user in node.users)
+
+
 CAUSES = {
     "sharing is not transitive": Cause(
         "An operator that runs on integers with one range reads and writes with different observers: the reference "
@@ -88,6 +122,13 @@ CAUSES = {
         "A number among the inputs is observed like a tensor, and the observer fails when it is called with one.",
         _numbers_left,
         frozenset({"many_inputs"}),
+    ),
+    "a float value's reshape counts as quantized": Cause(
+        "A reshape, which the default configuration tells to reuse its input's range, counts as quantized also where "
+        "its input is float, so that the layer that reads it is given float.",
+        _reshapes_observed,
+        frozenset({"sizes"}),
+        frozenset({"native", "fbgemm", "x86", "qnnpack", "onednn"}),
     ),
     "aliases are observed": Cause(
         "An operator that writes in place is given an observed copy, so that its effect on aliases is lost.",

@@ -155,6 +155,13 @@ class Structure:
             node = node.args[0]
         return node.name
 
+    def their_inputs(self, node: fx.Node) -> Described | None:
+        """The observer that torch.ao means for the inputs of a node, if it is one."""
+        make = (node.meta.get("target_dtype_info") or {}).get("input_act_obs_or_fq_ctr")
+        with _quiet():
+            module = make() if make is not None else None
+        return None if module is None or not hasattr(module, "quant_min") else _their(module)
+
     def chain(self, id: str) -> tuple[str, ...]:
         """The first and the last of the traced nodes that a fused node stands for."""
         traced, names = self.graphs.traced, self.graphs.their_ids
