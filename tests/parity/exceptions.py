@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from tests.parity.structure import Group, Quantized, Structure
+from tests.parity.structure import Group, Quantized, Structure, described
 
 
 class Cause(NamedTuple):
@@ -29,25 +29,30 @@ class Cause(NamedTuple):
 
 def _joined(sides: Structure, theirs: Quantized) -> Quantized:
     """The operands and the result of what runs on integers with one range have one observer."""
-    groups = list(theirs.groups.elements())
-    for values in _one_range(sides):
-        # A weight may be observed as well, with another dtype.
-        parts = [group for group in groups if group.values & values]
-        if len(parts) > 1:
-            measured = [group.observer for group in parts if group.observer.fixed is None]
-            union = frozenset().union(*(group.values for group in parts))
-            groups = [group for group in groups if group not in parts]
-            groups.append(Group(union, (measured or [parts[0].observer])[0]))
-    return theirs._replace(groups=Counter(groups))
+    same = {id(module): id(module) for module in sides.their_observers.values()}
+    for together in _one_range(sides):
+        roots = {same[id(module)] for module in together}
+        same = {key: min(roots) if root in roots else root for key, root in same.items()}
+    found: dict[int, list[tuple[Any, frozenset[str]]]] = {}
+    for module, values in sides.their_sites:
+        found.setdefault(same[id(module)], []).append((module, values))
+    return theirs._replace(groups=Counter(_united(parts) for parts in found.values()))
 
 
-def _one_range(sides: Structure) -> Iterator[frozenset[str]]:
-    """The observed values that each such operator reads and writes."""
+def _united(parts: list[tuple[Any, frozenset[str]]]) -> Group:
+    """One group of several; a fixed range among them clips no other."""
+    observers = [described(module) for module, _ in parts]
+    measured = [observer for observer in observers if observer.fixed is None]
+    return Group(frozenset().union(*(values for _, values in parts)), (measured or observers)[0])
+
+
+def _one_range(sides: Structure) -> Iterator[list[Any]]:
+    """The observers of what each such operator reads and writes."""
     for node in sides.their_prepared.graph.nodes:
         written = [user for user in node.users if user in sides.their_observers]
         if _shares(node) and written:
             read = [used for used in node.all_input_nodes if used in sides.their_observers]
-            yield frozenset(sides.observed(observer) for observer in (*read, *written))
+            yield [sides.their_observers[observer] for observer in (*read, *written)]
 
 
 def _without(theirs: Quantized, values: Iterable[str], layers: Iterable[str] = ()) -> Quantized:

@@ -129,16 +129,21 @@ class Structure:
 
     @cached_property
     def theirs(self) -> Quantized:
-        groups: dict[int, tuple[Any, set[str]]] = {}
         with _quiet():
             weights = set(_module_weights(self.their_prepared, self._their_config))
         for node, module in self.their_observers.items():
-            users = [user for user in node.users if _is_weight(user, node)]
-            weights |= {(user.name, _their(module)) for user in users}
-            if len(users) < len(node.users) or not node.users:
-                groups.setdefault(id(module), (module, set()))[1].add(self.observed(node))
-        found = (Group(frozenset(values), _their(module)) for module, values in groups.values())
-        return Quantized(Counter(found), frozenset(weights))
+            weights |= {(user.name, described(module)) for user in node.users if _is_weight(user, node)}
+        groups = (Group(values, described(module)) for module, values in self.their_sites)
+        return Quantized(Counter(groups), frozenset(weights))
+
+    @cached_property
+    def their_sites(self) -> tuple[tuple[Any, frozenset[str]], ...]:
+        """The observers of activations, and what each sees."""
+        sites: dict[int, tuple[Any, set[str]]] = {}
+        for node, module in self.their_observers.items():
+            if not node.users or not all(_is_weight(user, node) for user in node.users):
+                sites.setdefault(id(module), (module, set()))[1].add(self.observed(node))
+        return tuple((module, frozenset(values)) for module, values in sites.values())
 
     @cached_property
     def their_observers(self) -> dict[fx.Node, Any]:
@@ -160,7 +165,7 @@ class Structure:
         make = (node.meta.get("target_dtype_info") or {}).get("input_act_obs_or_fq_ctr")
         with _quiet():
             module = make() if make is not None else None
-        return None if module is None or not hasattr(module, "quant_min") else _their(module)
+        return None if module is None or not hasattr(module, "quant_min") else described(module)
 
     def chain(self, id: str) -> tuple[str, ...]:
         """The first and the last of the traced nodes that a fused node stands for."""
@@ -197,7 +202,8 @@ def _our(observer: Observer[Any]) -> Described:
     return Described(name, spec.dtype, spec.quant_min, spec.quant_max, spec.qscheme, spec.ch_axis, eps, fixed)
 
 
-def _their(module: Any) -> Described:
+def described(module: Any) -> Described:
+    """An observer of torch.ao's."""
     name, qscheme = type(module).__name__, str(getattr(module, "qscheme", "")).removeprefix("torch.")
     fixed = (float(module.scale), int(module.zero_point)) if name == "FixedQParamsObserver" else None
     eps = float(module.eps) if hasattr(module, "eps") and fixed is None else None
@@ -234,4 +240,4 @@ def _module_weights(prepared: fx.GraphModule, config: Any) -> Iterator[tuple[str
         if _is_qconfig_supported_by_dtype_configs(qconfig, dtypes.get(type(module), [])) and weight_is_quantized(
             qconfig
         ):
-            yield node.name, _their(qconfig.weight())
+            yield node.name, described(qconfig.weight())
