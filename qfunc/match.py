@@ -52,11 +52,15 @@ Side: TypeAlias = "Anything | Constant | tuple[Step, ...]"
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A named chain of steps. With `trains=False` it is for evaluation only."""
+    """A named chain of steps. With `trains=False` it is for evaluation only.
+
+    It leaves a chain alone that one of `unless` follows: the last operator is to be fused with that one instead.
+    """
 
     name: str
     steps: tuple[Step, ...]
     trains: bool = True
+    unless: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,9 @@ def match(graph: Graph, users: Users, pattern: Pattern, root: Node) -> Match | N
         parts.append(part)
         while step.repeats and isinstance(part := _next(graph, users, step, parts[-1].node, depth), Matched):
             parts.append(part)
+    last = parts[-1].node
+    if any(isinstance(_next(graph, users, step, last, len(parts)), Matched) for step in pattern.unless):
+        return NoMatch(last.id, "is fused with the operator behind it", len(parts) - 1)
     return Match(pattern, tuple(parts))
 
 

@@ -7,7 +7,9 @@ fuse for training are for evaluation only; there the layer before them is fused 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from qfunc.match import Pattern, Step
 
@@ -63,10 +65,14 @@ def convolutions(*ranks: int) -> tuple[Pattern, ...]:
     return tuple(found)
 
 
-def transposed(*ranks: int) -> tuple[Pattern, ...]:
-    """Transposed convolutions with batch norm."""
+def transposed(*ranks: int, unless: Mapping[int, Step] = MappingProxyType({})) -> tuple[Pattern, ...]:
+    """Transposed convolutions with batch norm, for each rank unless something follows that a norm is fused with.
+
+    The reference looks for chains from the end of the graph, and so finds a norm with its ReLU first.
+    """
     convs = ((rank, Step((f"conv_transpose{rank}d",), modules(f"ConvTranspose{rank}d"))) for rank in ranks)
-    return tuple(_chain(conv, _norm(rank), trains=False) for rank, conv in convs)
+    chains = ((rank, _chain(conv, _norm(rank), trains=False)) for rank, conv in convs)
+    return tuple(replace(chain, unless=(unless[rank],) if rank in unless else ()) for rank, chain in chains)
 
 
 def linears() -> tuple[Pattern, ...]:
@@ -103,7 +109,9 @@ def sums() -> tuple[Pattern, ...]:
     return (*with_norm, _chain(conv, add, relu), _chain(conv, add))
 
 
-NATIVE_FUSIONS = (*convolutions(1, 2, 3), *transposed(1, 2, 3), *linears(), *norms(2, 3), *binaries("add", "mul"))
+_TRANSPOSED = transposed(1, 2, 3, unless={2: _RELU, 3: _RELU})
+
+NATIVE_FUSIONS = (*convolutions(1, 2, 3), *_TRANSPOSED, *linears(), *norms(2, 3), *binaries("add", "mul"))
 """Of native, fbgemm, x86 and qnnpack."""
 
 ONEDNN_FUSIONS = (*NATIVE_FUSIONS, *curved_linears(), *sums())

@@ -255,7 +255,7 @@ _FUSION = WithOrWithout(
             "extra_inputs_getter": Maybe(_FUNCTION),
         },
     ),
-    Record(Pattern, {"name": TEXT, "steps": Many(_STEP), "trains": FLAG}),
+    Record(Pattern, {"name": TEXT, "steps": Many(_STEP), "trains": FLAG, "unless": Many(_STEP)}),
 )
 _DTYPE = Maybe(
     TextOr(

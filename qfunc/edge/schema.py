@@ -40,6 +40,8 @@ _VIEWING_LAYERS = frozenset(
         "ZeroPad3d",
     )
 )
+# Functions from elsewhere that give their input back, or something new, and nothing that others hold: a dropout.
+_FOREIGN_VIEWS = frozenset({"torchvision.ops.stochastic_depth.stochastic_depth"})
 # Composite operators may give an input back without saying so in their schema; of these it is known that they do not.
 _FRESH_COMPOSITES = frozenset(
     (
@@ -105,6 +107,8 @@ def may_alias(node: Node, plain: Node) -> tuple[tuple[str, ...], bool]:
     if written.op == "call_module":
         ours = plain.kind.startswith("torch.nn.")
         return (() if ours and plain.kind not in _VIEWING_LAYERS else inputs), not ours
+    if written.target in _FOREIGN_VIEWS:
+        return inputs, False
     if is_torch(written):
         return (() if _is_fresh(written.target.rpartition(".")[2]) else inputs), False
     return inputs, True

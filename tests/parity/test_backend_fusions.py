@@ -120,6 +120,8 @@ UNLISTED = (
     (torch.sigmoid, nn.Linear),
     (F.relu, nn.BatchNorm1d),
     (nn.ReLU, nn.ConvTranspose2d),
+    (nn.ReLU, (nn.BatchNorm2d, nn.ConvTranspose2d)),
+    (F.relu, (nn.BatchNorm3d, nn.ConvTranspose3d)),
 )
 """What resembles patterns, and no backend fuses whole."""
 

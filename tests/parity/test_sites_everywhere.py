@@ -1,0 +1,127 @@
+"""On every model, with every backend's default, the sites, their observers and what shares one are torch.ao's."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from returns.result import Failure
+from torch import nn
+
+from qfunc import trace
+from qfunc.testing import oracle
+from tests.parity import common_models
+from tests.parity.exceptions import CAUSES
+from tests.parity.structure import Quantized, Structure, Traced
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
+
+COMMON = common_models.cases() if oracle.available() and common_models.available() else ()
+BACKENDS = oracle.BACKENDS
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+
+UNPREPARED = (
+    (
+        "no per-channel weights of transposed convolutions, which its default configuration asks for",
+        *("onednn", AssertionError, "Per channel weight observer is not supported yet for ConvTranspose"),
+        lambda model: any(isinstance(module, TRANSPOSED) for module in model.modules()),
+    ),
+    (
+        "a fixed range for tanh, and another configuration for the linear it fuses it with",
+        *("onednn", LookupError, "we need to specify the same qconfigs"),
+        lambda model: isinstance(getattr(model, "tanh", None), nn.Tanh),
+    ),
+)
+"""What torch.ao cannot prepare by a backend's own configuration: why, the backend, how it fails, which models."""
+
+UNTRACEABLE = {"TestHelperModules.ControlFlow": "higher-order operators take no traced value"}
+"""What torch.fx cannot trace, for either side."""
+
+
+@cache
+def _built(case: Any) -> Traced:
+    return Traced(*case.build())
+
+
+def differences(ours: Quantized, theirs: Quantized) -> list[str]:
+    """In words, a line for each."""
+    return [
+        *(f"only there: {sorted(group.values)} {tuple(group.observer)}" for group in theirs.groups - ours.groups),
+        *(f"only here: {sorted(group.values)} {tuple(group.observer)}" for group in ours.groups - theirs.groups),
+        *(f"only there: weight of {name} {tuple(observer)}" for name, observer in theirs.weights - ours.weights),
+        *(f"only here: weight of {name} {tuple(observer)}" for name, observer in ours.weights - theirs.weights),
+    ]
+
+
+def compare(name: str, graphs: Traced, backend: str) -> None:
+    """Both sides agree, but for the causes that are listed for this model and backend, of which none is idle."""
+    sides = Structure(graphs, backend)
+    for reason, where, error, message, concerned in UNPREPARED:
+        if backend == where and concerned(graphs.model):
+            assert sides.prepared.sites, reason
+            with pytest.raises(error, match=message):
+                sides.their_prepared  # noqa: B018 - fails
+            return
+    theirs, made_a_difference = sides.theirs, set[str]()
+    for cause, (_, mended, *_) in CAUSES.items():
+        before, theirs = theirs, mended(sides, theirs)
+        made_a_difference |= {cause} if theirs != before else set()
+    assert not sorted(differences(sides.ours, theirs))
+    assert made_a_difference == {cause for cause, row in CAUSES.items() if row.concerns(name, backend)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_zoo(case, backend):
+    compare(case.name, _built(case), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [case for case in COMMON if case.name not in UNTRACEABLE], ids=str)
+def test_common(case, backend):
+    compare(str(case), _built(case), backend)
+
+
+@pytest.mark.parametrize("case", [case for case in COMMON if case.name in UNTRACEABLE], ids=str)
+def test_untraceable(case):
+    graphs = _built(case)
+    assert isinstance(trace(graphs.model, graphs.inputs), Failure)
+    with pytest.raises(RuntimeError):
+        oracle.fuse(graphs.model)
+
+
+@cache
+def _torchvision(zoo: Any, name: str) -> Traced:
+    """As the shared zoo builds them, but with the statistics that they begin with: nothing is computed with them."""
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model: nn.Module = getattr(zoo.import_torchvision().models, name)(**options)
+    side = 224 if name == "vit_b_16" else 64
+    return Traced(model.eval(), (torch.randn(1, 3, side, side),))
+
+
+TORCHVISION = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "densenet121"),
+    *("shufflenet_v2_x1_0", "googlenet", "regnet_y_400mf", "squeezenet1_1", "vit_b_16", "swin_t", "convnext_tiny"),
+)
+OFTEN = ("mobilenet_v3_large", "shufflenet_v2_x1_0", "swin_t")
+"""Compared for every backend; the others for x86, and for every backend in the deep profile."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(torchvision_zoo, name, backend):
+    if not (DEEP or backend == "x86" or name in OFTEN):
+        pytest.skip("in the deep profile")
+    compare(name, _torchvision(torchvision_zoo, name), backend)
+
+
+def test_all_torchvision_models_are_compared(torchvision_zoo):
+    assert set(torchvision_zoo.NAMES) == set(TORCHVISION)
