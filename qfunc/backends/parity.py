@@ -35,9 +35,7 @@ FBGEMM = BackendConfig("fbgemm", NATIVE_FUSIONS, FBGEMM_OPERATORS, _SEVEN_BITS)
 X86 = BackendConfig("x86", NATIVE_FUSIONS, X86_OPERATORS, _SEVEN_BITS)
 """The reference's default configuration, for server CPUs: activations use 7 bits."""
 
-QNNPACK = BackendConfig(
-    "qnnpack", NATIVE_FUSIONS, QNNPACK_OPERATORS, get_default_qconfig_mapping("qnnpack").unwrap()
-)
+QNNPACK = BackendConfig("qnnpack", NATIVE_FUSIONS, QNNPACK_OPERATORS, get_default_qconfig_mapping("qnnpack").unwrap())
 """ARM CPUs: activations use 8 bits, weights have one scale."""
 
 ONEDNN = BackendConfig("onednn", ONEDNN_FUSIONS, ONEDNN_OPERATORS, get_default_qconfig_mapping("onednn").unwrap())

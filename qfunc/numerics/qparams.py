@@ -230,10 +230,10 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
     """Scale and zero point for values in `[minimum, maximum]`, by the formulas at the head of this module.
 
     `minimum` and `maximum` have shape `()` or `(channels,)`; a valid `spec` is assumed. The result is always finite
-    and, with integer zero points, zero is always exact: where the width of the range overflows float32 it is taken in float64, an infinite bound
-    counts as the largest float32 and NaN as zero. Computed in float32, in the order of torch.ao, so that both round to
-    the same zero point. The middle of an unsigned range is 2**(bits - 1) for all of the dtype and
-    `(quant_min + quant_max) // 2` for a part of it.
+    and, with integer zero points, zero is always exact: where the width of the range overflows float32 it is taken in
+    float64, an infinite bound counts as the largest float32 and NaN as zero. Computed in float32, in the order of
+    torch.ao, so that both round to the same zero point. The middle of an unsigned range is 2**(bits - 1) for all of the
+    dtype and `(quant_min + quant_max) // 2` for a part of it.
 
     >>> q = qparams_of_range(torch.tensor(-1.0), torch.tensor(1.55), UINT8)
     >>> round(q.scale.item(), 6), q.zero_point.item()

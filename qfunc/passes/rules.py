@@ -58,7 +58,9 @@ class Rules:
             operands = self._quantized_operands(node, qconfig)
             edges = [edge for edge, value in operands if not self._overridden(edge, value)]
             if isinstance(qconfig.activation, ReuseInput):
-                outputs.update(self._reused(node, outputs))
+                reused = self._reused(node, outputs)
+                outputs.update(reused)
+                taps += reused if self.backend.observe_shared_outputs else ()
                 continue
             given = qconfig.of_inputs
             inputs.update(pair for edge in edges for pair in _at(edge, given))
