@@ -96,7 +96,7 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
 
 
 def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
-    if backend not in _BY_BACKEND:
+    if not isinstance(backend, str) or backend not in _BY_BACKEND:
         return Failure(UnknownName(str(backend), "backend with a default configuration", tuple(_BY_BACKEND)))
     spec, per_channel = _BY_BACKEND[backend]
     activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat)
