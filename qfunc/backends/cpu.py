@@ -13,6 +13,7 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - the last operators, whose result nobody reads quantized, write float32;
 - a sum or product with a number has its own range, which need not be its input's;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
+- the weights of layers can be quantized alone, and most operators can be cast to float16;
 - dropout and identity are removed.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qfunc.backends import dtypes as d
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
@@ -69,6 +71,10 @@ def _chains() -> tuple[Pattern, ...]:
     return tuple(_chain(*chain) for chain in chains)
 
 
+_FLOAT_VALUES = (d.WEIGHT_INT8, d.STATIC_FLOAT16)
+_PLAIN = (d.PLAIN, d.PLAIN_FLOAT16)
+
+
 def _fixed(scale: float, zero_point: int) -> FixedQParams:
     return FixedQParams(UINT8, scale, zero_point)
 
@@ -77,12 +83,20 @@ CPU = BackendConfig(
     name="cpu",
     fusions=_chains(),
     operators=(
-        OperatorConfig((*CONVOLUTIONS, "linear"), Observation.OWN, float_output=True),
-        OperatorConfig(("add", "mul", "hardswish", "silu", "gelu", "leaky_relu", "elu"), Observation.OWN),
-        OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, fixed=_fixed(1 / 256, 0)),
-        OperatorConfig(("tanh",), Observation.OWN, fixed=_fixed(2 / 256, 128)),
-        OperatorConfig((*AVERAGE_POOLS, "mean"), Observation.SHARED),
-        OperatorConfig((*MAX_POOLS, "relu", "clamp", "cat", *REARRANGEMENTS), Observation.SHARED),
+        OperatorConfig(CONVOLUTIONS, Observation.OWN, (d.LAYER, *_FLOAT_VALUES), float_output=True),
+        OperatorConfig(
+            *(("linear",), Observation.OWN),
+            (d.LAYER, d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16, *_FLOAT_VALUES),
+            float_output=True,
+        ),
+        OperatorConfig(("add", "mul", "hardswish", "silu", "gelu", "leaky_relu", "elu"), Observation.OWN, _PLAIN),
+        OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0)),
+        OperatorConfig(("tanh",), Observation.OWN, (d.PLAIN,), fixed=_fixed(2 / 256, 128)),
+        OperatorConfig((*AVERAGE_POOLS, "mean"), Observation.SHARED, _PLAIN),
+        OperatorConfig((*MAX_POOLS, "relu", "clamp", "cat", *REARRANGEMENTS), Observation.SHARED, _PLAIN),
+        OperatorConfig(
+            ("embedding", "embedding_bag"), Observation.OWN, (d.WEIGHT_UINT8, d.WEIGHT_UINT4, d.WEIGHT_INT8)
+        ),
     ),
     qconfig_mapping=QConfigMapping().set_global(
         QConfig(activation=Histogram(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))

@@ -87,8 +87,8 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
     Returns:
         The mapping, or `UnknownName` for another backend or version.
 
-    >>> get_default_qat_qconfig_mapping("cuda").failure().render().splitlines()[0]
-    "'cuda': there is no such backend with a default configuration"
+    >>> get_default_qat_qconfig_mapping("cuda").failure().name
+    'cuda'
     """
     if version not in (0, 1):
         return Failure(UnknownName(str(version), "version of a default configuration", ("0", "1")))
@@ -96,7 +96,7 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
 
 
 def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
-    if backend not in _BY_BACKEND:
+    if not isinstance(backend, str) or backend not in _BY_BACKEND:
         return Failure(UnknownName(str(backend), "backend with a default configuration", tuple(_BY_BACKEND)))
     spec, per_channel = _BY_BACKEND[backend]
     activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat)

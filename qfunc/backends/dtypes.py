@@ -24,6 +24,7 @@ INT8_PLAIN = DTypeConfig("int8", "int8", None)
 DYNAMIC_INT8 = DTypeConfig("uint8", "float32", "int8", "float32", is_dynamic=True)
 DYNAMIC_FLOAT16 = DTypeConfig("float16", "float32", "float16", "float32", is_dynamic=True)
 STATIC_FLOAT16 = DTypeConfig("float16", "float16", "float16", "float16")
+PLAIN_FLOAT16 = DTypeConfig("float16", "float16", None)
 
 WEIGHT_UINT8 = DTypeConfig("float32", "float32", "uint8")
 WEIGHT_UINT4 = DTypeConfig("float32", "float32", "uint4")

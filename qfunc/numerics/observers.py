@@ -178,9 +178,8 @@ class Histogram(_Folding[HistogramState]):
         if not state.range.observed:
             return None
         least, largest = self.spec.limits
-        low, high = best_range(
-            state.counts, state.range.minimum.item(), state.range.maximum.item(), largest - least + 1
-        )
+        levels = largest - least + 1
+        low, high = best_range(state.counts, state.range.minimum.item(), state.range.maximum.item(), levels)
         return qparams_of_range(low, high, self.spec)
 
 

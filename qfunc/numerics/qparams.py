@@ -255,7 +255,7 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
 def _float_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, 0.0)
     scale = torch.where(scale > spec.eps, scale, torch.ones_like(scale))
-    return QParams(scale, -low / scale, spec)
+    return QParams(scale, torch.nan_to_num(-low / scale), spec)
 
 
 def _width(low: Tensor, high: Tensor) -> Tensor:

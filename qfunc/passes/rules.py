@@ -192,7 +192,9 @@ class Rules:
         reason = ""
         if node.aliased or any(self.graph[value].aliased for _, value in operands):
             reason = "its memory is changed in place"
-        elif _quantizes(qconfig) and (not operands or any(_not_float(self.graph[value]) for _, value in operands)):
+        elif (_inputs(node, row) and not operands) or any(
+            _not_float(self.graph[value]) for _, value in operands if _quantizes(qconfig)
+        ):
             self.problems += _weight_problems(node, row)
             reason = "an operand is no floating-point tensor"
         elif "other" in _inputs(node, row) and not self._numeric_rest(node):

@@ -313,3 +313,60 @@ def _qparams(observer: Any) -> QParams | None:
 
 def _plain(scale: Tensor, zero_point: Tensor) -> QParams:
     return tuple(scale.reshape(-1).tolist()), tuple(zero_point.reshape(-1).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverData:
+    """What a torch.ao observer, or what it calls a fake quantizer, is told: its class and its numbers.
+
+    `reduce_range` is part of `quant_max`; what a class does not have is None. `trains` says that values are rounded
+    while the model trains.
+    """
+
+    name: str
+    dtype: str | None = None
+    quant_min: int | None = None
+    quant_max: int | None = None
+    qscheme: str | None = None
+    ch_axis: int | None = None
+    eps: float | None = None
+    averaging_constant: float | None = None
+    bins: int | None = None
+    scale: float | None = None
+    zero_point: int | None = None
+    is_dynamic: bool = False
+    trains: bool = False
+
+
+def observer_data(constructor: Any) -> ObserverData:
+    """The data of what a constructor makes, as a `QConfig` of torch.ao's holds them."""
+    with _quiet():
+        made = constructor()
+        trains = hasattr(made, "activation_post_process")
+        observer = made.activation_post_process if trains else made
+        numbers = {"scale", "zero_point", "eps"}
+        given = {field.name: getattr(observer, field.name, None) for field in fields(ObserverData)[2:-2]}
+        qscheme = given["qscheme"]
+        plain = {key: float(value) if key in numbers and value is not None else value for key, value in given.items()}
+        plain["qscheme"] = None if qscheme is None else str(qscheme).removeprefix("torch.")
+        name, dtype = type(observer).__name__, dtype_name(getattr(observer, "dtype", None))
+        dynamic = bool(getattr(made, "is_dynamic", False))
+        return ObserverData(name, dtype, **plain, is_dynamic=dynamic, trains=trains)
+
+
+def named_qconfigs() -> dict[str, Any]:
+    """The configurations that torch.ao has under public names of their own."""
+    with _quiet():
+        module = import_module("torch.ao.quantization.qconfig")
+        found = {name: getattr(module, name) for name in module.__all__}
+        return {name: value for name, value in found.items() if isinstance(value, module.QConfig)}
+
+
+def default_mapping(backend: str, *, qat: bool = False, version: int | None = None) -> Any:
+    """`get_default_qconfig_mapping`, or that for training; "symmetric_qnnpack" is torch.ao's private one of XNNPACK."""
+    with _quiet():
+        module = import_module("torch.ao.quantization.qconfig_mapping")
+        if backend == "symmetric_qnnpack":
+            return getattr(module, f"_get_symmetric_qnnpack{'_qat' if qat else ''}_qconfig_mapping")()
+        function = getattr(module, f"get_default{'_qat' if qat else ''}_qconfig_mapping")
+        return function(backend, *([] if version is None else [version]))

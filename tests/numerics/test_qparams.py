@@ -23,13 +23,16 @@ SPECS = (
     QuantSpec("uint16", 0, 2**16 - 1, "per_tensor_symmetric"),
     QuantSpec("uint32", 0, 2**32 - 1),
     QuantSpec("int8", 0, 1),
+    QuantSpec("uint4", 0, 15),
+    QuantSpec("int4", -8, 7, "per_tensor_symmetric"),
 )
 CHANNEL_SPECS = (q.INT8_SYMMETRIC_PER_CHANNEL, q.INT8_NARROW_PER_CHANNEL)
+FLOAT_SPECS = (q.UINT8_FLOAT_QPARAMS, q.UINT4_FLOAT_QPARAMS)
 
 any_float = st.floats(width=32)
 
 
-@pytest.mark.parametrize("spec", SPECS + CHANNEL_SPECS)
+@pytest.mark.parametrize("spec", SPECS + CHANNEL_SPECS + FLOAT_SPECS)
 def test_the_known_specs_are_valid(spec):
     assert validate(spec) == ()
 
@@ -59,6 +62,9 @@ def test_a_width_that_overflows_float32_keeps_its_scale():
         (QuantSpec("uint8", 0, 255, "per_tensor_symmetric"), 128),
         (QuantSpec("uint8", 0, 127, "per_tensor_symmetric"), 63),
         (QuantSpec("uint16", 0, 2**16 - 1, "per_tensor_symmetric"), 2**15),
+        (QuantSpec("uint4", 0, 15, "per_tensor_symmetric"), 8),
+        (QuantSpec("uint4", 0, 7, "per_tensor_symmetric"), 3),
+        (QuantSpec("int4", -8, 7, "per_tensor_symmetric"), 0),
     ],
 )
 def test_symmetric_zero_points(spec, zero_point):
@@ -73,6 +79,40 @@ def test_each_channel_has_its_qparams():
         assert found.scale[c] == alone.scale
         assert found.zero_point[c] == alone.zero_point
     assert found.scale[1].item() == q.INT8_SYMMETRIC.eps
+
+
+@given(any_float, any_float, st.sampled_from(FLOAT_SPECS))
+def test_float_zero_points_are_finite(a, b, spec):
+    found = qparams_of_range(torch.tensor([a, 0.0]), torch.tensor([b, 1.0]), spec)
+    assert found.scale.dtype == found.zero_point.dtype == torch.float32
+    assert found.scale.shape == found.zero_point.shape == (2,)
+    assert torch.isfinite(found.scale).all()
+    assert torch.isfinite(found.zero_point).all()
+    assert (found.scale > spec.eps).all()
+
+
+@given(st.floats(-100, 100, width=32), st.floats(0.25, 100, width=32), st.sampled_from(FLOAT_SPECS))
+def test_float_zero_points_put_the_ends_of_the_range_on_the_ends_of_the_codes(low, width, spec):
+    low, high = torch.tensor([low]), torch.tensor([low + width])
+    found = qparams_of_range(low, high, spec)
+    for end, code in ((low, spec.quant_min), (high, spec.quant_max)):
+        assert torch.allclose((code - found.zero_point) * found.scale, end, atol=1e-4)
+
+
+def test_a_range_of_no_width_has_the_scale_one():
+    found = qparams_of_range(torch.tensor([0.25, 0.0]), torch.tensor([0.25, 0.0]), q.UINT8_FLOAT_QPARAMS)
+    assert found.scale.tolist() == [1.0, 1.0]
+    assert found.zero_point.tolist() == [-0.25, 0.0]
+
+
+@pytest.mark.parametrize(("dtype", "limits", "held"), [("uint4", (0, 15), torch.uint8), ("int4", (-8, 7), torch.int8)])
+def test_four_bits(dtype, limits, held):
+    spec = QuantSpec(dtype, *limits)
+    assert spec.limits == limits
+    assert spec.torch_dtype == held
+    for wider in (dataclasses.replace(spec, quant_max=16), dataclasses.replace(spec, quant_min=-9)):
+        (problem,) = validate(wider)
+        assert f"{dtype}, which holds {limits[0]}..{limits[1]}" in problem.reason
 
 
 def test_the_bounds_may_require_grad_and_are_not_changed():

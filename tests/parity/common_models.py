@@ -126,7 +126,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ManualDropoutQATModel": ({"qengine": "fbgemm"},),
     "ModelForFusion": ({"qconfig": None},),
     "LinearBnLeakyReluModel": tuple({"with_bn": flag} for flag in _FLAGS),
-    "ConvBnAddReluModel": tuple(dict(zip(_ADDS, ((n >> i) % 2 == 1 for i in range(5)), strict=True)) for n in range(32)),
+    "ConvBnAddReluModel": tuple(
+        dict(zip(_ADDS, ((n >> i) % 2 == 1 for i in range(5)), strict=True)) for n in range(32)
+    ),
     "EmbBagWrapper": ({"num_embeddings": 10, "embedding_dim": 5},),
     "DenseTopMLP": ({"dense_dim": 4, "dense_out": 2, "embedding_dim": 5, "top_out_in": 2, "top_out_out": 2},),
     "ConvWithBNRelu": tuple({"relu": r, "dim": d, "bn": b} for r in _FLAGS for d in (1, 2, 3) for b in _FLAGS),

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from qfunc import CPU, X86, calibrate, fuse, prepare, trace, unwrap
+from qfunc import CPU, X86, Cast, Dynamic, QConfigMapping, annotate, calibrate, fuse, prepare, trace, unwrap
+from qfunc.backends import default_mappings, qconfigs
+from qfunc.errors import UnsupportedDType, problems
 
 
 class Relu(nn.Module):
@@ -276,3 +278,52 @@ DIFFERENCES = (
 def test_difference(difference):
     for backend, expected in ((CPU, difference.cpu), (X86, difference.x86)):
         assert difference.look(calibrated(difference.model, backend)) == expected, backend.name
+
+
+class Mixed(nn.Module):
+    """A table of vectors, a linear layer, a sum, a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.conv = nn.Embedding(10, 8), nn.Linear(8, 4), nn.Conv1d(1, 4, 1)
+
+    def forward(self, x):
+        y = self.linear(self.table(x))
+        return self.conv(torch.relu(y) + y)
+
+
+CONFIGURED = (
+    # mapping, what is quantized when the model runs, weights quantized with CPU, and with X86 (None: an error)
+    (default_mappings.DYNAMIC, {"linear": Dynamic()}, {"linear"}, {"linear"}),
+    (default_mappings.FLOAT16_DYNAMIC, {"linear": Cast("float16", dynamic=True)}, {"linear"}, {"linear"}),
+    (default_mappings.FLOAT16_STATIC, {}, {"linear", "conv"}, None),
+    (default_mappings.WEIGHT_ONLY, {}, {"table", "linear", "conv"}, None),
+    (QConfigMapping(qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY), {}, {"table"}, {"table"}),
+    (QConfigMapping(qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY_4BIT), {}, {"table"}, {"table"}),
+)
+
+
+@pytest.mark.parametrize(("mapping", "dynamic", "cpu", "x86"), CONFIGURED)
+def test_other_configurations(mapping, dynamic, cpu, x86):
+    """Weights alone are quantized in int8 by the default backend only, and only it takes static float16."""
+    graph = unwrap(fuse(unwrap(trace(Mixed().eval(), (torch.tensor([[1]]),)))))
+    for backend, expected in ((CPU, cpu), (X86, x86)):
+        result = annotate(graph, mapping, backend=backend)
+        if expected is None:
+            assert {type(problem) for problem in problems(result.failure())} == {UnsupportedDType}
+            continue
+        found = unwrap(result)
+        assert set(found.weights) == expected
+        assert all(found.weights[id] == mapping.global_qconfig.weight for id in expected)
+        inputs = {edge.user: quantization for edge, quantization in found.inputs.items()}
+        assert {id: inputs[id] for id in dynamic} == dynamic
+
+
+def test_static_float16_is_for_values_and_biases():
+    graph = unwrap(fuse(unwrap(trace(Mixed().eval(), (torch.tensor([[1]]),)))))
+    found = unwrap(annotate(graph, default_mappings.FLOAT16_STATIC))
+    assert dict(found.outputs) == {id: Cast("float16") for id in ("linear", "relu", "add")}
+    assert set(found.biases) == {"linear", "conv"}
+    assert {(edge.user, quantization) for edge, quantization in found.inputs.items()} == {
+        (id, Cast("float16")) for id in ("linear", "relu", "add", "conv")
+    }

@@ -53,6 +53,8 @@ CHANNEL = (
         QuantSpec("uint8", 0, 255, "per_channel_affine", 1),
         {"dtype": torch.quint8, "qscheme": torch.per_channel_affine, "ch_axis": 1},
     ),
+    (q.UINT8_FLOAT_QPARAMS, {"dtype": torch.quint8, "qscheme": torch.per_channel_affine_float_qparams}),
+    (q.UINT4_FLOAT_QPARAMS, {"dtype": torch.quint4x2, "qscheme": torch.per_channel_affine_float_qparams}),
 )
 
 
@@ -92,9 +94,12 @@ def check(ours, theirs, data):
     found, (scale, zero_point) = ours.finish(state), theirs.calculate_qparams()
     assert torch.isfinite(found.scale).all()
     scale, zero_point = scale.view(found.scale.shape), zero_point.view(found.scale.shape)
-    finite = torch.isfinite(scale)
+    finite = torch.isfinite(scale) & torch.isfinite(zero_point)
     assert torch.allclose(found.scale[finite], scale[finite], rtol=1e-6, atol=0)
-    assert torch.equal(found.zero_point[finite], zero_point[finite].to(torch.int64))
+    if ours.spec.qscheme == q.FLOAT_QPARAMS:
+        assert torch.allclose(found.zero_point[finite], zero_point[finite], rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(found.zero_point[finite], zero_point[finite].to(torch.int64))
 
 
 @given(st.sampled_from(TENSOR), batches())

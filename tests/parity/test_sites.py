@@ -13,11 +13,6 @@ from tests.parity.sides import CASES, CONFIGS, TORCHVISION, Sides, generated, zo
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
 KNOWN_DIFFERENCES = {
-    "transformer": (
-        {("getitem_3",), ("getitem_5",), ("getitem_9",), ("getitem_11",), ("softmax",), ("softmax_1",)},
-        set(),
-        "qfunc does not quantize matmul, so that its operands are not observed",
-    ),
     "transformer_leaf": (
         {("blocks_0_norm1",), ("blocks_1_norm1",)},
         set(),
@@ -25,7 +20,7 @@ KNOWN_DIFFERENCES = {
     ),
     "sizes": (
         set(),
-        {("permute", "reshape", "reshape_1", "x")},
+        {("permute", "reshape", "reshape_1")},
         "torch.ao takes what is reshaped by sizes for no tensor, so that the layer that reads it stays float",
     ),
 }

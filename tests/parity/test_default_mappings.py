@@ -1,0 +1,161 @@
+"""The default configurations are torch.ao's: every entry of its mappings, every configuration that has a name there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qfunc
+from qfunc import Cast, Dynamic, FixedQParams, KeepFloat, QConfig, QConfigMapping, QuantSpec, ReuseInput, unwrap
+from qfunc.backends import default_mappings, qconfigs
+from qfunc.backends.default_mappings import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from qfunc.config.qconfig import wrong_qconfig
+from qfunc.config.qconfig_mapping import form_named
+from qfunc.errors import UnknownName, problems
+from qfunc.numerics import observers
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.testing import oracle
+
+pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
+
+BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
+
+RANGES = {
+    "MinMaxObserver": observers.MinMax,
+    "PerChannelMinMaxObserver": observers.PerChannelMinMax,
+    "HistogramObserver": observers.Histogram,
+}
+AVERAGES = {
+    "MovingAverageMinMaxObserver": observers.MovingAverageMinMax,
+    "MovingAveragePerChannelMinMaxObserver": observers.MovingAveragePerChannelMinMax,
+}
+"""Their classes and ours."""
+
+UNQUANTIZED = ("NoopObserver", "Identity")
+"""What torch.ao has in the place of an observer where there is nothing to quantize."""
+
+WITHOUT = {"default_debug_qconfig": "its observer records tensors, and never gives qparams"}
+"""Configurations of torch.ao's with a name, and why there are none of ours."""
+
+FIXED_ENTRIES = {
+    *(".hardsigmoid", ".hardsigmoid_", ".sigmoid", ".sigmoid_", ".tanh", ".tanh_", "torch.sigmoid", "torch.tanh"),
+    *("torch.nn.Hardsigmoid", "torch.nn.Sigmoid", "torch.nn.Softmax", "torch.nn.Tanh"),
+    "torch.nn.functional.hardsigmoid",
+}
+"""Entries that have an observer of their own for inputs, which torch.ao would clip to the range of results."""
+
+
+def meaning(constructor):
+    """One of torch.ao's observers as a value of ours."""
+    theirs = oracle.observer_data(constructor)
+    if theirs.name == "ReuseInputObserver":
+        return ReuseInput()
+    if theirs.name in UNQUANTIZED or (theirs.name == "PlaceholderObserver" and theirs.dtype == "float32"):
+        return KeepFloat()
+    if theirs.name == "PlaceholderObserver" and theirs.dtype == "float16":
+        return Cast("float16", dynamic=theirs.is_dynamic)
+    eps = {} if theirs.eps is None else {"eps": theirs.eps}
+    spec = QuantSpec(theirs.dtype, theirs.quant_min, theirs.quant_max, theirs.qscheme, theirs.ch_axis, **eps)
+    if theirs.is_dynamic:
+        # for training torch.ao measures each tensor by a moving average that forgets all before it
+        assert theirs.name == "PlaceholderObserver" or (theirs.trains and theirs.averaging_constant == 1)
+        return Dynamic(spec)
+    if theirs.name in AVERAGES:
+        found = AVERAGES[theirs.name](spec, theirs.averaging_constant)
+    elif theirs.name == "FixedQParamsObserver":
+        found = FixedQParams(spec, theirs.scale, theirs.zero_point)
+    else:
+        found = RANGES[theirs.name](spec)
+    assert getattr(found, "bins", None) == theirs.bins
+    return FakeQuantize(found) if theirs.trains else found
+
+
+def translated(theirs) -> QConfig:
+    return QConfig(meaning(theirs.activation), meaning(theirs.weight))
+
+
+def compare(ours: QConfigMapping, theirs) -> None:
+    """The same entries, but for the inputs of what has a fixed range."""
+    entries = {form_named(key): translated(value) for key, value in theirs.object_type_qconfigs.items()}
+    assert ours.global_qconfig == translated(theirs.global_qconfig)
+    assert ours.object_types.keys() == entries.keys()
+    for form, qconfig in ours.object_types.items():
+        assert replace(qconfig, input_activation=None) == entries[form], form
+        assert (qconfig.input_activation is not None) == (form in FIXED_ENTRIES), form
+    assert QConfigMapping(ours.global_qconfig, ours.object_types) == ours
+    assert not theirs.module_name_regex_qconfigs
+    assert not theirs.module_name_qconfigs
+    assert not theirs.module_name_object_type_order_qconfigs
+
+
+def measured(mapping: QConfigMapping):
+    return {mapping.object_types[form].input_activation for form in FIXED_ENTRIES}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_training(backend):
+    ours = unwrap(get_default_qconfig_mapping(backend))
+    compare(ours, oracle.default_mapping(backend))
+    assert measured(ours) == {ours.global_qconfig.activation}
+    assert getattr(qfunc, backend.upper()).qconfig_mapping == ours
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_for_training(backend, version):
+    ours = unwrap(get_default_qat_qconfig_mapping(backend, version))
+    compare(ours, oracle.default_mapping(backend, qat=True, version=version))
+    assert measured(ours) == {ours.global_qconfig.activation}
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_xnnpack(qat):
+    compare(default_mappings.symmetric_qnnpack_mapping(qat=qat), oracle.default_mapping("symmetric_qnnpack", qat=qat))
+    assert qfunc.EXECUTORCH.qconfig_mapping == default_mappings.symmetric_qnnpack_mapping()
+
+
+def test_default_arguments():
+    assert get_default_qconfig_mapping() == get_default_qconfig_mapping("x86")
+    assert get_default_qat_qconfig_mapping() == get_default_qat_qconfig_mapping("x86", 1)
+    assert qfunc.NATIVE.qconfig_mapping == unwrap(get_default_qconfig_mapping())
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "executorch", "native", "X86", "", None, ["x86"]])
+def test_other_backends_have_none(backend):
+    for result in (get_default_qconfig_mapping(backend), get_default_qat_qconfig_mapping(backend)):
+        (problem,) = problems(result.failure())
+        assert isinstance(problem, UnknownName)
+        assert problem.known == ("fbgemm", "x86", "qnnpack", "onednn")
+
+
+def test_other_versions_are_unknown():
+    (problem,) = problems(get_default_qat_qconfig_mapping("x86", 2).failure())
+    assert (type(problem), problem.node, problem.known) == (UnknownName, "2", ("0", "1"))
+
+
+NAMED = oracle.named_qconfigs() if oracle.available() else {}
+
+
+def our_name(name: str) -> str:
+    return name.replace("_qconfig", "").upper()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name not in WITHOUT])
+def test_named(name):
+    ours = getattr(qconfigs, our_name(name))
+    assert ours == translated(NAMED[name])
+    assert not list(wrong_qconfig(ours))
+
+
+def test_no_name_is_left_out():
+    ours = {name for name in dir(qconfigs) if isinstance(getattr(qconfigs, name), QConfig) and name[0] != "_"}
+    assert ours == {our_name(name) for name in NAMED if name not in WITHOUT}
+
+
+def test_those_without():
+    assert NAMED.keys() >= WITHOUT.keys()
+    recorder = NAMED["default_debug_qconfig"].activation()
+    recorder(torch.ones(2))
+    with pytest.raises(Exception, match="calculate_qparams"):
+        recorder.calculate_qparams()
+    assert not hasattr(qconfigs, our_name("default_debug_qconfig"))
