@@ -29,14 +29,7 @@ WEIGHT_SPECS = (
     QuantSpec("int8", -128, 127, "per_channel_affine", 0),
     q.INT8,
 )
-PLACE_SPECS = (
-    *ACTIVATION_SPECS,
-    q.INT8,
-    QuantSpec("int16", -(2**15), 2**15 - 1),
-    QuantSpec(qscheme="per_channel_affine", ch_axis=0),
-    QuantSpec("int8", -127, 127, "per_channel_symmetric", 1),
-)
-"""Those of single values and uses, which may have one scale for each channel."""
+PLACE_SPECS = (*ACTIVATION_SPECS, q.INT8)
 
 WRONG_SPECS = (
     QuantSpec("uint7"),
