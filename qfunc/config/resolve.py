@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qfunc.config.point import used
+from qfunc.config.point import Edge, used
 from qfunc.config.qconfig import Choice, QConfig, wrong_qconfig
 from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name, tables
 from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
@@ -82,8 +82,8 @@ class Resolution:
             if not ids:
                 self.unused.append(selector)
             for id in ids:
-                if id not in graph.nodes:
-                    self.problems.append(UnknownName(str(id), "node", graph.order))
+                if not isinstance(id, str) or id not in graph.nodes:
+                    self.problems.append(UnknownName(str(id), f"node (selected by {name})", graph.order))
                 elif found.setdefault(id, (selector, choice))[1] != choice:
                     reason = f"{selector_name(found[id][0])} and {name} select it for different configurations"
                     remedy = f"let one of them leave it out, or say which holds with set_node({id!r}, qconfig)"
@@ -230,14 +230,22 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
 
 def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
     """Nodes and uses that a mapping names and the graph does not have."""
-    named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in mapping.edges))
-    for id in dict.fromkeys(named):
+    edges = [edge for edge in sorted(mapping.edges, key=str) if _is_edge(edge)]
+    named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in edges))
+    for id in sorted(dict.fromkeys(named), key=str):
         if id not in graph.nodes:
             yield UnknownName(str(id), "node", graph.order)
-    for edge in mapping.edges:
+    for key in sorted(mapping.edges, key=str):
+        if not _is_edge(key):
+            yield BadConfig("edges", f"{key!r} is no use of a value", "pass Edge(user, slot, index)")
+    for edge in edges:
         if edge.user in graph.nodes and used(graph[edge.user], edge) is None:
             reason = f"it has no value no. {edge.index} in its argument {edge.slot!r}"
             yield BadConfig(edge.user, reason, "name an argument that holds values, and count them from 0")
+
+
+def _is_edge(key: object) -> bool:
+    return isinstance(key, Edge) and isinstance(key.slot, str) and isinstance(key.index, int)
 
 
 def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterator[Problem]:

@@ -13,7 +13,8 @@ expression that builds it again:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -21,12 +22,17 @@ from torch import nn
 
 from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
 from qfunc.config.backend_config import BackendConfig
+from qfunc.config.point import Edge, values_in
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.ir import Graph
+from qfunc.config.selectors import SELECTORS
+from qfunc.edge.trace import trace
+from qfunc.ir import Graph, Node, TensorFact
 from qfunc.numerics import observers as o
-from qfunc.numerics import qparams as q
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.passes.numbers import non_tensors
+from qfunc.quantize import fuse
+from qfunc.testing import quantizations as w
 from qfunc.testing.draft import T
 from qfunc.testing.operations import FAMILIES
 from qfunc.testing.program import ModelCase, Program, build
@@ -57,105 +63,134 @@ def models(
     return programs(max_nodes=max_nodes, families=families, aliasing=aliasing).map(build)
 
 
-_ACTIVATION_SPECS = (
-    q.UINT8,
-    q.UINT8_REDUCED,
-    QuantSpec(quant_max=15),
-    QuantSpec(quant_max=200),
-    QuantSpec(qscheme="per_tensor_symmetric"),
-    QuantSpec(eps=0.01),
-)
-_WEIGHT_SPECS = (
-    q.INT8_NARROW_PER_CHANNEL,
-    q.INT8_SYMMETRIC_PER_CHANNEL,
-    q.INT8_SYMMETRIC,
-    QuantSpec("int8", -8, 7, "per_channel_symmetric", 0),
-    QuantSpec("int8", -128, 127, "per_channel_affine", 0),
-    q.INT8,
-)
-_WRONG_SPECS = (
-    QuantSpec("uint7"),
-    QuantSpec("int8", -128, 127, "per_channel"),
-    QuantSpec(quant_max=256),
-    QuantSpec(quant_min=5, quant_max=3),
-    QuantSpec(quant_min=1, quant_max=255),
-    QuantSpec(quant_max=2.5),  # type: ignore[arg-type]
-    QuantSpec("int32", -(2**31), 2**31 - 1),
-    QuantSpec("uint16", 0, 65535),
-    QuantSpec("int8", -128, 127),
-    QuantSpec("int8", -128, 127, "per_channel_symmetric", 7),
-    QuantSpec("int8", -128, 127, "per_channel_symmetric", 1),
-    QuantSpec("int8", -128, 127, "per_channel_symmetric"),
-    QuantSpec(ch_axis=0),
-    QuantSpec(eps=0.0),
-    QuantSpec(eps=float("nan")),
-)
 _OBJECT_TYPES = ("relu", "flatten", "mean", nn.Conv2d, nn.Linear, nn.ReLU, nn.Sequential)
 _WRONG_REGEXES = ("(", "[", "*", "a{2,1}")
 
 
-def _activation_observers(spec: QuantSpec) -> tuple[Any, ...]:
-    fixed = o.FixedQParams(spec, 0.05, 0) if spec.qscheme.endswith("affine") else o.MinMax(spec)
-    averages = (o.MovingAverageMinMax(spec), o.MovingAverageMinMax(spec, 0.5))
-    return (o.MinMax(spec), *averages, o.Histogram(spec), o.Histogram(spec, 64, 2), fixed)
+def _ways(ways: Callable[[QuantSpec], Sequence[Any]], specs: Sequence[QuantSpec]) -> st.SearchStrategy[Any]:
+    return st.sampled_from(specs).flatmap(lambda spec: st.sampled_from(ways(spec)))
 
 
-def _weight_observers(spec: QuantSpec) -> tuple[Any, ...]:
-    if spec.qscheme.startswith("per_channel"):
-        return o.PerChannelMinMax(spec), o.MovingAveragePerChannelMinMax(spec)
-    return o.MinMax(spec), o.Histogram(spec)
-
-
-def _wrong_observers(spec: QuantSpec) -> tuple[Any, ...]:
-    """Observers with a spec that is impossible, or is so for them."""
-    return (
-        *(o.MinMax(spec), o.PerChannelMinMax(spec), o.Histogram(spec), o.FixedQParams(spec, 0.1, 0)),
-        *(o.MovingAverageMinMax(q.UINT8, -1.0), o.Histogram(q.UINT8, 1), o.Histogram(q.UINT8, 64, 0)),
-        *(o.FixedQParams(q.UINT8, 0.0, 0), o.FixedQParams(q.UINT8, 0.1, 300)),
-    )
+_ACTIVATIONS = _ways(w.activation_ways, w.ACTIVATION_SPECS)
+_WEIGHTS = _ways(w.weight_ways, w.WEIGHT_SPECS)
+_PLACES = _ways(w.place_ways, w.PLACE_SPECS)
+_WRONG = _ways(w.wrong_ways, w.WRONG_SPECS)
 
 
 @st.composite
 def qconfigs(draw: st.DrawFn, *, invalid: bool = False) -> QConfig:
-    """Observers of activations and weights; with `invalid`, also ones that are impossible."""
+    """How activations and weights are quantized: with observers, when the model runs, by casts, or not at all.
+
+    With `invalid`, also configurations that are impossible: wrong specs, weights quantized when the model runs.
+    """
     if invalid and draw(st.booleans()):
-        wrong = st.sampled_from(_WRONG_SPECS).flatmap(lambda spec: st.sampled_from(_wrong_observers(spec)))
-        return draw(st.builds(QConfig, wrong | st.just(o.MinMax()), wrong))
-    activation = draw(st.sampled_from(_activation_observers(draw(st.sampled_from(_ACTIVATION_SPECS)))))
-    weight = draw(st.sampled_from(_weight_observers(draw(st.sampled_from(_WEIGHT_SPECS)))))
-    return QConfig(activation, weight)
+        some = _WRONG | st.just(o.MinMax())
+        return QConfig(draw(some), draw(some), draw(st.none() | some))
+    return QConfig(draw(_ACTIVATIONS), draw(_WEIGHTS), draw(st.none() | _ACTIVATIONS))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the entries of a configuration can name."""
+
+    paths: tuple[str, ...]
+    types: tuple[Any, ...]
+    regexes: tuple[str, ...]
+    indexes: tuple[int, ...]
+    selectors: tuple[Any, ...]
+    operators: tuple[str, ...]
+    values: tuple[str, ...]
+    edges: tuple[Edge, ...]
+
+
+def _names(model: nn.Module | Graph, *, invalid: bool) -> _Names:
+    """The names in a model; with `invalid` others as well."""
+    graph = model if isinstance(model, Graph) else trace(model).value_or(None)
+    modules = {} if isinstance(model, Graph) else dict(model.named_modules(remove_duplicate=False))
+    paths = sorted(model.modules if isinstance(model, Graph) else modules)
+    operators, values, edges = ((), (), ()) if graph is None else _places(graph, invalid=invalid)
+    wrong: dict[str, tuple[Any, ...]] = _UNKNOWN if invalid else {}
+    return _Names(
+        (*paths, *wrong.get("paths", ())),
+        (*dict.fromkeys(map(type, modules.values())), *_OBJECT_TYPES, *wrong.get("types", ())),
+        (".*", r"m\d", "m0$", "0", "", *wrong.get("regexes", ())),
+        (0, 1, 2, *wrong.get("indexes", ())),
+        (*SELECTORS.values(), *wrong.get("selectors", ())),
+        (*operators, *wrong.get("nodes", ())),
+        (*values, *wrong.get("nodes", ())),
+        (*edges, *wrong.get("edges", ())),
+    )
+
+
+_UNKNOWN: dict[str, tuple[Any, ...]] = {
+    "paths": ("no.such.module", "m"),
+    "types": (3, "", None),
+    "regexes": _WRONG_REGEXES,
+    "indexes": (-1,),
+    "selectors": tuple(w.WRONG_SELECTORS.values()),
+    "nodes": ("no_such_node", ""),
+    "edges": (Edge("no_such_node", "input"), Edge("output", "no such slot"), Edge("output", "post.x.other", 2**40)),
+}
+"""What no model has."""
+
+
+def _places(graph: Graph, *, invalid: bool) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Edge, ...]]:
+    """The operators of a graph, its values and their uses: those of floats alone, unless they may be impossible."""
+    numbers = non_tensors(graph)
+    values = {node.id for node in graph if invalid or (node.id not in numbers and _is_float(node))}
+    slots = [(node, name) for node in graph if invalid or node.kind != "output" for name, _ in node.args]
+    slots += [(n, f"post.{i}.{name}") for n in graph for i, post in enumerate(n.post) for name, _ in post.args]
+    uses = ((node, slot, index, used) for node, slot in slots for index, used in enumerate(values_in(node, slot)))
+    return (
+        tuple(node.id for node in graph if invalid or node.kind not in ("placeholder", "get_attr", "output")),
+        tuple(id for id in graph.order if id in values),
+        tuple(Edge(node.id, slot, index) for node, slot, index, used in uses if used in values),
+    )
+
+
+def _is_float(node: Node) -> bool:
+    """Whether a value may be a float tensor, as far as the graph tells."""
+    fact = node.fact is None or (isinstance(node.fact, TensorFact) and node.fact.dtype == "float32")
+    return fact and not node.aliased and node.kind != "output"
 
 
 @st.composite
 def configurations(draw: st.DrawFn, model: nn.Module | Graph, *, invalid: bool = False) -> QConfigMapping:
-    """Configurations of a model: entries of every strength for its own modules and types, some of them `None`.
+    """Configurations of a model: entries of every strength for its own modules, types, nodes, values and uses.
 
-    With `invalid`, also such that must be refused: unknown modules, dtypes and schemes, impossible ranges, bad regexes.
+    Nodes are those of a graph, or of the model as it is traced. Some entries are `None`. With `invalid`, also such that
+    must be refused: unknown modules and nodes, dtypes and schemes, impossible ranges, bad regexes, broken selectors.
     """
-    types: tuple[Any, ...]
-    if isinstance(model, Graph):
-        paths, types = sorted(model.modules), _OBJECT_TYPES
-    else:
-        named = dict(model.named_modules(remove_duplicate=False))
-        paths, types = sorted(named), (*dict.fromkeys(map(type, named.values())), *_OBJECT_TYPES)
-    unknown = ["no.such.module", "m"] if invalid else []
-    names = st.sampled_from([*paths, *unknown])
-    regexes = st.sampled_from([".*", r"m\d", "m0$", "0", "", *(_WRONG_REGEXES if invalid else ())])
-    object_types = st.sampled_from([*types, *((3, "", None) if invalid else ())])
+    names = _names(model, invalid=invalid)
     choices = st.none() | qconfigs(invalid=invalid)
+    places = _PLACES | _WRONG if invalid else _PLACES
     mapping = QConfigMapping().set_global(draw(qconfigs(invalid=invalid) | st.none()))
+    kinds = ["module", "type", "regex", "order", "selector"]
+    kinds += [kind for kind, known in (("node", names.operators), ("output", names.values)) if known]
+    kinds += ["edge"] if names.edges else []
+
+    def one(options: Sequence[Any]) -> Any:
+        return draw(st.sampled_from(options))
+
     for _ in range(draw(st.integers(0, 3))):
-        choice = draw(choices)
-        match draw(st.sampled_from(["module", "type", "regex", "order"])):
+        match one(kinds):
             case "module":
-                mapping = mapping.set_module_name(draw(names), choice)
+                mapping = mapping.set_module_name(one(names.paths), draw(choices))
             case "type":
-                mapping = mapping.set_object_type(draw(object_types), choice)
+                mapping = mapping.set_object_type(one(names.types), draw(choices))
             case "regex":
-                mapping = mapping.set_module_name_regex(draw(regexes), choice)
+                mapping = mapping.set_module_name_regex(one(names.regexes), draw(choices))
+            case "selector":
+                mapping = mapping.set_selected(one(names.selectors), draw(choices))
+            case "node":
+                mapping = mapping.set_node(one(names.operators), draw(choices))
+            case "output":
+                mapping = mapping.set_output(one(names.values), draw(places))
+            case "edge":
+                mapping = mapping.set_edge(one(names.edges), draw(places))
             case _:
-                index = draw(st.integers(-1 if invalid else 0, 2))
-                mapping = mapping.set_module_name_object_type_order(draw(names), draw(object_types), index, choice)
+                path, form, index = one(names.paths), one(names.types), one(names.indexes)
+                mapping = mapping.set_module_name_object_type_order(path, form, index, draw(choices))
     return mapping
 
 
@@ -177,11 +212,15 @@ def cases(
 ) -> Case:
     """Models with data, backend and engine, for `qfunc.testing.check_laws`.
 
-    With `configured` the configuration is random instead of the backend's own, with `invalid` sometimes impossible.
+    With `configured` the configuration is random instead of the backend's own, and names nodes of the fused graph; with
+    `invalid` it is sometimes impossible.
     Batches may be of another size than the example inputs.
     """
     model = draw(models(max_nodes=max_nodes, families=families, aliasing=aliasing))
     batches = model.batches(2, draw(st.sampled_from([None, 3])))
     backend, engine = draw(st.sampled_from(list(backends))), draw(st.sampled_from(list(engines)))
-    mapping = draw(configurations(model.module, invalid=invalid)) if configured or invalid else None
+    mapping = None
+    if configured or invalid:
+        graph = trace(model.module, model.example_inputs).bind(lambda traced: fuse(traced, backend=backend))
+        mapping = draw(configurations(graph.value_or(model.module), invalid=invalid))
     return Case(model.module, model.example_inputs, batches, backend, engine, mapping)

@@ -47,6 +47,7 @@ from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8
 from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.testing import models
+from qfunc.testing.quantizations import WRONG_SELECTORS
 from qfunc.testing.strategies import BACKENDS, configurations, qconfigs
 from tests.zoo import ZOO
 
@@ -129,11 +130,11 @@ def test_random_configurations_come_back_and_prepare_the_same(model, data):
 @given(model=models(max_nodes=3), data=st.data())
 def test_impossible_configurations_come_back_or_are_refused(model, data):
     mapping = data.draw(configurations(model.module, invalid=True))
-    result = to_json(mapping)
+    result = to_json(mapping, names=WRONG_SELECTORS)
     if "2.5" in repr(mapping) or "nan" in repr(mapping):
         assert {type(p).__name__ for p in getattr(result.failure(), "errors", [result.failure()])} == {"BadConfig"}
     else:
-        assert unwrap(from_json(unwrap(result))) == mapping
+        assert unwrap(from_json(unwrap(result), names=WRONG_SELECTORS)) == mapping
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
