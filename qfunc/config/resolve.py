@@ -11,9 +11,9 @@ from qfunc.config.point import Edge, used
 from qfunc.config.qconfig import Choice, QConfig, wrong_qconfig
 from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name, tables
 from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
-from qfunc.ir import Graph, Node, Origin
+from qfunc.ir import Graph, Node, Origin, TensorFact
 from qfunc.match import form_of, form_of_origin
-from qfunc.numerics.unmeasured import ReuseInput, validate_quantization
+from qfunc.numerics.unmeasured import KeepFloat, ReuseInput, validate_quantization
 from qfunc.params import FoldBatchNorm
 
 Entry: TypeAlias = tuple[str, Any]
@@ -229,7 +229,7 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
 
 
 def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
-    """Nodes and uses that a mapping names and the graph does not have."""
+    """Nodes and uses that a mapping names and the graph does not have, and named values that cannot be quantized."""
     edges = [edge for edge in sorted(mapping.edges, key=str) if _is_edge(edge)]
     named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in edges))
     for id in sorted(dict.fromkeys(named), key=str):
@@ -242,6 +242,27 @@ def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
         if edge.user in graph.nodes and used(graph[edge.user], edge) is None:
             reason = f"it has no value no. {edge.index} in its argument {edge.slot!r}"
             yield BadConfig(edge.user, reason, "name an argument that holds values, and count them from 0")
+    quantized = {id for id, way in mapping.outputs.items() if not isinstance(way, KeepFloat)}
+    quantized |= {
+        used(graph[edge.user], edge) or ""
+        for edge in edges
+        if edge.user in graph.nodes and not isinstance(mapping.edges[edge], KeepFloat)
+    }
+    for id in (id for id in graph.order if id in quantized):
+        yield from _unfit(graph[id])
+
+
+def _unfit(node: Node) -> Iterator[Problem]:
+    """Why a value cannot be quantized at all, whatever the configuration."""
+    fact, remedy = node.fact, "leave it out: only tensors of float32 are quantized"
+    if node.kind == "output":
+        yield BadConfig(node.id, "it is no value but what the model returns", "name the value that it returns")
+    elif node.aliased:
+        yield BadConfig(node.place, f"the memory of {node.id!r} is changed in place", "leave it float")
+    elif isinstance(fact, tuple):
+        yield BadConfig(node.place, f"{node.id!r} is no tensor", remedy)
+    elif isinstance(fact, TensorFact) and fact.dtype != "float32":
+        yield BadConfig(node.place, f"{node.id!r} is a tensor of {fact.dtype}", remedy)
 
 
 def _is_edge(key: object) -> bool:

@@ -28,12 +28,12 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.point import Edge
+from qfunc.config.point import Edge, used
 from qfunc.config.resolve import resolve_qconfigs
 from qfunc.config.selectors import first_layer, last_layer, layers
 from qfunc.errors import BadConfig, UnknownName, UserFunctionFailed, problems
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
-from qfunc.numerics.unmeasured import KeepFloat, ReuseInput
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.testing import models
 from qfunc.testing.quantizations import WRONG_SELECTORS
 from qfunc.testing.reordering import reordered
@@ -52,7 +52,7 @@ class Layers(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(4, 4)
-        self.block = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     def forward(self, x):
         y = self.first(x)
@@ -203,6 +203,47 @@ def test_entries_of_places_that_cannot_be_meant_are_errors(mapping, node, words)
     assert problem.node == node and words in problem.reason
 
 
+class Awkward(nn.Module):
+    """Values that nothing can quantize: a view that is written to, an index, a size."""
+
+    def forward(self, x, index):
+        double = x * 2
+        view = double.view(-1)
+        view.add_(1)
+        return double.reshape(x.shape)[index] + index
+
+
+AWKWARD = unwrap(trace(Awkward().eval(), (torch.randn(2, 2), torch.tensor([0, 1]))))
+REFUSED = {
+    "mul": "changed in place",
+    "view": "changed in place",
+    "add_": "changed in place",
+    "reshape": "changed in place",
+    "getitem": "changed in place",
+    "index": "a tensor of int64",
+    "getattr_1": "no tensor",
+    "output": "what the model returns",
+}
+
+
+@pytest.mark.parametrize("quantization", [MinMax(), Dynamic(), Cast()], ids=["observer", "dynamic", "cast"])
+@pytest.mark.parametrize("id", AWKWARD.order)
+def test_values_that_cannot_be_quantized_are_errors_and_may_be_kept_float(id, quantization):
+    edges = [Edge(node.id, name) for node in AWKWARD for name, _ in node.args]
+    uses = [edge for edge in edges if used(AWKWARD[edge.user], edge) == id]
+    assert uses or id in ("output", "add_")
+    for entry in (ALL.set_output(id, None), *(ALL.set_edge(edge, None) for edge in uses)):
+        unwrap(prepare(AWKWARD, entry))
+    for entry in (ALL.set_output(id, quantization), *(ALL.set_edge(edge, quantization) for edge in uses)):
+        result = prepare(AWKWARD, entry)
+        if id in REFUSED:
+            (problem,) = problems(result.failure())
+            assert isinstance(problem, BadConfig) and REFUSED[id] in problem.reason
+            assert problem.node == AWKWARD[id].place
+        else:
+            unwrap(result)
+
+
 def test_unknown_nodes_are_all_told_with_those_that_may_be_meant():
     mapping = ALL.set_node("frist", None).set_output("a", None).set_edge(Edge("b", "input"), None)
     found = problems(prepare(GRAPH, mapping).failure())
@@ -346,11 +387,9 @@ def test_values_are_told_of_that_stay_float_anyway():
     mapping = QConfigMapping().set_output(SUM, None).set_edge(Edge(SUM, "input"), None).set_selected(every_linear, Q)
     mapping = mapping.set_selected(_nothing, None).set_output(SECOND, None).set_edge(Edge(FIRST, "input"), None)
     prepared = unwrap(prepare(GRAPH, mapping, backend=X86))
-    sigmoid = next(iter(GRAPH[SUM].uses()))
     assert [note.node for note in prepared.notes] == [
         "selections['_nothing']", f"outputs[{SUM!r}]", f"edges[{Edge(SUM, 'input')}]"
     ]  # fmt: skip
-    assert sigmoid not in prepared.outputs
     assert KeepFloat() == mapping.outputs[SUM]
     described = str(unwrap(describe(prepared))).splitlines()
     assert f"note: outputs[{SUM!r}] changes nothing; " in described[-2]
