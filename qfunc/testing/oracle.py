@@ -347,7 +347,9 @@ def observer_data(constructor: Any) -> ObserverData:
         numbers = {"scale", "zero_point", "eps"}
         given = {field.name: getattr(observer, field.name, None) for field in fields(ObserverData)[2:-2]}
         qscheme = given["qscheme"]
-        plain = {key: float(value) if key in numbers and value is not None else value for key, value in given.items()}
+        plain: dict[str, Any] = {
+            key: float(value) if key in numbers and value is not None else value for key, value in given.items()
+        }
         plain["qscheme"] = None if qscheme is None else str(qscheme).removeprefix("torch.")
         name, dtype = type(observer).__name__, dtype_name(getattr(observer, "dtype", None))
         dynamic = bool(getattr(made, "is_dynamic", False))
