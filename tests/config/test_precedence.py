@@ -52,7 +52,7 @@ class Layers(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(4, 4)
-        self.block = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.ELU())
 
     def forward(self, x):
         y = self.first(x)
@@ -346,11 +346,11 @@ def test_values_are_told_of_that_stay_float_anyway():
     mapping = QConfigMapping().set_output(SUM, None).set_edge(Edge(SUM, "input"), None).set_selected(every_linear, Q)
     mapping = mapping.set_selected(_nothing, None).set_output(SECOND, None).set_edge(Edge(FIRST, "input"), None)
     prepared = unwrap(prepare(GRAPH, mapping, backend=X86))
-    sigmoid = next(iter(GRAPH[SUM].uses()))
+    activation = next(iter(GRAPH[SUM].uses()))
     assert [note.node for note in prepared.notes] == [
         "selections['_nothing']", f"outputs[{SUM!r}]", f"edges[{Edge(SUM, 'input')}]"
     ]  # fmt: skip
-    assert sigmoid not in prepared.outputs
+    assert activation not in prepared.outputs
     assert KeepFloat() == mapping.outputs[SUM]
     described = str(unwrap(describe(prepared))).splitlines()
     assert f"note: outputs[{SUM!r}] changes nothing; " in described[-2]
