@@ -19,7 +19,18 @@ names of source tensors, which are read at materialization and refused if they c
 shares their memory until either side writes (copy on write).
 """
 
-from qfunc.backends import CPU, EXECUTORCH, FBGEMM, NATIVE, ONEDNN, QNNPACK, TENSORRT, X86
+from qfunc.backends import (
+    CPU,
+    EXECUTORCH,
+    FBGEMM,
+    NATIVE,
+    ONEDNN,
+    QNNPACK,
+    TENSORRT,
+    X86,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
 from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared, combine
 from qfunc.config.as_json import from_json, to_json
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
@@ -129,6 +140,8 @@ __all__ = [
     "fuse_known_modules",
     "fuse_modules",
     "fuse_modules_qat",
+    "get_default_qat_qconfig_mapping",
+    "get_default_qconfig_mapping",
     "last_layer",
     "layers",
     "lower",

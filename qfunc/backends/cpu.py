@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.backends import dtypes as d
+from qfunc.backends.operators import recurrent
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
@@ -71,7 +72,7 @@ def _chains() -> tuple[Pattern, ...]:
     return tuple(_chain(*chain) for chain in chains)
 
 
-_FLOAT_VALUES = (d.WEIGHT_INT8, d.STATIC_FLOAT16)
+_FLOAT_VALUES = (d.STATIC_FLOAT16, d.WEIGHT_INT8)
 _PLAIN = (d.PLAIN, d.PLAIN_FLOAT16)
 
 
@@ -97,6 +98,7 @@ CPU = BackendConfig(
         OperatorConfig(
             ("embedding", "embedding_bag"), Observation.OWN, (d.WEIGHT_UINT8, d.WEIGHT_UINT4, d.WEIGHT_INT8)
         ),
+        recurrent((d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16)),
     ),
     qconfig_mapping=QConfigMapping().set_global(
         QConfig(activation=Histogram(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))

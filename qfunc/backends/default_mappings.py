@@ -87,11 +87,11 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
     Returns:
         The mapping, or `UnknownName` for another backend or version.
 
-    >>> get_default_qat_qconfig_mapping("cuda").failure().name
-    'cuda'
+    >>> get_default_qat_qconfig_mapping("cuda").failure().reason
+    "there is no backend with a default configuration 'cuda'"
     """
     if version not in (0, 1):
-        return Failure(UnknownName(str(version), "version of a default configuration", ("0", "1")))
+        return Failure(UnknownName(str(version), "version of the default configuration", ("0", "1")))
     return _default(backend, qat=True)
 
 

@@ -281,21 +281,27 @@ def test_difference(difference):
 
 
 class Mixed(nn.Module):
-    """A table of vectors, a linear layer, a sum, a convolution."""
+    """A table of vectors, a linear layer, a recurrent one, a sum, a convolution."""
 
     def __init__(self):
         super().__init__()
         self.table, self.linear, self.conv = nn.Embedding(10, 8), nn.Linear(8, 4), nn.Conv1d(1, 4, 1)
+        self.lstm = nn.LSTM(4, 4)
 
     def forward(self, x):
-        y = self.linear(self.table(x))
+        y, _ = self.lstm(self.linear(self.table(x)))
         return self.conv(torch.relu(y) + y)
 
 
 CONFIGURED = (
     # mapping, what is quantized when the model runs, weights quantized with CPU, and with X86 (None: an error)
-    (default_mappings.DYNAMIC, {"linear": Dynamic()}, {"linear"}, {"linear"}),
-    (default_mappings.FLOAT16_DYNAMIC, {"linear": Cast("float16", dynamic=True)}, {"linear"}, {"linear"}),
+    (default_mappings.DYNAMIC, {"linear": Dynamic(), "lstm": Dynamic()}, {"linear", "lstm"}, {"linear", "lstm"}),
+    (
+        default_mappings.FLOAT16_DYNAMIC,
+        {"linear": Cast("float16", dynamic=True), "lstm": Cast("float16", dynamic=True)},
+        {"linear", "lstm"},
+        {"linear", "lstm"},
+    ),
     (default_mappings.FLOAT16_STATIC, {}, {"linear", "conv"}, None),
     (default_mappings.WEIGHT_ONLY, {}, {"table", "linear", "conv"}, None),
     (QConfigMapping(qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY), {}, {"table"}, {"table"}),
@@ -322,7 +328,7 @@ def test_other_configurations(mapping, dynamic, cpu, x86):
 def test_static_float16_is_for_values_and_biases():
     graph = unwrap(fuse(unwrap(trace(Mixed().eval(), (torch.tensor([[1]]),)))))
     found = unwrap(annotate(graph, default_mappings.FLOAT16_STATIC))
-    assert dict(found.outputs) == {id: Cast("float16") for id in ("linear", "relu", "add")}
+    assert dict(found.outputs) == {id: Cast("float16") for id in ("relu", "add")}
     assert set(found.biases) == {"linear", "conv"}
     assert {(edge.user, quantization) for edge, quantization in found.inputs.items()} == {
         (id, Cast("float16")) for id in ("linear", "relu", "add", "conv")
