@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qfunc import (
+    CPU,
     QNNPACK,
     X86,
     BackendConfig,
@@ -27,7 +28,7 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.errors import StaleSource, Untraceable, UserFunctionFailed, problems
+from qfunc.errors import StaleSource, UnknownName, Untraceable, UserFunctionFailed, problems
 from qfunc.testing import oracle, same_bits, sqnr
 from qfunc.testing.walk import fingerprint
 from tests.fusion.models import run
@@ -222,6 +223,39 @@ def test_a_replaced_root_and_a_graph_module_are_traced() -> None:
     graph = unwrap(trace(whole, X, custom=CUSTOM))
     assert [node.kind for node in graph].count("linear") == 6
     assert torch.allclose(run(unwrap(materialize(graph)), (X,)), run(model, (X,)), atol=1e-6)
+
+
+def test_plain_attributes_of_the_model_lead_to_the_replaced_modules() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 2)
+            self.all, self.by_name, self.me = [self.first], {"second": self.second}, self.last
+
+        def last(self, x: Tensor) -> Tensor:
+            return self.by_name["second"](x, x, x)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention in self.all:
+                x = attention(x, x, x)[0]
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model = Listed().eval()
+    made = unwrap(materialize(unwrap(trace(model, X, custom=CUSTOM))))
+    assert torch.allclose(run(made, (X,)), run(model, (X,)), atol=1e-6)
+    assert [type(module) for module in made.modules()].count(nn.MultiheadAttention) == 0
+
+
+def test_a_configuration_may_name_what_replaces_a_module() -> None:
+    model = Net().eval()
+    mapping = CPU.qconfig_mapping.set_module_name("attention.q_proj", None)
+    lowered = unwrap(quantize(model, [X], qconfig_mapping=mapping, custom=CUSTOM, progress=False))
+    kernels = {entry.module: entry.kernel for entry in lowered.certificate.entries}
+    assert kernels["attention.k_proj"] == "onednn.linear" != kernels["attention.q_proj"]
+    wrong = CPU.qconfig_mapping.set_module_name("attention.p_proj", None)
+    failure = quantize(model, [X], qconfig_mapping=wrong, custom=CUSTOM, progress=False).failure()
+    assert isinstance(failure, UnknownName) and "attention.q_proj" in failure.remedy
 
 
 # Functions of the user's
