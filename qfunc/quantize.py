@@ -101,7 +101,7 @@ def quantize(
     mapping = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
     report = check_host() if host is None else host
     problems = [
-        *_wrong_model(model, mapping),
+        *_wrong_model(model, mapping, custom),
         *not_batches(batches),
         *passes.wrong_engine(engine, report),
         *wrong_arguments(backend=CPU if chosen is None else chosen, qconfig_mapping=mapping, custom=custom),
@@ -125,13 +125,14 @@ def quantize(
     )
 
 
-def _wrong_model(model: object, mapping: object) -> list[Problem]:
+def _wrong_model(model: object, mapping: object, custom: object) -> list[Problem]:
     """What can be told of the model and its configuration before tracing."""
     if not isinstance(model, nn.Module):
         return [NotAModule(type(model).__name__)]
     training: list[Problem] = [InTrainingMode("model")] if model.training else []
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return training + (problems_of(mapping, names) if isinstance(mapping, QConfigMapping) else [])
+    if getattr(custom, "replacements", None) or not isinstance(mapping, QConfigMapping):
+        return training  # what modules there are is known once some are replaced
+    return training + problems_of(mapping, [name for name, _ in model.named_modules(remove_duplicate=False)])
 
 
 def _prepared(

@@ -54,8 +54,11 @@ class DecomposedAttention(nn.Module):
         self.bias_k, self.bias_v = module.bias_k, module.bias_v
         self.add_zero_attn, self.batch_first = module.add_zero_attn, module.batch_first
         self.embed_dim, self.num_heads, self.head_dim = module.embed_dim, module.num_heads, module.head_dim
-        self.mask = AttentionMask((module.bias_k is not None) + module.add_zero_attn)
-        self.softmax, self.dropout = nn.Softmax(dim=-1), nn.Dropout(module.dropout)
+        # The scale is a part of the mask's module: a product with a number shares, for some backends, the qparams of
+        # its operand, of whose codes few would then be left.
+        extra = (module.bias_k is not None) + module.add_zero_attn
+        self.mask = ScaleAndMask(math.sqrt(1.0 / module.head_dim), extra)
+        self.dropout = module.dropout
 
     def forward(
         self,
@@ -73,10 +76,11 @@ class DecomposedAttention(nn.Module):
             raise ValueError("is_causal is a hint that attn_mask is causal: give the mask as well")
         q, k, v = (self._heads(x) for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value)))
         k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
-        scores = torch.matmul(q * math.sqrt(1.0 / self.head_dim), k.transpose(-2, -1))
-        if attn_mask is not None or key_padding_mask is not None:
-            scores = self.mask(scores, attn_mask, key_padding_mask)
-        weights = self.dropout(self.softmax(scores))
+        scores = torch.matmul(q, k.transpose(-2, -1))
+        # As a function: for some backends the module has a fixed range, of which the weights of many keys use little.
+        weights = F.softmax(self.mask(scores, attn_mask, key_padding_mask), dim=-1)
+        if self.training and self.dropout > 0:
+            weights = F.dropout(weights, self.dropout)
         output = self.out_proj(self._joined(torch.matmul(weights, v)))
         if not need_weights:
             return output, None
@@ -104,22 +108,23 @@ class DecomposedAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 
-class AttentionMask(LeafModule):
-    """Adds masks to the scores of an attention; the last `extra` keys, which the module added itself, are not masked.
+class ScaleAndMask(LeafModule):
+    """Scales and masks the scores of an attention; the last `extra` keys, which it added itself, are not masked.
 
     A mask of booleans hides where it is true, one of numbers is added; `None` does nothing.
     """
 
-    def __init__(self, extra: int) -> None:
+    def __init__(self, scale: float, extra: int) -> None:
         super().__init__()
-        self.extra = extra
+        self.scale, self.extra = scale, extra
 
     def forward(self, scores: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
-        """The masked scores.
+        """The scaled and masked scores.
 
         `scores` are `([N,] heads, L, S + extra)`, `attn_mask` `(L, S)` or `([N *] heads, L, S)`, `key_padding_mask`
         `([N,] S)`.
         """
+        scores = scores * self.scale
         if attn_mask is not None:
             mask = self._additive(attn_mask, scores)
             if mask.dim() == 3 and scores.dim() == 4:

@@ -106,6 +106,7 @@ def _keep_attributes(module: fx.GraphModule, graph: Graph, memo: dict[int, Any])
     for source in graph.sources.values():
         model: nn.Module = source.model
         memo.setdefault(id(model), module)
+        memo.setdefault(id(source.original), module)
         for name, value in vars(model).items():
             if name in _HOOKS and value:
                 kept[name] = value.copy()

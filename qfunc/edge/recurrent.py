@@ -34,7 +34,8 @@ def observed_lstm(module: nn.LSTM, qconfig: QConfig) -> ObservedLSTM:
 
     Raises:
         NotImplementedError: for an LSTM with `proj_size`.
-        TypeError: for a `qconfig` whose activations are not observed and not float, or not of 8 bits.
+        TypeError: for weights that are not float32, and for a `qconfig` whose activations are neither observed nor
+            float, or not of 8 bits.
 
     >>> from qfunc import CPU
     >>> lstm, x = nn.LSTM(4, 8), torch.randn(5, 2, 4)
@@ -138,6 +139,8 @@ class ObservedLSTM(RecurrentLayers):
     def __init__(self, module: nn.LSTM, qconfig: QConfig) -> None:
         if module.proj_size:
             raise NotImplementedError("an LSTM with proj_size cannot be quantized: keep it float")
+        if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
+            raise TypeError("an LSTM is quantized from float32: convert the model with .float()")
         given = {"input": qconfig.of_inputs, **dict.fromkeys(POINTS[1:], qconfig.of_output)}
         cells = []
         for suffix in _suffixes(module):

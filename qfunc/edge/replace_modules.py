@@ -90,7 +90,16 @@ def _rebuilt(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     made[id(module)] = module
     if any(children[name] is not child for name, child in module._modules.items()):
         copied: nn.Module = object.__new__(type(module))
-        vars(copied).update(vars(module))
+        vars(copied).update({name: _attribute(value, made) for name, value in vars(module).items()})
         vars(copied)["_modules"] = children
         made[id(module)] = copied
     return made[id(module)]
+
+
+def _attribute(value: Any, made: dict[int, nn.Module]) -> Any:
+    """A plain attribute that holds modules, with what became of them."""
+    if type(value) in (list, tuple) and any(id(item) in made for item in value):
+        return type(value)(made.get(id(item), item) for item in value)
+    if type(value) is dict and any(id(item) in made for item in value.values()):
+        return {key: made.get(id(item), item) for key, item in value.items()}
+    return value

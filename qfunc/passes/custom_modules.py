@@ -9,6 +9,7 @@ from pyrsistent import pmap
 
 from qfunc.config.annotation import Annotations, Spec
 from qfunc.config.custom_config import CustomConfig, CustomModule, Swap
+from qfunc.config.qconfig import QConfig
 from qfunc.errors import BadConfig, Problem, Unobserved
 from qfunc.ir import Graph, Node, Note, Opaque, Origin, Token
 from qfunc.ir.node import NamedArgs
@@ -51,13 +52,16 @@ def with_custom_modules(
     calls = dict(_calls(graph, custom))
     swapped: dict[str, Swap] = {}
     outputs: dict[str, Spec] = {}
-    floats = annotations.floats
+    floats, refused = annotations.floats, annotations.refused - calls.keys()
     for rule in rules:
         for id in (id for id in rule.resolution.chosen if id in calls):
             qconfig = rule.resolution.chosen[id].qconfig
-            if qconfig is None or qconfig.is_dynamic:
-                reason = "custom modules are quantized statically" if qconfig else "the configuration keeps it float"
-                floats = floats.set(id, reason)
+            if qconfig is None:
+                floats = floats.set(id, "the configuration keeps it float")
+                continue
+            hindrance = _hindrance(graph, graph[id], qconfig)
+            if hindrance:
+                floats, refused = floats.set(id, hindrance), refused | {id}
                 continue
             swapped[id] = Swap(calls[id], qconfig)
             floats = floats.set(id, _INSIDE)
@@ -69,10 +73,19 @@ def with_custom_modules(
         annotations,
         outputs=annotations.outputs.update(pmap(outputs)),
         floats=floats,
+        refused=refused,
         notes=(*annotations.notes, *_unused(custom, calls.values())),
         swapped=pmap(swapped),
     )
     return found, list(_contradictions(graph, swapped))
+
+
+def _hindrance(graph: Graph, node: Node, qconfig: QConfig) -> str:
+    """Why a custom module cannot be quantized as configured; empty where it can."""
+    fact = graph.modules.get(node.origin.module)
+    if fact is not None and fact.own:
+        return f"its module {fact.own}, which a custom module would not"
+    return "custom modules are quantized statically" if qconfig.is_dynamic else ""
 
 
 def _calls(graph: Graph, custom: CustomConfig) -> Iterator[tuple[str, CustomModule]]:

@@ -15,6 +15,7 @@ from qfunc.config.custom_config import CustomConfig
 from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph, Node
 from qfunc.match import WRONG_KIND, NoMatch
+from qfunc.ops import type_name
 from qfunc.params import FoldBatchNorm
 from qfunc.passes.fuse import NOTHING, training_modules, unknown_names
 from qfunc.passes.fusing import Fusing
@@ -95,7 +96,12 @@ def explain_fusion(
             missed[id] = f"{missed[id]}; {pattern}: {reason}"
     roots = {node.id: fusing.rules.of(node).patterns for node in graph}
     kept = (node for node in graph if kind_as_written(node, graph) != node.kind)
-    missed |= {node.id: why_kept(node, graph) for node in kept if kind_as_written(node, graph) in roots[node.id]}
+    own = {type_name(module.float_type): "it is a custom module" for module in custom.custom_modules}
+    missed |= {
+        node.id: own.get(node.kind) or why_kept(node, graph)
+        for node in kept
+        if kind_as_written(node, graph) in roots[node.id]
+    }
     if blocked:
         reason = "it is in training mode: call model.eval() and trace again, or fuse for training with qat=True"
         missed |= {node.id: reason for node in graph if node.kind in roots[node.id] and not _is_fused(node)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qfunc import CustomConfig, decomposed_attention, explain_fusion, fuse, materialize, quantize, trace, unwrap
-from qfunc.errors import StaleSource, Untraceable, UserFunctionFailed, problems
-from qfunc.testing import same_bits, sqnr
+from qfunc import (
+    CPU,
+    QNNPACK,
+    X86,
+    BackendConfig,
+    CustomConfig,
+    decomposed_attention,
+    explain_fusion,
+    fuse,
+    materialize,
+    quantize,
+    trace,
+    unwrap,
+)
+from qfunc.errors import StaleSource, UnknownName, Untraceable, UserFunctionFailed, problems
+from qfunc.testing import oracle, same_bits, sqnr
 from qfunc.testing.walk import fingerprint
 from tests.fusion.models import run
 
@@ -211,6 +225,39 @@ def test_a_replaced_root_and_a_graph_module_are_traced() -> None:
     assert torch.allclose(run(unwrap(materialize(graph)), (X,)), run(model, (X,)), atol=1e-6)
 
 
+def test_plain_attributes_of_the_model_lead_to_the_replaced_modules() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 2)
+            self.all, self.by_name, self.me = [self.first], {"second": self.second}, self.last
+
+        def last(self, x: Tensor) -> Tensor:
+            return self.by_name["second"](x, x, x)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention in self.all:
+                x = attention(x, x, x)[0]
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model = Listed().eval()
+    made = unwrap(materialize(unwrap(trace(model, X, custom=CUSTOM))))
+    assert torch.allclose(run(made, (X,)), run(model, (X,)), atol=1e-6)
+    assert [type(module) for module in made.modules()].count(nn.MultiheadAttention) == 0
+
+
+def test_a_configuration_may_name_what_replaces_a_module() -> None:
+    model = Net().eval()
+    mapping = CPU.qconfig_mapping.set_module_name("attention.q_proj", None)
+    lowered = unwrap(quantize(model, [X], qconfig_mapping=mapping, custom=CUSTOM, progress=False))
+    kernels = {entry.module: entry.kernel for entry in lowered.certificate.entries}
+    assert kernels["attention.k_proj"] == "onednn.linear" != kernels["attention.q_proj"]
+    wrong = CPU.qconfig_mapping.set_module_name("attention.p_proj", None)
+    failure = quantize(model, [X], qconfig_mapping=wrong, custom=CUSTOM, progress=False).failure()
+    assert isinstance(failure, UnknownName) and "attention.q_proj" in failure.remedy
+
+
 # Functions of the user's
 
 
@@ -271,6 +318,52 @@ def test_the_projections_run_on_integers() -> None:
     assert sqnr(run(model, (X, MASK)), run(made, (X, MASK))) > 25
     for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert same_bits(run(copied, (X, MASK)), run(made, (X, MASK)))
+
+
+@pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
+@pytest.mark.parametrize(("name", "backend"), [("x86", X86), ("qnnpack", QNNPACK)])
+def test_it_is_about_as_accurate_as_the_references_attention(name: str, backend: BackendConfig) -> None:
+    """In the reference's eager mode: its graph mode cannot calibrate an attention."""
+    if name not in oracle.engines():
+        pytest.skip(f"this machine has no {name} engine")
+    torch.manual_seed(0)
+    model = Alone().eval()
+    batches = [torch.randn(12, 4, 16) for _ in range(4)]
+    expected, example = run(model, (batches[0],)), (batches[0],)
+    lowered = unwrap(quantize(model, batches, backend=backend, custom=CUSTOM, progress=False))
+    ours = sqnr(expected, run(unwrap(materialize(lowered)), example))
+    with oracle.engine(name):
+        theirs = sqnr(expected, run(eager_reference(model, batches, name), example))
+    assert ours > theirs - 1.5
+    own = unwrap(quantize(model, batches, custom=CUSTOM, progress=False))
+    assert sqnr(expected, run(unwrap(materialize(own)), example)) > theirs + 2
+
+
+class Alone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def eager_reference(model: Alone, batches: list[Tensor], name: str) -> nn.Module:
+    """`model` quantized by torch.ao's eager mode, with its quantizable attention."""
+    import torch.ao.nn.quantizable as quantizable
+    import torch.ao.nn.quantized as nnq
+    import torch.ao.quantization as ao
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = nn.Sequential(ao.QuantStub(), copy.deepcopy(model), ao.DeQuantStub()).eval()
+        wrapped.qconfig = ao.get_default_qconfig(name)
+        observing = {"float_to_observed_custom_module_class": {nn.MultiheadAttention: quantizable.MultiheadAttention}}
+        prepared = ao.prepare(wrapped, prepare_custom_config_dict=observing)
+        for batch in batches:
+            run(prepared, (batch,))
+        types = {quantizable.MultiheadAttention: nnq.MultiheadAttention}
+        return ao.convert(prepared, convert_custom_config_dict={"observed_to_quantized_custom_module_class": types})
 
 
 def test_an_encoder_layer_of_torch_is_quantized_inside_by_way_of_its_replacement() -> None:

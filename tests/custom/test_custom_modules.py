@@ -24,10 +24,12 @@ from qfunc import (
     QConfig,
     QConfigMapping,
     QuantSpec,
+    Standalone,
     annotate,
     calibrate,
     convert,
     describe,
+    explain_fusion,
     fuse,
     lower,
     materialize,
@@ -36,7 +38,7 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.errors import BadConfig, StaleSource, Unobserved, UserFunctionFailed, problems
+from qfunc.errors import BadConfig, NotLowered, StaleSource, Unobserved, UserFunctionFailed, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC_PER_CHANNEL
 from qfunc.testing import relative_error, same_bits, sqnr
 from qfunc.testing.walk import fingerprint
@@ -196,6 +198,32 @@ def test_only_calls_of_modules_can_be_swapped() -> None:
     wrong = replace(annotations, swapped=annotations.swapped.update({"x": swap, "nowhere": swap}))
     found = problems(prepare(graph, wrong).failure())
     assert {(type(problem), problem.node) for problem in found} == {(BadConfig, "x"), (BadConfig, "nowhere")}
+
+
+def test_a_standalone_module_configures_the_custom_modules_inside() -> None:
+    model = nn.Sequential(Gain(), nn.Sequential(nn.Linear(8, 8), Gain())).eval()
+    inside = QConfigMapping().set_global(QConfig(MinMax(), PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)))
+    for mapping, expected in ((inside, inside.global_qconfig), (inside.set_module_name("1", None), None)):
+        custom = CustomConfig(custom_modules=(GAIN,), standalone_names={"1": Standalone(mapping)})
+        stage = prepared(model, custom=custom)
+        found = {stage.graph[id].place: swap.qconfig for id, swap in stage.swapped.items()}
+        assert found["0"] == CPU.qconfig_mapping.global_qconfig and found.get("1.1") == expected
+
+
+def test_a_module_that_does_more_than_its_class_stays_float_and_is_told_of() -> None:
+    model = Net().eval()
+    model.gain.register_forward_hook(lambda *_: None)
+    stage = prepared(model)
+    assert not stage.swapped and stage.floats["gain"].startswith("its module has forward hooks")
+    result = quantize(model, [X], custom=CUSTOM, strict=True, progress=False)
+    assert [(type(problem), problem.node) for problem in problems(result.failure())] == [(NotLowered, "gain")]
+
+
+def test_fusion_tells_of_custom_modules() -> None:
+    custom = CustomConfig(custom_modules=(CustomModule(nn.Linear, lambda linear, _: linear, lambda linear: linear),))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    report = unwrap(explain_fusion(unwrap(trace(model, X, custom=custom)), custom=custom))
+    assert [(row.place, row.reason) for row in report.unfused] == [("0", "it is a custom module")]
 
 
 def test_the_nearest_configuration_is_handed_over() -> None:

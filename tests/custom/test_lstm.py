@@ -205,6 +205,13 @@ def test_without_states_and_with_its_whole_output_handed_on(shape: str) -> None:
     assert isinstance(unwrap(calibrate(stage, batches, progress=False)), Calibrated)
 
 
+def test_the_kernels_on_quantized_tensors_go_with_it() -> None:
+    model = Net().eval()
+    lowered = unwrap(quantize(model, [batch(model, 0)], engine="quantized", custom=CUSTOM, progress=False))
+    example = batch(model, 1)
+    assert sqnr(run(model, example)[0], run(unwrap(materialize(lowered)), example)[0]) > 20
+
+
 def test_the_materialized_module_is_an_ordinary_one() -> None:
     model = Net().eval()
     made = quantized(model, [batch(model, 0)])
@@ -258,6 +265,8 @@ def test_what_is_not_supported_is_told_of() -> None:
     for activation, said in ((Cast("float16"), "Cast"), (MinMax(QuantSpec("int16", -99, 99)), "int16")):
         failure = failing(Plain().eval(), x, QConfig(activation, QCONFIG.weight))
         assert isinstance(failure, UserFunctionFailed) and said in failure.reason
+    double = failing(Plain().eval().double(), x.double())
+    assert isinstance(double, UserFunctionFailed) and "convert the model with .float()" in double.reason
     cast_weight = failing(Plain().eval(), x, QConfig(MinMax(), Cast("float16")))
     assert isinstance(cast_weight, UserFunctionFailed) and "Cast" in cast_weight.reason
 
