@@ -99,6 +99,21 @@ def _reshapes_observed(sides: Structure, theirs: Quantized) -> Quantized:
     return theirs._replace(groups=groups)
 
 
+def _fixed_only_where_meant(sides: Structure, theirs: Quantized) -> Quantized:
+    """Values are measured that do not have the range known beforehand which an observer has."""
+    measured, others = list[Group](), list[Group]()
+    nodes = {node.name: node for node in sides.their_prepared.graph.nodes}
+    for group in theirs.groups.elements():
+        own = [nodes[value] for value in group.values if not _shares(nodes[value])]
+        meant = group.observer.fixed is None or all(map(sides.is_fixed, own))
+        (others if meant else measured).append(group)
+    for values, _ in measured:
+        alike = [group for group in others if group.observer == sides.their_usual and group.values & values]
+        others = [group for group in others if group not in alike]
+        others.append(Group(values.union(*(group.values for group in alike)), sides.their_usual))
+    return theirs._replace(groups=Counter(others))
+
+
 def _shares(node: fx.Node) -> bool:
     return _meant(node).get("input_output_share_observers", False)
 
@@ -122,6 +137,13 @@ CAUSES = {
         "points those of a concatenation's operands elsewhere, and not what shared them before.",
         _joined,
         frozenset({"unet", "TestHelperModules.Conv2dWithTwoCat", "vit_b_16"}),
+    ),
+    "a known range is given to other values": Cause(
+        "What has a range known beforehand, a sigmoid, say, has its operand clipped to that range as well, where that "
+        "is not observed yet; and so is what is concatenated with its result.",
+        _fixed_only_where_meant,
+        frozenset({"SigmoidOfInput", "SigmoidBesideAnother"}),
+        frozenset({"native", "fbgemm", "x86", "qnnpack", "onednn"}),
     ),
     "numbers are observed": Cause(
         "A number among the inputs is observed like a tensor, and the observer fails when it is called with one.",

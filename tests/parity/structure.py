@@ -159,12 +159,20 @@ class Structure:
             node = node.args[0]
         return node.name
 
-    def their_inputs(self, node: fx.Node) -> Described | None:
-        """The observer that torch.ao means for the inputs of a node, if it is one."""
-        make = (node.meta.get("target_dtype_info") or {}).get("input_act_obs_or_fq_ctr")
+    @cached_property
+    def their_usual(self) -> Described:
+        """The observer of activations for which the default mapping says nothing else."""
         with _quiet():
-            module = make() if make is not None else None
-        return None if module is None or not hasattr(module, "quant_min") else described(module)
+            return described(their_default(self.backend).global_qconfig.activation())
+
+    def is_fixed(self, node: fx.Node) -> bool:
+        """Whether torch.ao means to give a node's value a range that is known beforehand."""
+        observer = _made(node, "output_act_obs_or_fq_ctr")
+        return observer is not None and observer.fixed is not None
+
+    def their_inputs(self, node: fx.Node) -> Described | None:
+        """The observer that torch.ao means for the inputs of a node, if there is one."""
+        return _made(node, "input_act_obs_or_fq_ctr")
 
     def chain(self, id: str) -> tuple[str, ...]:
         """The first and the last of the traced nodes that a fused node stands for."""
@@ -190,6 +198,13 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _made(node: fx.Node, what: str) -> Described | None:
+    make = (node.meta.get("target_dtype_info") or {}).get(what)
+    with _quiet():
+        module = make() if make is not None else None
+    return described(module) if module is not None and hasattr(module, "quant_min") else None
 
 
 def _our(observer: Observer[Any]) -> Described:

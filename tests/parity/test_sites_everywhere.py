@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
+import re
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from returns.result import Failure
 from torch import nn
 
 from qfunc import trace
-from qfunc.testing import oracle
+from qfunc.testing import ModelCase, build, oracle, write_program
 from tests.parity import common_models
 from tests.parity.exceptions import CAUSES
 from tests.parity.structure import Quantized, Structure, Traced
@@ -60,8 +64,8 @@ def differences(ours: Quantized, theirs: Quantized) -> list[str]:
     ]
 
 
-def compare(name: str, graphs: Traced, backend: str) -> None:
-    """Both sides agree, but for the causes that are listed for this model and backend, of which none is idle."""
+def compare(graphs: Traced, backend: str, name: str = "") -> None:
+    """Both sides agree, but for causes; for a model with a name those are listed, and each makes a difference."""
     sides = Structure(graphs, backend)
     for reason, where, error, message, concerned in UNPREPARED:
         if backend == where and concerned(graphs.model):
@@ -69,24 +73,77 @@ def compare(name: str, graphs: Traced, backend: str) -> None:
             with pytest.raises(error, match=message):
                 sides.their_prepared  # noqa: B018 - fails
             return
-    theirs, made_a_difference = sides.theirs, set[str]()
+    theirs, found = sides.theirs, set[str]()
     for cause, (_, mended, *_) in CAUSES.items():
         before, theirs = theirs, mended(sides, theirs)
-        made_a_difference |= {cause} if theirs != before else set()
+        found |= {cause} if theirs != before else set()
     assert not sorted(differences(sides.ours, theirs))
-    assert made_a_difference == {cause for cause, row in CAUSES.items() if row.concerns(name, backend)}
+    assert not name or found == {cause for cause, row in CAUSES.items() if row.concerns(name, backend)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ZOO, ids=str)
 def test_zoo(case, backend):
-    compare(case.name, _built(case), backend)
+    compare(_built(case), backend, case.name)
+
+
+def pairs() -> Iterator[tuple[common_models.CommonCase, str]]:
+    """Every class with every backend; the variants of sums, which onednn alone fuses, with the others when deep."""
+    for case in (case for case in COMMON if case.name not in UNTRACEABLE):
+        of_sums = case.name == "ConvBnAddReluModel" and not all(flag for _, flag in case.options)
+        yield from ((case, backend) for backend in BACKENDS if DEEP or not of_sums or backend == "onednn")
+
+
+@pytest.mark.parametrize(("case", "backend"), list(pairs()), ids=str)
+def test_common(case, backend):
+    compare(_built(case), backend, case.name)
+
+
+class SigmoidOfInput(nn.Module):
+    def forward(self, x):
+        return torch.sigmoid(x)
+
+
+class SigmoidBesideAnother(nn.Module):
+    def forward(self, x):
+        return torch.cat([torch.sigmoid(x + x), x], 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [case for case in COMMON if case.name not in UNTRACEABLE], ids=str)
-def test_common(case, backend):
-    compare(str(case), _built(case), backend)
+@pytest.mark.parametrize("model", [SigmoidOfInput, SigmoidBesideAnother], ids=lambda model: model.__name__)
+def test_causes_of_no_model_above(model, backend):
+    compare(Traced(model().eval(), (torch.rand(2, 3),)), backend, model.__name__)
+
+
+UNCOMPARED = {
+    r"gain|\.shape|\.size": "a number that the graph is given or computes is observed like a tensor",
+    r"tensors=": "a list of operands given by its keyword shares no range",
+    r"::-1": "a list that the graph computes is observed like a tensor",
+    r"alpha=": "a sum's alpha is dropped",
+    r"PReLU|prelu": "a value that is read with two ranges is observed with the first",
+    r"return .*, 1\)": "a number among the results fails",
+    r"nn\.Linear.*\n(.*\n)*.*nn\.BatchNorm1d": "a batch norm is folded into a linear of any rank",
+    r"output_size=\[": "a transposed convolution whose padding depends on its input's size is kept as it is",
+}
+"""What torch.ao gets wrong in generated programs, and the last, for which there is no rule here."""
+
+
+GENERATED = 200 if DEEP else 12
+
+
+@cache
+def _generated(count: int) -> list[ModelCase]:
+    programs = (write_program(random.Random(seed).choice, max_nodes=10) for seed in range(10**6))
+    fitting = (p for p in programs if not any(re.search(pattern, p.description) for pattern in UNCOMPARED))
+    return [build(program) for program in islice(fitting, count)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", range(GENERATED))
+def test_generated(index, backend):
+    """Operators of all families in any order, also those that no backend quantizes."""
+    case = _generated(GENERATED)[index]
+    compare(Traced(case.module, case.batches(1)[0]), backend)
 
 
 @pytest.mark.parametrize("case", [case for case in COMMON if case.name in UNTRACEABLE], ids=str)
@@ -120,7 +177,7 @@ OFTEN = ("mobilenet_v3_large", "shufflenet_v2_x1_0", "swin_t")
 def test_torchvision(torchvision_zoo, name, backend):
     if not (DEEP or backend == "x86" or name in OFTEN):
         pytest.skip("in the deep profile")
-    compare(name, _torchvision(torchvision_zoo, name), backend)
+    compare(_torchvision(torchvision_zoo, name), backend, name)
 
 
 def test_all_torchvision_models_are_compared(torchvision_zoo):
