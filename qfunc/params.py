@@ -6,12 +6,14 @@ expressions, never tensors, and a pass costs nothing for large weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from qfunc.ir.value import Expression
+from qfunc.numerics.grid import Grid
 from qfunc.numerics.observers import Observer
+from qfunc.numerics.qparams import QParams, QuantSpec
 from qfunc.numerics.saturation import PairLayout
 
 
@@ -60,14 +62,14 @@ class FoldBatchNorm(Expression):
 
 @dataclass(frozen=True, slots=True)
 class QuantizeWeight(Expression):
-    """The integer weight that `observer` makes of a float one; its qparams are computed with it.
+    """The integer weight that `observer` makes of a float one; its qparams are computed with it, or are known.
 
     Where `pairs` says which products a kernel adds in int16 (see `qfunc.numerics.saturation`), the scale of a channel
     whose pairs could saturate for activations up to `activation_max` is enlarged.
     """
 
     value: Expression
-    observer: Observer[Any]
+    observer: Observer[Any] | Grid | DeriveQParams
     pairs: PairLayout = "none"
     activation_max: int = 255
 
@@ -85,6 +87,44 @@ class DequantizeWeight(Expression):
         return f"dequantize_weight({self.value})"
 
 
+@dataclass(frozen=True, slots=True)
+class DeriveQParams(Expression):
+    """Qparams for `spec` that a function of the user's makes of others, of which some are those of weights.
+
+    `place` is where a user finds what has them.
+    """
+
+    of: tuple[QParamsSource, ...]
+    function: Callable[[tuple[QParams, ...]], QParams]
+    spec: QuantSpec
+    place: str
+
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__qualname__", None) or type(self.function).__name__
+        return f"DeriveQParams(of={self.of!r}, function={name}, spec={self.spec!r}, place={self.place!r})"
+
+    def __str__(self) -> str:
+        return f"derived {self.spec.dtype}"
+
+
+QParamsSource: TypeAlias = Grid | QuantizeWeight | DeriveQParams
+"""Where qparams come from: known, found with a weight, or made of others."""
+
+
+@dataclass(frozen=True, slots=True)
+class CastWeight(Expression):
+    """A parameter rounded to a smaller floating-point type, in its own type again.
+
+    What the smaller type cannot hold becomes what `Tensor.to` makes of it: infinity in float16, as in the reference.
+    """
+
+    value: Expression
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"cast({self.value}, {self.dtype})"
+
+
 def loads(expression: Expression | None) -> Iterator[Load]:
     """The source tensors that an expression reads.
 
@@ -97,7 +137,15 @@ def loads(expression: Expression | None) -> Iterator[Load]:
         case FoldBatchNorm(_, weight, bias, mean, var, gamma, beta):
             for part in (weight, bias, mean, var, gamma, beta):
                 yield from loads(part)
-        case QuantizeWeight(value) | DequantizeWeight(value):
+        case QuantizeWeight(value, observer):
             yield from loads(value)
+            if isinstance(observer, DeriveQParams):
+                yield from loads(observer)
+        case DequantizeWeight(value) | CastWeight(value):
+            yield from loads(value)
+        case DeriveQParams(of):
+            for source in of:
+                if not isinstance(source, Grid):
+                    yield from loads(source)
         case _:
             return

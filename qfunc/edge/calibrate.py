@@ -20,10 +20,11 @@ from qfunc.edge.materialize import materialize
 from qfunc.edge.observer import ObserverError, ObserverModule
 from qfunc.edge.progress import tracked
 from qfunc.errors import BadBatch, NoBatches, NonFinite, Problem, QuantError, WrongStage, several, told
-from qfunc.ir import Expression, Graph, Node, TensorFact, digest
+from qfunc.ir import Graph, Node, TensorFact, digest
 from qfunc.numerics.statistic import finite, state_is_finite
 from qfunc.params import loads
 from qfunc.passes.stages import Calibrated, Prepared, Statistics
+from qfunc.passes.weights import weights_of
 from qfunc.result import R
 
 
@@ -33,7 +34,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Any], *, progress: bool | No
     Args:
         prepared: what to observe.
         batches: an iterable of batches, each a tensor, a tuple or list of positional inputs, or a dict of keyword
-            inputs. It is read once.
+            inputs. It is read once. There may be none where nothing is measured.
         progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:
@@ -78,7 +79,7 @@ def calibrate_on(
             if error is not None:
                 return Failure(error)
             count += 1
-    if not count:
+    if not count and prepared.measured:
         return Failure(NoBatches())
     states = {key: observer.state for observer in observers if (key := observer.site.key) is not None}
     statistics = Statistics(digest(prepared.graph), pmap(states), count)
@@ -89,11 +90,10 @@ def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
     """Weights that are to be quantized and cannot be; told here, before any data runs."""
     graph = prepared.graph
     for id in (id for id in graph.order if id in prepared.weights):
-        weight = graph[id].get("weight")
-        assert isinstance(weight, Expression)
-        for load in loads(weight):
-            tensor, _ = graph.sources[load.source].tensors[load.name]
-            yield from unquantizable(tensor, load.name, graph[id].place)
+        for weight in weights_of(graph, graph[id]).values():
+            for load in loads(weight):
+                tensor, _ = graph.sources[load.source].tensors[load.name]
+                yield from unquantizable(tensor, load.name, graph[id].place)
 
 
 def _run(

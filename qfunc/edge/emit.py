@@ -114,7 +114,7 @@ class Emitter:
             function = self._object(Token(target[1:]) if target.startswith("$") else Name(target))
             return self._fx.create_node("call_function", function, args, kwargs, node.id)
         if written.op == "call_module":
-            target = self._clone(target, known) if not known or _is_unchanged(node) else self._layer(node, target)
+            target = self._clone(target, known) if _is_unchanged(node) else self._layer(node, target)
         return self._fx.create_node(written.op, target, args, kwargs, node.id)
 
     def _canonical(self, kind: str, named: NamedArgs, id: str, first: fx.Node | None = None) -> fx.Node:
@@ -192,19 +192,35 @@ class Emitter:
 
     def _layer(self, node: Node, path: str) -> str:
         """The path of a copy of the source's layer with the tensors that the node's expressions give."""
-        key = (path, node.args[1:])
+        known = node.kind in BY_NAME
+        key = (path, node.args[1:] if known else _own_parameters(node))
         if key not in self._layers:
-            module = self._source_module(path)
-            blank: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-            made = copying.deepcopy(module, blank)
-            for name in BY_NAME[node.kind].weights:
-                value = node.get(name)
-                tensor = self._tensor(value) if isinstance(value, Expression) else None
-                table = made._buffers if name in made._buffers else made._parameters
-                table[name] = tensor  # type: ignore[assignment]
+            made = self._refilled(node, path) if known else self._with_parameters(_own_parameters(node), path)
             place = fresh_id(path, self._unchanged) if path in self._unchanged else path
             self._layers[key] = self._attach(place, made)
         return self._layers[key]
+
+    def _refilled(self, node: Node, path: str) -> nn.Module:
+        """A copy of a layer of a known kind, with the tensors that the node has for it."""
+        module = self._source_module(path)
+        blank: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        made = copying.deepcopy(module, blank)
+        for name in BY_NAME[node.kind].weights:
+            value = node.get(name)
+            tensor = self._tensor(value) if isinstance(value, Expression) else None
+            table = made._buffers if name in made._buffers else made._parameters
+            table[name] = tensor  # type: ignore[assignment]
+        return made
+
+    def _with_parameters(self, changed: NamedArgs, path: str) -> nn.Module:
+        """A copy of a module, in which some parameters are others wherever it holds them."""
+        module = self._source_module(path)
+        filled = {id(tensor): self._fresh(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        for name, value in changed:
+            assert isinstance(value, Expression), name
+            filled[id(module.get_parameter(name))] = self._tensor(value)
+        made: nn.Module = copying.deepcopy(module, {**self.memo, **filled})
+        return made
 
     def _source_module(self, path: str) -> nn.Module:
         model: nn.Module = self._graph.sources["model"].model
@@ -338,10 +354,17 @@ def _is_module_of_own(post: PostOp) -> bool:
     )
 
 
+def _own_parameters(node: Node | PostOp) -> NamedArgs:
+    """The parameters that a pass gave a call of a kind that the vocabulary does not know."""
+    written = node.origin.written
+    given = set() if written is None else {*written.args, *(name for _, name in written.kwargs)}
+    return tuple((name, value) for name, value in node.args if isinstance(value, Expression) and name not in given)
+
+
 def _is_unchanged(node: Node | PostOp) -> bool:
     """Whether every parameter of a module call is still the module's own."""
     if node.kind not in BY_NAME:
-        return True
+        return not _own_parameters(node)
     weights = ((name, node.get(name)) for name in BY_NAME[node.kind].weights)
     return all(value is None or _load_name(value) == f"{_target(node)}.{name}" for name, value in weights)
 

@@ -8,16 +8,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qfunc.edge.observer import observe_once
+from qfunc.edge.observer import ObserverError, observe_once
 from qfunc.edge.tensors import is_current
-from qfunc.errors import NonFinite, Problem, StaleSource
+from qfunc.errors import BadConfig, NonFinite, Problem, StaleSource, UserFunctionFailed
 from qfunc.ir import Expression, Graph, Source
 from qfunc.numerics.affine import dequantize, quantize
 from qfunc.numerics.batch_norm import fold_batch_norm, fold_batch_norm_before
+from qfunc.numerics.derive import derived_qparams, wrong_qparams
+from qfunc.numerics.grid import Grid
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.saturation import limit_pair_sums
 from qfunc.numerics.statistic import finite
-from qfunc.params import DequantizeWeight, FoldBatchNorm, Load, QuantizeWeight, loads
+from qfunc.params import (
+    CastWeight,
+    DequantizeWeight,
+    DeriveQParams,
+    FoldBatchNorm,
+    Load,
+    QParamsSource,
+    QuantizeWeight,
+    loads,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +46,7 @@ class Evaluator:
         self._sources = sources
         self._tensors: dict[Expression, Tensor] = {}
         self._quantized: dict[QuantizeWeight, QuantizedWeight] = {}
+        self._derived: dict[DeriveQParams, QParams] = {}
 
     def source(self, load: Load) -> Tensor:
         """The source tensor itself, by identity."""
@@ -54,6 +66,21 @@ class Evaluator:
                 self._quantized[expression] = self._quantize(expression)
         return self._quantized[expression]
 
+    def qparams(self, source: QParamsSource) -> QParams:
+        """The qparams that are known, found with a weight, or made of others; an `ObserverError` where that fails."""
+        match source:
+            case Grid():
+                return source.qparams()
+            case QuantizeWeight():
+                return self.quantized(source).qparams
+            case DeriveQParams(of, function, spec, place):
+                if source not in self._derived:
+                    made = derived_qparams(function, tuple(self.qparams(other) for other in of), spec)
+                    if isinstance(made, str):
+                        raise ObserverError(UserFunctionFailed(place, made))
+                    self._derived[source] = made
+                return self._derived[source]
+
     def _compute(self, expression: Expression) -> Tensor:
         match expression:
             case Load():
@@ -65,6 +92,9 @@ class Evaluator:
                 q = codes.qparams
                 floats = dequantize(codes.values, q.scale, q.zero_point, ch_axis=q.spec.ch_axis)
                 return floats.to(self.tensor(quantized.value).dtype)
+            case CastWeight(value, dtype):
+                floats = self.tensor(value)
+                return floats.to(getattr(torch, dtype)).to(floats.dtype)
             case _:
                 raise TypeError(f"no rule to compute {expression!r}")
 
@@ -87,7 +117,10 @@ class Evaluator:
 
     def _quantize(self, expression: QuantizeWeight) -> QuantizedWeight:
         weight, observer = self.tensor(expression.value), expression.observer
-        qparams = observe_once(observer, weight, next(loads(expression)).name)
+        name = next(loads(expression)).name
+        known = isinstance(observer, (Grid, DeriveQParams))
+        qparams = self.qparams(observer) if known else observe_once(observer, weight, name)  # type: ignore[arg-type]
+        _check_fit(qparams, weight, name)
         spec = qparams.spec
         if expression.pairs != "none":
             scale = limit_pair_sums(
@@ -113,6 +146,19 @@ class Evaluator:
         return QuantizedWeight(values, qparams)
 
 
+def _check_fit(qparams: QParams, weight: Tensor, name: str) -> None:
+    """That qparams can be meant, and are for a tensor of this shape; an `ObserverError` otherwise."""
+    axis, shape = qparams.spec.ch_axis, tuple(weight.shape)
+    if axis is not None and axis >= len(shape):
+        reason = f"ch_axis {axis} is no axis of its shape {shape}"
+        raise ObserverError(BadConfig(name, reason, "use ch_axis=0, the axis of the output channels"))
+    wrong = wrong_qparams(qparams)
+    if not wrong and axis is not None and len(qparams.scale) != shape[axis]:
+        wrong = f"there are {len(qparams.scale)} scales for the {shape[axis]} channels along axis {axis} of {shape}"
+    if wrong:
+        raise ObserverError(UserFunctionFailed(name, f"its qparams cannot be meant: {wrong}"))
+
+
 def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
     """Every parameter expression of a graph, with the node that holds it."""
     for node in graph:
@@ -126,7 +172,7 @@ def check_sources(graph: Graph) -> list[Problem]:
     """The source tensors that changed since tracing, and the weights to be quantized that are not finite."""
     found: dict[Problem, None] = {}
     for id, expression in expressions(graph):
-        quantized = isinstance(expression, (QuantizeWeight, DequantizeWeight))
+        quantized = isinstance(expression, (QuantizeWeight, DequantizeWeight, CastWeight, DeriveQParams))
         for load in loads(expression):
             source = graph.sources[load.source]
             tensor, _ = source.tensors[load.name]

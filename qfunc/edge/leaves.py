@@ -13,6 +13,7 @@ from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.affine import Dequantize, Quantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
+from qfunc.edge.kernels.grid import DequantizeGrid, QuantizeDynamically, QuantizeGrid
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.post_op import read_post_op
@@ -28,9 +29,9 @@ from qfunc.edge.kernels.quantized import (
 )
 from qfunc.edge.observer import ObserverModule
 from qfunc.ir import Arg, Expression, Node, Opaque, Token
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import Affine, Grid, literals
 from qfunc.ops import BY_NAME, resolve
-from qfunc.params import QuantizeWeight
+from qfunc.params import DeriveQParams, QuantizeWeight
 
 Builder = Callable[[Node, Evaluator, Mapping[str, Opaque]], nn.Module]
 Weights = tuple[Tensor, Tensor, Tensor | None]
@@ -45,6 +46,24 @@ def _observer(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Mod
 def _literal(make: Callable[[Any], nn.Module]) -> Builder:
     """A module made of the node's literal arguments alone."""
     return lambda node, _evaluator, _objects: make(_Literals(node))
+
+
+def _quantize(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
+    qparams = _qparams(node.get("output"), evaluator)
+    return Quantize(qparams) if isinstance(qparams, Affine) else QuantizeGrid(qparams)
+
+
+def _dequantize(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
+    qparams = _qparams(node.get("input"), evaluator)
+    return Dequantize(qparams) if isinstance(qparams, Affine) else DequantizeGrid(qparams)
+
+
+def _qparams(given: Arg, evaluator: Evaluator) -> Affine | Grid:
+    """Qparams that a graph holds; some are known when the weights are."""
+    if isinstance(given, DeriveQParams):
+        return literals(evaluator.qparams(given))
+    assert isinstance(given, (Affine, Grid)), given
+    return given
 
 
 class _Literals:
@@ -173,8 +192,9 @@ _ADAPTIVE = _literal(lambda g: AdaptiveAvgPool(g.output_size, g.given, g.output)
 LEAVES: Mapping[str, Builder] = MappingProxyType(
     {
         "observe": _observer,
-        "quantize": _literal(lambda g: Quantize(g.output)),
-        "dequantize": _literal(lambda g: Dequantize(g.input)),
+        "quantize": _quantize,
+        "dequantize": _dequantize,
+        "quantize_dynamically": _literal(lambda g: QuantizeDynamically(g.spec)),
         **{f"onednn.conv{rank}d": _onednn_conv for rank in (1, 2, 3)},
         **{f"onednn.conv{rank}d_add": _onednn_conv for rank in (1, 2)},
         "onednn.linear": _onednn_linear,

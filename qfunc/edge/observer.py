@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qfunc.errors import Unobserved, UnsupportedDType, UserFunctionFailed, told
+from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
+from qfunc.numerics.statistic import RangeState
 from qfunc.passes.stages import Site, measures
 
 
 class ObserverError(Exception):
     """An observer cannot take a value, or is the user's and failed; `problem` says it as a value."""
 
-    def __init__(self, problem: UnsupportedDType | UserFunctionFailed | Unobserved) -> None:
+    def __init__(self, problem: UnsupportedDType | UserFunctionFailed | Unobserved | BadConfig) -> None:
         super().__init__(f"{problem.node}: {problem.reason}")
         self.problem = problem
 
@@ -38,8 +39,23 @@ class ObserverModule(nn.Module):
         site = self.site
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ObserverError(UnsupportedDType(site.id, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
+        axis = self.observer.spec.ch_axis
+        if axis is not None:
+            self._check_channels(x, axis)
         self.state = guarded(self.observer, site.id, self.observer.update, self.state, x.detach())
         return x
+
+    def _check_channels(self, x: Tensor, axis: int) -> None:
+        """That every tensor has the axis, and as many channels along it as those before."""
+        before = self.state.minimum if isinstance(self.state, RangeState) and self.state.observed else None
+        shape = tuple(x.shape)
+        if axis >= x.dim():
+            reason = f"ch_axis {axis} is no axis of its shape {shape}"
+        elif before is not None and x.numel() and before.shape[0] != shape[axis]:
+            reason = f"along ch_axis {axis} it has {before.shape[0]} channels in one batch, {shape[axis]} in another"
+        else:
+            return
+        raise ObserverError(BadConfig(self.site.id, reason, "choose the axis of the channels as ch_axis"))
 
     def extra_repr(self) -> str:
         """The observer, and what it observes."""

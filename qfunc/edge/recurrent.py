@@ -14,13 +14,12 @@ from qfunc.config.qconfig import QConfig
 from qfunc.edge.kernels.base import Kernel
 from qfunc.edge.observer import ObserverError, guarded, observe_once
 from qfunc.errors import Unobserved, UserFunctionFailed
-from qfunc.numerics.affine import dequantize, quantize
-from qfunc.numerics.grid import CODE_RANGE, Affine
+from qfunc.numerics.affine import dequantize, fake_quantize, quantize
+from qfunc.numerics.grid import CODE_RANGE, Affine, Grid, literals
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.statistic import finite, state_is_finite
 from qfunc.numerics.unmeasured import UNMEASURED, KeepFloat, Quantization
-from qfunc.passes.convert import affine_of
 
 States = tuple[Tensor, Tensor]
 Output = tuple[Tensor, States]
@@ -232,19 +231,21 @@ class Observe(nn.Module):
 class Round(Kernel):
     """Real values rounded to those that codes stand for."""
 
-    def __init__(self, affine: Affine) -> None:
+    def __init__(self, qparams: Affine | Grid) -> None:
         super().__init__()
-        self.affine = affine
+        self.qparams = qparams
 
     def forward(self, x: Tensor) -> Tensor:
         """`dequantize(quantize(x))`, in float32."""
-        low, high = self.affine.bounds
-        floats = x.to(torch.float32)
-        return torch.fake_quantize_per_tensor_affine(floats, self.affine.scale, self.affine.zero_point, low, high)
+        floats, given = x.to(torch.float32), self.qparams
+        if isinstance(given, Affine):
+            return torch.fake_quantize_per_tensor_affine(floats, given.scale, given.zero_point, *given.bounds)
+        spec, exact = given.spec, given.qparams()
+        return fake_quantize(floats, exact.scale, exact.zero_point, spec.quant_min, spec.quant_max, spec.ch_axis)
 
     def extra_repr(self) -> str:
         """The qparams."""
-        return str(self.affine)
+        return str(self.qparams)
 
 
 def _suffixes(module: nn.LSTM) -> Iterator[str]:
@@ -270,7 +271,7 @@ def _point(quantization: Quantization, name: str) -> nn.Module:
 
 
 def _rounding(point: nn.Module) -> nn.Module:
-    return Round(affine_of(point.qparams())) if isinstance(point, Observe) else nn.Identity()
+    return Round(literals(point.qparams())) if isinstance(point, Observe) else nn.Identity()
 
 
 def _fixed(quantization: Quantization) -> dict[str, nn.Module]:

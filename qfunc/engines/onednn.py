@@ -20,7 +20,7 @@ def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
     """
     weight = call.node.get("weight")
     if not isinstance(weight, DequantizeWeight):
-        return "its weight is not quantized"
+        return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
     quantized, spec = weight.value, weight.value.observer.spec
     if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
         return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import TypeAlias
 
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import Affine, Grid
+from qfunc.numerics.qparams import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ Arg: TypeAlias = (
     | SliceArg
     | RecordArg
     | Affine
+    | Grid
+    | QuantSpec
     | tuple["Arg", ...]
 )
 """An argument of a node."""

@@ -8,6 +8,8 @@ scale, and the zero point is added after rounding: so do `torch.fake_quantize_*`
 results equal theirs bit for bit. `torch.quantize_per_tensor` and `quantize_per_channel` add the zero point before
 rounding, which moves values within rounding error of a half by one step; everything else is equal there too.
 
+A zero point that is a float is added before rounding, since its fraction counts; zero is then not exact.
+
 For finite x between `(quant_min - zero_point) * scale` and `(quant_max - zero_point) * scale`, if these two are finite
 in float32 and the range has at most 16 bits,
 
@@ -37,8 +39,9 @@ def quantize(
 ) -> Tensor:
     """The integers, of plain type `dtype`, that stand for x; same shape and memory format.
 
-    `scale` and `zero_point` have shape `()`, or `(x.shape[ch_axis],)`. x is floating point and has no NaN; any type
-    but float32 is converted to it first. Values out of range, infinite ones too, saturate.
+    `scale` and `zero_point` have shape `()`, or `(x.shape[ch_axis],)`; zero points are integers or floats. x is
+    floating point and has no NaN; any type but float32 is converted to it first. Values out of range, infinite ones
+    too, saturate.
 
     >>> quantize(torch.tensor([-1.0, 0.0, 0.25, 0.75, 9.0]), torch.tensor(0.5), torch.tensor(2), 0, 8, torch.uint8)
     tensor([0, 2, 2, 4, 8], dtype=torch.uint8)
@@ -86,7 +89,10 @@ def _rounded(
 ) -> Tensor:
     """The integers that stand for x, as floating point numbers that hold them exactly."""
     scale, zero_point = _along(scale, x, ch_axis), _along(zero_point, x, ch_axis)
-    steps = torch.round(x.to(torch.float32) * (1.0 / scale))
+    scaled = x.to(torch.float32) * (1.0 / scale)
+    if zero_point.is_floating_point():
+        return torch.clamp(torch.round(scaled + zero_point), quant_min, quant_max)
+    steps = torch.round(scaled)
     if max(-quant_min, quant_max) > _EXACT:
         steps = steps.to(torch.float64)
     return torch.clamp(steps + zero_point, quant_min, quant_max)

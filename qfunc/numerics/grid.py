@@ -1,10 +1,14 @@
-"""`Affine`: per-tensor qparams as plain literals, as graphs and kernels hold them."""
+"""Qparams as plain literals, as graphs hold them: `Affine` is what kernels take, `Grid` is for all others."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+import torch
+
+from qfunc.numerics.qparams import FLOAT_QPARAMS, QParams, QuantSpec
 
 CodeDType: TypeAlias = Literal["uint8", "int8"]
 CODE_RANGE: dict[str, tuple[int, int]] = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -60,3 +64,58 @@ class Affine:
 
     def __str__(self) -> str:
         return f"{self.dtype}(scale={self.scale:.6g}, zero_point={self.zero_point})"
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The qparams of any spec: one scale and zero point, or one of each per channel along `spec.ch_axis`.
+
+    >>> Grid((0.5, 0.25), (0, 3), QuantSpec("int16", -9, 9, "per_channel_affine", 1)).qparams().scale
+    tensor([0.5000, 0.2500])
+    """
+
+    scale: tuple[float, ...]
+    zero_point: tuple[float, ...]
+    spec: QuantSpec
+
+    @staticmethod
+    def of(qparams: QParams) -> Grid:
+        """The literals of qparams; exact."""
+        return Grid(tuple(qparams.scale.view(-1).tolist()), tuple(qparams.zero_point.view(-1).tolist()), qparams.spec)
+
+    def qparams(self) -> QParams:
+        """New tensors of these literals."""
+        dtype = torch.float32 if self.spec.qscheme == FLOAT_QPARAMS else torch.int64
+        scale = torch.tensor(self.scale, dtype=torch.float32)
+        zero_point = torch.tensor(self.zero_point, dtype=dtype)
+        if not self.spec.per_channel:
+            scale, zero_point = scale.view(()), zero_point.view(())
+        return QParams(scale, zero_point, self.spec)
+
+    def __str__(self) -> str:
+        spec, count = self.spec, len(self.scale)
+        codes = f"{spec.dtype} {spec.quant_min}..{spec.quant_max}"
+        if spec.per_channel:
+            return f"{codes}, {count} channels along axis {spec.ch_axis}"
+        return f"{codes}, scale={self.scale[0]:.6g}, zero_point={self.zero_point[0]}"
+
+
+_HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
+
+
+def literals(qparams: QParams) -> Affine | Grid:
+    """Qparams as literals: an `Affine` for one scale and codes of 8 bits, else a `Grid`.
+
+    Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
+    dtype goes, as in the reference and as kernels do. Any other range is the range of the codes.
+
+    >>> literals(QParams(torch.tensor(0.5), torch.tensor(3), QuantSpec(quant_max=127)))
+    uint8(scale=0.5, zero_point=3, 0..127, headroom)
+    """
+    spec = qparams.spec
+    dtype = str(spec.torch_dtype).removeprefix("torch.")
+    if spec.per_channel or dtype not in CODE_RANGE:
+        return Grid.of(qparams)
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    headroom = (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM
+    return Affine(scale, zero_point, dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]

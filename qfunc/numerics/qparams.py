@@ -246,7 +246,7 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         scale = _bounded(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2, spec.eps)
-        return QParams(scale, torch.full_like(scale, _middle(spec), dtype=torch.int64), spec)
+        return QParams(scale, torch.full_like(scale, middle(spec), dtype=torch.int64), spec)
     scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, spec.eps)
     zero_point = spec.quant_min - torch.round(low / scale).to(torch.int64)
     return QParams(scale, zero_point.clamp(spec.quant_min, spec.quant_max), spec)
@@ -269,7 +269,8 @@ def _bounded(width: Tensor, steps: float, eps: float) -> Tensor:
     return (width / steps).clamp(max=_LARGEST).to(torch.float32).clamp(min=eps)
 
 
-def _middle(spec: QuantSpec) -> int:
+def middle(spec: QuantSpec) -> int:
+    """The zero point of a symmetric scheme."""
     least, largest = spec.limits
     if least < 0:
         return 0

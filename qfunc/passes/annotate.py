@@ -12,11 +12,11 @@ from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import places_of, problems_of
+from qfunc.config.resolve import Entry, places_of, problems_of
 from qfunc.errors import WrongStage, several
 from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
-from qfunc.passes.custom_modules import with_custom_modules
+from qfunc.passes.custom_modules import custom_calls, with_custom_modules
 from qfunc.passes.regions import Region, region_notes, region_problems, regions
 from qfunc.passes.rules import Rules, Surroundings
 from qfunc.passes.unmatched import unmatched, without_effect
@@ -67,11 +67,17 @@ def annotate(
     if problems:
         return Failure(several(problems))
     surroundings = Surroundings.of(graph)
+    claimed = frozenset(id for id, _ in custom_calls(graph, custom))
     demanded = frozenset(quantized_outputs(graph, custom).values())
-    rules = [Rules(graph, p.mapping, p.backend, surroundings, base=p.base, own=p.own, demanded=demanded) for p in parts]
+    rules = [
+        Rules(graph, p.mapping, p.backend, surroundings, base=p.base, own=p.own, demanded=demanded, claimed=claimed)
+        for p in parts
+    ]
+    fits: dict[int, set[tuple[Entry, bool]]] = {}
     for one in rules:
-        same = (other.fits for other in rules if other.mapping is one.mapping)
-        problems += (*one.problems, *one.useless_entries(frozenset().union(*same)))
+        fits.setdefault(id(one.mapping), set()).update(one.fits)
+    for one in rules:
+        problems += (*one.problems, *one.useless_entries(fits[id(one.mapping)]))
     given = [one.annotations(_notes(part, one, asked)) for one, part in zip(rules, parts, strict=True)]
     ruled = unwrap(combine(*given)) if found else given[0]
     ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))

@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TypeAlias
 
 from pyrsistent import pmap
 from returns.result import Failure, Success
 
+from qfunc.config.annotation import ParameterSpec
 from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
-from qfunc.ir.node import NamedArgs, fact_in
-from qfunc.numerics.grid import Affine
-from qfunc.numerics.observers import Observer, finished
+from qfunc.ir.node import NamedArgs, Written, fact_in
+from qfunc.ir.value import Name
+from qfunc.numerics.derive import wrong_qparams
+from qfunc.numerics.grid import Affine, Grid, literals
+from qfunc.numerics.observers import finished
 from qfunc.numerics.qparams import QParams
-from qfunc.params import DequantizeWeight, QuantizeWeight
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
+from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, QuantizeWeight
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
+from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
+from qfunc.passes.weights import RECURRENT, weights_of
 from qfunc.result import R
+
+How: TypeAlias = Affine | Grid | DeriveQParams | Dynamic | Cast
+"""How the reference form quantizes a value: with known qparams, with those known when weights are read, or anew."""
 
 
 def convert(calibrated: Calibrated) -> R[Converted]:
     """The reference form: every quantized value goes through `quantize` and `dequantize`, every weight expression too.
 
     A value with a site of its own is quantized once, right behind its producer, for all its users; a float value with
-    quantized uses once for each site, for those uses alone. Nothing of the input changes, so that it can be converted
-    any number of times.
+    quantized uses once for each site, for those uses alone. What is quantized dynamically goes through one node, which
+    rounds it to codes of its own range and gives float again; what is cast through two casts, there and back, where
+    float16 overflows to infinity as `Tensor.to` does. Qparams that a function makes of a weight's are an expression,
+    like the weight. Nothing of the input changes, so that it can be converted any number of times.
 
     Returns:
-        The converted graph, or `Unobserved` for every site that no data reached, or `WrongStage`.
+        The converted graph, or `Unobserved` for every site that no data reached, `UserFunctionFailed` for an observer
+        or a function of the user's that gives no qparams, `BadConfig` for a node whose weights are no parameters, or
+        `WrongStage`.
     """
     if not isinstance(calibrated, Calibrated):
         return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
     prepared = calibrated.prepared
     found, problems = _qparams(calibrated)
-    problems += uncalibrated(calibrated)
+    weights = {id: weights_of(prepared.graph, prepared.graph[id]) for id in prepared.weights}
+    problems += [_no_weight(prepared.graph, id) for id, parts in weights.items() if not parts]
+    cyclic = list(wrong_derived(prepared))
+    derivations = Derivations(prepared, found, weights)
+    if not cyclic:
+        hows = {id: how for id in prepared.sites if (how := _how(prepared, derivations, id)) is not None}
+        parameters = {id: dict(_parameters(prepared, derivations, id, weights)) for id in _with_parameters(prepared)}
+    problems += [*cyclic, *derivations.problems, *uncalibrated(calibrated)]
     if problems:
         return Failure(several(problems))
-    qparams = {site: affine_of(q) for site, q in found.items()}
-    graph = _insert(prepared, qparams, to_quantize(calibrated))
+    graph = _insert(prepared, hows, parameters, to_quantize(calibrated))
+    meant = {*prepared.outputs, *prepared.weights, *prepared.refused}
+    meant |= {edge.user for edge, site in prepared.inputs.items() if isinstance(hows[site], (Dynamic, Cast))}
     intended = {
-        node.id: node.origin.module
-        for node in prepared.graph
-        if (node.id in prepared.outputs or node.id in prepared.weights or node.id in prepared.refused)
-        and node.id not in prepared.swapped
+        node.id: node.origin.module for node in prepared.graph if node.id in meant and node.id not in prepared.swapped
     }
     return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats))
 
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
-    """The qparams of each site, and what is wrong where there are none."""
+    """The qparams of each site that is measured, and what is wrong where there are none."""
     prepared, states = calibrated.prepared, calibrated.statistics.states
     if prepared.sites and calibrated.statistics.graph != digest(prepared.graph):
         reason = "the statistics were measured on another graph"
@@ -60,22 +79,18 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
     found: dict[str, QParams] = {}
     problems: list[Problem] = []
     for id in _in_order(prepared):
-        site, key = prepared.sites[id], prepared.sites[id].key
-        if not measures(site.observer):
-            reason = f"its values are quantized by {type(site.observer).__name__}, of which there is no reference form"
-            problems.append(BadConfig(_place(prepared, id), reason, "configure an observer, such as Histogram()"))
-            continue
-        qparams = finished(site.observer, states[key]) if key is not None and key in states else None
-        if isinstance(qparams, QParams):
-            found[id] = qparams
-        elif qparams is None:
-            problems.append(Unobserved(_place(prepared, id)))
-        else:
-            problems.append(UserFunctionFailed(_place(prepared, id), qparams))
-    for id, observer in prepared.weights.items():
+        observer, key = prepared.sites[id].observer, prepared.sites[id].key
         if not measures(observer):
-            reason = f"its weight is quantized by {type(observer).__name__}, of which there is no reference form"
-            problems.append(BadConfig(prepared.graph[id].place, reason, "configure an observer, such as MinMax(spec)"))
+            continue
+        qparams = finished(observer, states[key]) if key is not None and key in states else None
+        if qparams is None:
+            problems.append(Unobserved(_place(prepared, id)))
+            continue
+        wrong = wrong_qparams(qparams) if isinstance(qparams, QParams) else qparams
+        if isinstance(qparams, QParams) and not wrong:
+            found[id] = qparams
+        else:
+            problems.append(UserFunctionFailed(_place(prepared, id), wrong))
     return found, problems
 
 
@@ -88,27 +103,69 @@ def _place(prepared: Prepared, site: str) -> str:
     return prepared.graph[prepared.sites[site].taps[0]].place
 
 
-_HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
+def _how(prepared: Prepared, derivations: Derivations, site: str) -> How | None:
+    """How a site is quantized; None where a problem is told."""
+    observer = prepared.sites[site].observer
+    if isinstance(observer, (Dynamic, Cast)):
+        return observer
+    found = derivations.of("site", site)
+    assert not isinstance(found, QuantizeWeight), site
+    return literals(found.qparams()) if isinstance(found, Grid) else found
 
 
-def affine_of(qparams: QParams) -> Affine:
-    """The qparams as literals.
-
-    Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
-    dtype goes, as in the reference and as kernels do. Any other range is the range of the codes.
-    """
-    spec = qparams.spec
-    assert spec.dtype in ("uint8", "int8"), spec
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    headroom = (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM
-    return Affine(scale, zero_point, spec.dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]
+def _no_weight(graph: Graph, id: str) -> Problem:
+    node = graph[id]
+    if node.kind in RECURRENT:
+        reason = "hooks or parametrizations compute its weights, or it is called otherwise than as a module"
+        return BadConfig(node.place, reason, "remove them, or keep the module float: set_module_name(name, None)")
+    reason = f"its weight is to be quantized, and it is no parameter called 'weight' of the {node.kind}"
+    return BadConfig(node.place, reason, "quantize it where it is used, as set_edge does, or keep the module float")
 
 
-def _insert(prepared: Prepared, qparams: dict[str, Affine], custom: dict[str, Opaque]) -> Graph:
+def _with_parameters(prepared: Prepared) -> list[str]:
+    return [id for id in prepared.graph.order if id in prepared.weights or id in prepared.biases]
+
+
+def _parameters(
+    prepared: Prepared, derivations: Derivations, id: str, weights: Mapping[str, Mapping[str, Expression]]
+) -> Iterator[tuple[str, Arg]]:
+    """The parameters of a node that are quantized, by the names of its arguments."""
+    spec = prepared.weights.get(id, KeepFloat())
+    for name, value in weights.get(id, {}).items():
+        yield name, _rounded(value, spec, derivations, "weight", id)
+    bias = prepared.graph[id].get("bias") if id in prepared.biases else None
+    if isinstance(bias, Expression):
+        yield "bias", _rounded(bias, prepared.biases[id], derivations, "bias", id)
+
+
+def _rounded(value: Expression, spec: ParameterSpec, derivations: Derivations, kind: str, id: str) -> Expression:
+    match spec:
+        case KeepFloat():
+            return value
+        case Cast(dtype):
+            return CastWeight(value, dtype)
+        case _ if measures(spec):
+            return DequantizeWeight(QuantizeWeight(value, spec))
+        case _:
+            found = derivations.of(kind, id)
+            # Where there are none a problem is told, and the value is of no account.
+            return value if found is None or isinstance(found, QuantizeWeight) else _on(value, found)
+
+
+def _on(value: Expression, qparams: Grid | DeriveQParams) -> Expression:
+    return DequantizeWeight(QuantizeWeight(value, qparams))
+
+
+def _insert(
+    prepared: Prepared,
+    hows: Mapping[str, How],
+    parameters: Mapping[str, Mapping[str, Arg]],
+    custom: Mapping[str, Opaque],
+) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
     for value in (id for id in graph.order if id in prepared.outputs):
-        draft.redirect(value, _quantized(draft, graph[value], qparams[prepared.outputs[value]]))
+        draft.redirect(value, _quantized(draft, graph[value], hows[prepared.outputs[value]]))
     pairs: dict[tuple[str, str], str] = {}
     turned: dict[str, dict[Edge, str]] = {}
     position = {id: index for index, id in enumerate(graph.order)}
@@ -118,30 +175,49 @@ def _insert(prepared: Prepared, qparams: dict[str, Affine], custom: dict[str, Op
         for edge in slots[user, slot]:
             pair = (values[edge.index], prepared.inputs[edge])
             if pair not in pairs:
-                pairs[pair] = _quantized(draft, graph[pair[0]], qparams[pair[1]])
+                pairs[pair] = _quantized(draft, graph[pair[0]], hows[pair[1]])
             turned.setdefault(user, {})[edge] = pairs[pair]
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
     for id in prepared.swapped:
         draft.put(custom_node(draft[id]))
-    for id, observer in prepared.weights.items():
-        assert measures(observer), observer
-        draft.put(_quantize_weight(draft[id], observer))
+    for id, given in parameters.items():
+        draft.put(draft[id].with_args(**given))
     made = draft.commit()
     made = replace(made, objects=made.objects.update(custom)) if custom else made
     return recorded(graph, made, "convert", f"backend={prepared.backend}")
 
 
-def _quantized(draft: Draft, node: Node, affine: Affine) -> str:
-    """Insert the pair behind a value; gives the id of the dequantized one."""
-    codes = draft.fresh(f"{node.id}_q")
-    given: NamedArgs = (("inputs", (Ref(node.id),)), ("output", affine))
-    fact = fact_in(node.fact, affine.dtype)
-    draft.insert_after(node.id, Node(codes, "quantize", given, fact=fact, origin=Origin(codes)))
-    floats = draft.fresh(f"{node.id}_dq")
-    taken: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
-    draft.insert_after(node.id, Node(floats, "dequantize", taken, fact=node.fact, origin=Origin(floats)))
-    return floats
+def _quantized(draft: Draft, node: Node, how: How) -> str:
+    """Insert the quantization behind a value; gives the id of the float value that comes of it."""
+    match how:
+        case Dynamic(spec):
+            return _behind(draft, node, "dq", "quantize_dynamically", (("inputs", (Ref(node.id),)), ("spec", spec)))
+        case Cast(dtype):
+            small = _cast(draft, node, node.id, dtype, dtype)
+            return _cast(draft, node, small, "float32", "dq")
+        case _:
+            dtype = how.dtype if isinstance(how, Affine) else str(how.spec.torch_dtype).removeprefix("torch.")
+            given: NamedArgs = (("inputs", (Ref(node.id),)), ("output", how))
+            codes = _behind(draft, node, "q", "quantize", given, dtype)
+            return _behind(draft, node, "dq", "dequantize", (("inputs", (Ref(codes),)), ("input", how)))
+
+
+def _behind(draft: Draft, node: Node, suffix: str, kind: str, args: NamedArgs, dtype: str = "") -> str:
+    """Put a node behind a value and what was put there before."""
+    id = draft.fresh(f"{node.id}_{suffix}")
+    fact = fact_in(node.fact, dtype) if dtype else node.fact
+    draft.insert_after(node.id, Node(id, kind, args, fact=fact, origin=Origin(id)))
+    return id
+
+
+def _cast(draft: Draft, node: Node, value: str, dtype: str, suffix: str) -> str:
+    """A conversion written as `value.to(dtype)`."""
+    id = draft.fresh(f"{node.id}_{suffix}")
+    args: NamedArgs = (("input", Ref(value)), ("dtype", Name(f"torch.{dtype}")))
+    origin = Origin(written=Written("call_method", "to", ("input", "dtype")))
+    draft.insert_after(node.id, Node(id, "cast", args, origin=origin, fact=fact_in(node.fact, dtype)))
+    return id
 
 
 def _turn(node: Node, edges: dict[Edge, str]) -> Node:
@@ -169,9 +245,3 @@ def _turn_arg(arg: Arg, user: str, slot: str, edges: dict[Edge, str]) -> Arg:
         return Ref(edges.get(Edge(user, slot, count), value.id))
 
     return map_arg(arg, leaf)
-
-
-def _quantize_weight(node: Node, observer: Observer[Any]) -> Node:
-    weight = node.get("weight")
-    assert isinstance(weight, Expression)
-    return node.with_args(weight=DequantizeWeight(QuantizeWeight(weight, observer)))

@@ -49,7 +49,7 @@ def with_custom_modules(
     """
     if not custom.custom_modules:
         return annotations, []
-    calls = dict(_calls(graph, custom))
+    calls = dict(custom_calls(graph, custom))
     swapped: dict[str, Swap] = {}
     outputs: dict[str, Spec] = {}
     floats, refused = annotations.floats, annotations.refused - calls.keys()
@@ -88,7 +88,7 @@ def _hindrance(graph: Graph, node: Node, qconfig: QConfig) -> str:
     return "custom modules are quantized statically" if qconfig.is_dynamic else ""
 
 
-def _calls(graph: Graph, custom: CustomConfig) -> Iterator[tuple[str, CustomModule]]:
+def custom_calls(graph: Graph, custom: CustomConfig) -> Iterator[tuple[str, CustomModule]]:
     """The calls of modules of exactly the types of custom modules, as leaves."""
     by_type = {type_name(module.float_type): module for module in custom.custom_modules}
     for node in graph:

@@ -15,7 +15,7 @@ from qfunc.engines import ENGINES
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Graph, Node, refs, users
 from qfunc.ir.node import fact_in
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import Affine, Grid
 from qfunc.ops import BY_NAME
 from qfunc.params import QuantizeWeight
 from qfunc.passes.certificate import Certificate, Entry
@@ -23,6 +23,11 @@ from qfunc.passes.numbers import non_tensors
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Converted
 from qfunc.result import R
+
+CONVERSIONS = frozenset({"quantize", "dequantize", "quantize_dynamically", "cast"})
+"""The kinds of nodes that `convert` inserts."""
+
+_ALL_CONVERSIONS = CONVERSIONS | {"quantized.quantize", "quantized.dequantize"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,10 @@ class _Lowering:
         """The lowered graph."""
         numbers = non_tensors(self._graph)
         for node in self._graph:
-            if node.kind in ("quantize", "dequantize"):
+            if node.kind in CONVERSIONS:
                 # quantized tensors of activations are quint8; other codes stay plain, which no kernel of theirs takes
-                if self._engine == "quantized" and _dtype(node) == "uint8":
+                affine = _affine(node)
+                if self._engine == "quantized" and affine is not None and affine.dtype == "uint8":
                     self._draft.put(replace(node, kind=f"quantized.{node.kind}"))
             elif node.kind not in ("placeholder", "get_attr", "output") and node.id not in numbers:
                 self.entries.append(self._operator(node))
@@ -138,16 +144,18 @@ class _Lowering:
     def _call(self, node: Node) -> Call | str:
         operands: dict[str, tuple[Operand, ...]] = {}
         dead: set[str] = set()
-        slots = [(slot, node.get(slot)) for slot in BY_NAME[node.kind].tensors]
+        named = BY_NAME[node.kind].tensors if node.kind in BY_NAME else tuple(name for name, _ in node.args)
+        slots = [(slot, node.get(slot)) for slot in named]
         slots += [(f"post.{i}.{name}", arg) for i, post in enumerate(node.post) for name, arg in post.args]
         for slot, arg in slots:
             found: list[Operand] = []
             for id in refs(arg):
                 source = self._graph[id]
-                if source.kind != "dequantize":
-                    return f"its operand {id!r} is float"
+                affine = _affine(source) if source.kind == "dequantize" else None
+                if affine is None:
+                    return f"its operand {id!r} {_without_codes(source)}"
                 codes = next(source.uses())
-                found.append(Operand(codes, _affine(source, "input")))
+                found.append(Operand(codes, affine))
                 if self._read_once(node, id, codes) and self._owns(codes):
                     dead.add(codes)
             if found:
@@ -159,7 +167,7 @@ class _Lowering:
     def _output(self, node: Node) -> Affine | None:
         """The qparams of the result where nothing but its quantization reads it."""
         readers = [self._graph[id] for id in self._users[node.id]]
-        return _affine(readers[0], "output") if [r.kind for r in readers] == ["quantize"] else None
+        return _affine(readers[0]) if [r.kind for r in readers] == ["quantize"] else None
 
     def _read_once(self, node: Node, floats: str, codes: str) -> bool:
         """Whether one operand of one node is all that reads these codes."""
@@ -178,15 +186,26 @@ class _Lowering:
             self._draft.erase([codes])
 
 
-def _affine(node: Node, name: str) -> Affine:
-    value = node.get(name)
-    assert isinstance(value, Affine)
-    return value
+def _affine(conversion: Node) -> Affine | None:
+    """The qparams of the codes that a conversion makes or reads; None where they are no kernel's."""
+    name = {"quantize": "output", "dequantize": "input"}.get(conversion.kind)
+    value = None if name is None else conversion.get(name)
+    return value if isinstance(value, Affine) else None
 
 
-def _dtype(conversion: Node) -> str:
-    """The dtype of the codes that a conversion makes or reads."""
-    return _affine(conversion, "output" if conversion.kind == "quantize" else "input").dtype
+def _without_codes(source: Node) -> str:
+    """Why a value has no codes that a kernel takes."""
+    match source.kind:
+        case "quantize_dynamically":
+            return "is quantized when the model runs, and kernels take codes of known qparams"
+        case "cast":
+            return "is cast to a smaller float, and kernels take codes"
+        case "dequantize":
+            given = source.get("input")
+            what = given if isinstance(given, Grid) else "codes whose qparams are known with the weights"
+            return f"has codes that kernels do not take: {what}"
+        case _:
+            return "is float"
 
 
 def quantized_weights(node: Node) -> Iterator[QuantizeWeight]:
@@ -194,11 +213,8 @@ def quantized_weights(node: Node) -> Iterator[QuantizeWeight]:
     yield from (value for _, value in node.args if isinstance(value, QuantizeWeight))
 
 
-_CONVERSIONS = frozenset({"quantize", "dequantize", "quantized.quantize", "quantized.dequantize"})
-
-
 def _conversions(graph: Graph) -> int:
-    return sum(node.kind in _CONVERSIONS for node in graph)
+    return sum(node.kind in _ALL_CONVERSIONS for node in graph)
 
 
 def _without_dead(graph: Graph) -> Graph:
@@ -207,7 +223,7 @@ def _without_dead(graph: Graph) -> Graph:
     dead: list[str] = []
     for id in reversed(graph.order):
         node = graph[id]
-        if node.kind in _CONVERSIONS and id not in live:
+        if node.kind in _ALL_CONVERSIONS and id not in live:
             dead.append(id)
         else:
             live.update(node.uses())

@@ -18,6 +18,7 @@ from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams
 from qfunc.passes.annotate import NOTHING, annotate
+from qfunc.passes.derived import wrong_derived
 from qfunc.passes.equalize import equalizations
 from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
 from qfunc.result import R
@@ -45,8 +46,8 @@ def prepare(
 
     Returns:
         The prepared graph, or what `annotate` reports; for annotations `UnknownName` for nodes that do not exist,
-        `BadConfig` for uses that do not, and for impossible observers. A layer that cannot be equalized is told of in
-        the notes.
+        `BadConfig` for uses that do not, for impossible observers, and for qparams that derive from themselves or from
+        what has none. A layer that cannot be equalized is told of in the notes.
     """
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
@@ -65,24 +66,24 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Se
     if problems:
         return Failure(several(problems))
     sites, outputs, inputs = sharing.sites()
-    return Success(
-        Prepared(
-            graph,
-            pmap(sites),
-            pmap(outputs),
-            pmap(inputs),
-            annotations.weights,
-            backend,
-            annotations.floats,
-            annotations.refused,
-            (*annotations.notes, *notes),
-            annotations.biases,
-            annotations.quantized_inputs,
-            annotations.quantized_outputs,
-            scaled,
-            swapped=annotations.swapped,
-        )
+    prepared = Prepared(
+        graph,
+        pmap(sites),
+        pmap(outputs),
+        pmap(inputs),
+        annotations.weights,
+        backend,
+        annotations.floats,
+        annotations.refused,
+        (*annotations.notes, *notes),
+        annotations.biases,
+        annotations.quantized_inputs,
+        annotations.quantized_outputs,
+        scaled,
+        swapped=annotations.swapped,
     )
+    problems += wrong_derived(prepared)
+    return Failure(several(problems)) if problems else Success(prepared)
 
 
 class _Sharing:

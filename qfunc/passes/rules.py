@@ -45,6 +45,7 @@ class Rules:
     """The decisions about one graph, or the nodes `own` of it, made in two walks: what is quantized, then how.
 
     The mapping's names of modules are relative to `base`; `surroundings` are those of the whole graph.
+    `demanded` values are read quantized from outside; `claimed` nodes are for others to decide about.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Rules:
         base: str = "",
         own: tuple[str, ...] | None = None,
         demanded: frozenset[str] = frozenset(),
+        claimed: frozenset[str] = frozenset(),
     ) -> None:
         resolution = Resolution(mapping, graph, backend.qconfig_mapping, base=base, own=own)
         self.resolution = resolution
@@ -77,7 +79,8 @@ class Rules:
         self.base = base
         self.own: AbstractSet[str] = resolution.chosen.keys()
         for id, chosen in resolution.chosen.items():
-            self._decide(graph[id], chosen)
+            if id not in claimed:
+                self._decide(graph[id], chosen)
         self._read_quantized = self._keep_useful() if backend.lazy else None
 
     def annotations(self, notes: tuple[Note, ...]) -> Annotations:
