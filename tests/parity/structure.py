@@ -22,7 +22,6 @@ from qfunc import fuse, prepare, trace, unwrap
 from qfunc.config.backend_config import BackendConfig
 from qfunc.ir import Graph
 from qfunc.numerics.observers import FixedQParams, Observer
-from qfunc.params import FoldBatchNorm
 from qfunc.passes.stages import Prepared
 from qfunc.testing import oracle
 from tests.parity.sides import their_default
