@@ -68,6 +68,9 @@ def wrong_qconfig(qconfig: QConfig) -> Iterator[Problem]:
     for activation in given:
         yield from validate_quantization(activation)
         yield from activation_problems(activation)
+    if isinstance(qconfig.input_activation, ReuseInput):
+        reason = "an input has no input of its own whose qparams to reuse"
+        yield BadConfig("ReuseInput", reason, "use it for the activation: QConfig(ReuseInput(), weight)")
     yield from validate_quantization(qconfig.weight)
     if isinstance(qconfig.weight, (Dynamic, ReuseInput)):
         reason = f"a weight does not change and has no input, so that it cannot be {told(qconfig.weight)}"

@@ -30,6 +30,7 @@ from qfunc.edge.trace import trace
 from qfunc.ir import Graph, Node, TensorFact
 from qfunc.numerics import observers as o
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import ReuseInput
 from qfunc.passes.numbers import non_tensors
 from qfunc.quantize import fuse
 from qfunc.testing import quantizations as w
@@ -72,6 +73,7 @@ def _ways(ways: Callable[[QuantSpec], Sequence[Any]], specs: Sequence[QuantSpec]
 
 
 _ACTIVATIONS = _ways(w.activation_ways, w.ACTIVATION_SPECS)
+_INPUTS = _ACTIVATIONS.filter(lambda way: not isinstance(way, ReuseInput))
 _WEIGHTS = _ways(w.weight_ways, w.WEIGHT_SPECS)
 _PLACES = _ways(w.place_ways, w.PLACE_SPECS)
 _WRONG = _ways(w.wrong_ways, w.WRONG_SPECS)
@@ -86,7 +88,7 @@ def qconfigs(draw: st.DrawFn, *, invalid: bool = False) -> QConfig:
     if invalid and draw(st.booleans()):
         some = _WRONG | st.just(o.MinMax())
         return QConfig(draw(some), draw(some), draw(st.none() | some))
-    return QConfig(draw(_ACTIVATIONS), draw(_WEIGHTS), draw(st.none() | _ACTIVATIONS))
+    return QConfig(draw(_ACTIVATIONS), draw(_WEIGHTS), draw(st.none() | _INPUTS))
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,12 @@ def test_unknown_nodes_are_all_told_with_those_that_may_be_meant():
     assert "first" in found[-1].remedy
 
 
+def test_an_input_has_no_input_whose_qparams_to_reuse():
+    mapping = ALL.set_node(FIRST, QConfig(MinMax(), WEIGHT, input_activation=ReuseInput()))
+    (problem,) = problems(prepare(GRAPH, mapping).failure())
+    assert isinstance(problem, BadConfig) and "no input of its own" in problem.reason
+
+
 # Selectors
 
 

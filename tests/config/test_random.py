@@ -49,7 +49,8 @@ def test_configurations_have_every_kind_of_entry_and_qconfigs_every_way(invalid)
     found = {pair for qconfig in drawn(qconfigs(invalid=invalid)) for pair in ways(qconfig)}
     for field in ("activation", "input_activation"):
         known = {name for name_of, name in found if name_of == field}
-        assert both | {"Dynamic", "KeepFloat", "ReuseInput", "MinMax", "Histogram", "FixedQParams"} <= known
+        assert both | {"Dynamic", "KeepFloat", "MinMax", "Histogram", "FixedQParams"} <= known
+        assert ("ReuseInput" in known) == (invalid or field == "activation")
     weights = {name for name_of, name in found if name_of == "weight"}
     assert both | {"KeepFloat", "PerChannelMinMax"} <= weights
     assert ("Dynamic" in weights) == ("ReuseInput" in weights) == invalid
