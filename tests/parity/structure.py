@@ -204,7 +204,7 @@ def _made(node: fx.Node, what: str) -> Described | None:
     make = (node.meta.get("target_dtype_info") or {}).get(what)
     with _quiet():
         module = make() if make is not None else None
-    return described(module) if module is not None and hasattr(module, "quant_min") else None
+    return described(module) if getattr(module, "quant_min", None) is not None else None
 
 
 def _our(observer: Observer[Any]) -> Described:
