@@ -11,19 +11,27 @@ from typing import TypeVar
 from pyrsistent import pmap
 
 from qfunc.config.annotation import Annotations, SharedWith, Spec
-from qfunc.config.backend_config import PARAMETERS, BackendConfig, Observation, OperatorConfig
+from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.point import Edge, Point, values_in
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import GLOBAL, Chosen, Entry, Resolution
-from qfunc.errors import BadConfig, Problem, UnsupportedDType
-from qfunc.ir import Expression, Graph, Node, Note, Ref, TensorFact, refs, users
-from qfunc.numerics.qparams import QuantSpec
+from qfunc.errors import Problem, UnsupportedDType
+from qfunc.ir import Expression, Graph, Node, Note, Ref, refs, users
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
-from qfunc.ops import BY_NAME, KINDS
-from qfunc.params import loads
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
+from qfunc.passes.roles import (
+    WEIGHTED,
+    axis_problems,
+    can_write_float,
+    computes_weight,
+    has_weight,
+    inputs_of,
+    is_not_float,
+    weight_problems,
+    weight_slot,
+)
 
 P = TypeVar("P")
 
@@ -104,17 +112,16 @@ class Rules:
                     outputs[node.id] = SharedWith(edges[0])
                     groups += [tuple(edges)] if len(edges) > 1 else []
                     taps += [node.id] if self.backend.observe_shared_outputs else []
-            elif self._read_quantized is None or node.id in self._read_quantized or not _can_write_float(node, row):
+            elif self._read_quantized is None or node.id in self._read_quantized or not can_write_float(node, row):
                 outputs.update(_at(node.id, qconfig.of_output if row.fixed is None else row.fixed))
             inputs.update(self._computed_weight(node, row, qconfig))
-        weights = {id: q.weight for id, (row, q) in self._chosen.items() if _has_weight(self.graph[id], row)}
+        weights = {id: q.weight for id, (row, q) in self._chosen.items() if has_weight(self.graph[id], row)}
         biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
         for edge, spec in self.mapping.edges.items():
             inputs.update(_at(edge, spec) if edge.user in self.own else ())
         for id, spec in self.mapping.outputs.items():
             if id not in self.own:
                 continue
-            taps = [tap for tap in taps if tap != id]
             outputs.pop(id, None)
             outputs.update(_at(id, spec))
         return Annotations(
@@ -122,7 +129,7 @@ class Rules:
             pmap(outputs),
             pmap({id: weight for id, weight in weights.items() if not isinstance(weight, KeepFloat)}),
             frozenset(groups),
-            frozenset(taps),
+            frozenset(taps) - self.mapping.outputs.keys(),
             pmap(self.floats),
             frozenset(self.refused),
             notes,
@@ -149,7 +156,7 @@ class Rules:
             self.floats[node.id] = f"the {self.backend.name} backend observes nothing of it"
         elif self._can_quantize(node, row, qconfig):
             misfit = self._misfit(node, row, qconfig)
-            key = (chosen.entry, _weight_slot(node, row) is not None)
+            key = (chosen.entry, weight_slot(node, row) is not None)
             if misfit:
                 self._misfits.setdefault(key, []).append(UnsupportedDType(node.place, misfit))
                 self._keep(node, misfit)
@@ -160,7 +167,7 @@ class Rules:
     def _keep(self, node: Node, reason: str) -> None:
         """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
         self.floats[node.id] = reason or "the configuration keeps it float"
-        if reason and kind_as_written(node, self.graph) in _WEIGHTED:
+        if reason and kind_as_written(node, self.graph) in WEIGHTED:
             self.refused.add(node.id)
 
     def useless_entries(self, fits: AbstractSet[tuple[Entry, bool]]) -> Iterator[Problem]:
@@ -183,7 +190,7 @@ class Rules:
 
     def _misfit(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> str:
         """Why no combination of dtypes that the operator takes is the configured one; empty where one is."""
-        weighted = _weight_slot(node, row) is not None
+        weighted = weight_slot(node, row) is not None
         found = [dtypes.misfit(qconfig, weighted=weighted, output=row.fixed) for dtypes in row.dtypes]
         if not all(found):
             return ""
@@ -195,28 +202,28 @@ class Rules:
         reason = ""
         if node.aliased or any(self.graph[value].aliased for _, value in operands):
             reason = "its memory is changed in place"
-        elif (_inputs(node, row) and not operands) or any(
-            _not_float(self.graph[value]) for _, value in operands if _quantizes(qconfig)
+        elif (inputs_of(node, row) and not operands) or any(
+            is_not_float(self.graph[value]) for _, value in operands if _quantizes(qconfig)
         ):
-            self.problems += _weight_problems(node, row)
+            self.problems += weight_problems(node, row)
             reason = "an operand is no floating-point tensor"
-        elif "other" in _inputs(node, row) and not self._numeric_rest(node):
+        elif "other" in inputs_of(node, row) and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif node.kind in ("add", "sub") and node.get("alpha") != 1:
             reason = "the sum is scaled by alpha"
-        elif self.backend.lazy and _computes_weight(node, row):
+        elif self.backend.lazy and computes_weight(node, row):
             reason = "its weight is computed by the graph"
         if reason:
             self._keep(node, reason)
             return False
-        if _has_weight(node, row):
+        if has_weight(node, row):
             spec = getattr(qconfig.weight, "spec", None)
-            self.problems += [*_weight_problems(node, row), *(_axis_problems(node, row, spec) if spec else ())]
+            self.problems += [*weight_problems(node, row), *(axis_problems(node, row, spec) if spec else ())]
         return True
 
     def _operands(self, node: Node, row: OperatorConfig) -> Iterator[tuple[Edge, str]]:
         """The activation operands that are tensors, with their edges."""
-        for slot in _inputs(node, row):
+        for slot in inputs_of(node, row):
             for index, value in enumerate(values_in(node, slot)):
                 if value not in self._numbers:
                     yield Edge(node.id, slot, index), value
@@ -244,8 +251,8 @@ class Rules:
 
     def _computed_weight(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> tuple[tuple[Edge, Spec], ...]:
         """A weight that the graph computes is quantized where it is used, like an activation."""
-        slot = _weight_slot(node, row)
-        if slot is None or not _computes_weight(node, row) or qconfig.is_dynamic:
+        slot = weight_slot(node, row)
+        if slot is None or not computes_weight(node, row) or qconfig.is_dynamic:
             return ()
         edge = Edge(node.id, slot)
         return () if edge in self.mapping.edges else _at(edge, qconfig.weight)
@@ -254,7 +261,7 @@ class Rules:
         """A bias is float16 where all the rest is."""
         node, slot = self.graph[id], row.bias or "bias"
         static = isinstance(qconfig.activation, Cast) and not qconfig.is_dynamic
-        casts = static and isinstance(qconfig.weight, Cast) and _weight_slot(node, row) is not None
+        casts = static and isinstance(qconfig.weight, Cast) and weight_slot(node, row) is not None
         return casts and node.has(slot) and isinstance(node.get(slot), Expression)
 
     def _numeric_rest(self, node: Node) -> bool:
@@ -292,7 +299,7 @@ class Rules:
 
     def _gains(self, id: str, readers: Iterable[str]) -> bool:
         row, _ = self._chosen[id]
-        if _has_weight(self.graph[id], row):
+        if has_weight(self.graph[id], row):
             return True
         read = id in self._demanded or any(user in self._chosen and id in self._values(user) for user in readers)
         return read and (self._shares(self.graph[id], row) or any(value in self._chosen for value in self._values(id)))
@@ -314,81 +321,8 @@ def _quantizes(qconfig: QConfig) -> bool:
     return not isinstance(qconfig.of_inputs, KeepFloat)
 
 
-def _inputs(node: Node, row: OperatorConfig) -> tuple[str, ...]:
-    """The arguments that are activations."""
-    named = row.inputs if row.inputs is not None else BY_NAME[node.kind].tensors if node.kind in BY_NAME else ("0",)
-    return tuple(slot for slot in named if node.has(slot))
-
-
-def _weight_slot(node: Node, row: OperatorConfig) -> str | None:
-    """The argument that is a weight which is quantized, if the operator has one."""
-    slot = row.weight or ("weight" if node.kind in _WEIGHTED else None)
-    return slot if slot is not None and (node.has(slot) or _has_parameters(node, row)) else None
-
-
-def _has_parameters(node: Node, row: OperatorConfig) -> bool:
-    """Whether it is a call of a module whose weights are no arguments."""
-    written = node.origin.written
-    return row.weight == PARAMETERS and written is not None and written.op == "call_module"
-
-
-def _computes_weight(node: Node, row: OperatorConfig) -> bool:
-    """Whether the weight is a value of the graph."""
-    slot = _weight_slot(node, row)
-    return slot is not None and node.has(slot) and isinstance(node.get(slot), Ref)
-
-
-def _has_weight(node: Node, row: OperatorConfig) -> bool:
-    """Whether the node has a weight that is quantized, and that is a parameter."""
-    slot = _weight_slot(node, row)
-    return _weight_of(node, row) is not None or (slot is not None and _has_parameters(node, row))
-
-
-def _weight_of(node: Node, row: OperatorConfig) -> Expression | None:
-    """The weight that is an argument and a parameter."""
-    slot = _weight_slot(node, row)
-    weight = node.get(slot) if slot is not None and node.has(slot) else None
-    return weight if isinstance(weight, Expression) else None
-
-
-def _can_write_float(node: Node, row: OperatorConfig) -> bool:
-    """Whether the operator's kernel can leave its result in float; one that adds cannot."""
-    return row.float_output and all(post.kind != "add" for post in node.post)
-
-
-def _axis_problems(node: Node, row: OperatorConfig, spec: QuantSpec) -> Iterator[Problem]:
-    """A channel axis that the weight does not have."""
-    weight = _weight_of(node, row)
-    shape = () if weight is None else next(loads(weight)).shape
-    if weight is not None and spec.ch_axis is not None and spec.ch_axis >= len(shape):
-        reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
-        yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
-
-
-def _weight_problems(node: Node, row: OperatorConfig) -> Iterator[Problem]:
-    """A weight that is no float32."""
-    dtypes = {load.dtype for load in loads(_weight_of(node, row))}
-    for dtype in sorted(dtypes - {"float32"}):
-        remedy = "convert the model and its inputs with .float(), or keep the module float with set_module_name"
-        yield UnsupportedDType(
-            node.place, f"kernels take the place of float32 operators, its weight is {dtype}", remedy
-        )
-
-
-_WEIGHTED = frozenset(
-    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
-)
-"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""
-
-
 def _hindrance(node: Node, graph: Graph, backend: BackendConfig) -> str:
     """Why a node that is configured has no row of the backend's."""
     if node.aliased or kind_as_written(node, graph) != node.kind:
         return why_kept(node, graph)
     return f"the {backend.name} backend has no rule for it"
-
-
-def _not_float(node: Node) -> bool:
-    """Whether an example showed the value to be something else than a float32 tensor, whose place kernels take."""
-    fact = node.fact
-    return isinstance(fact, tuple) or (isinstance(fact, TensorFact) and fact.dtype != "float32")
