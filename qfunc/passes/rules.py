@@ -129,7 +129,7 @@ class Rules:
             pmap(outputs),
             pmap({id: weight for id, weight in weights.items() if not isinstance(weight, KeepFloat)}),
             frozenset(groups),
-            frozenset(taps) - self.mapping.outputs.keys(),
+            frozenset(tap for tap in taps if tap not in self.mapping.outputs),
             pmap(self.floats),
             frozenset(self.refused),
             notes,
