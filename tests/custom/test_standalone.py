@@ -273,6 +273,22 @@ def test_sites_inside_have_the_observers_of_the_region() -> None:
     assert [note.node for note in noted] == ["standalone module 'sub': object_types['torch.nn.Linear']"]
 
 
+def test_a_node_is_named_in_the_configuration_of_the_part_that_it_is_in() -> None:
+    graph = unwrap(fuse(unwrap(trace(Whole().eval(), X)), custom=names("sub")))
+    (inner,) = (node.id for node in graph if node.place == "sub.2")
+    naming = CPU.qconfig_mapping.set_node(inner, None)
+    own, shared = CustomConfig(standalone_names={"sub": Standalone(CPU.qconfig_mapping)}), names("sub")
+    assert quantized_places(unwrap(prepare(graph, naming, custom=shared))) == ALL - {"sub.2"}
+    inside = CustomConfig(standalone_names={"sub": Standalone(naming)})
+    assert quantized_places(unwrap(prepare(graph, custom=inside))) == ALL - {"sub.2"}
+    for mapping, custom, place in (
+        (naming, own, "sub.2"),
+        (None, CustomConfig(standalone_names={"sub": Standalone(naming.set_node("last", None))}), "last"),
+    ):
+        found = prepare(graph, mapping, custom=custom).failure()
+        assert isinstance(found, BadConfig) and found.node == place and "standalone module" in found.reason
+
+
 def test_an_entry_that_suits_an_operator_in_some_region_is_no_error() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
