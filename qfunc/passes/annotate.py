@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from returns.result import Failure, Success
@@ -13,7 +14,7 @@ from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import Entry, places_of, problems_of
-from qfunc.errors import WrongStage, several
+from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.custom_modules import custom_calls, with_custom_modules
@@ -64,6 +65,7 @@ def annotate(
     parts = _parts(graph, mapping, backend, found)
     for part in parts if not problems else ():
         problems += places_of(part.mapping, graph) if part.region is not None else ()
+    problems += _misplaced(parts, graph) if found and not problems else ()
     if problems:
         return Failure(several(problems))
     surroundings = Surroundings.of(graph)
@@ -119,6 +121,22 @@ def _parts(graph: Graph, mapping: QConfigMapping, backend: BackendConfig, found:
             for path, region in held.items()
         ),
     ]
+
+
+def _misplaced(parts: list[_Part], graph: Graph) -> Iterator[Problem]:
+    """Nodes and uses that a mapping names where the mapping of another part of the graph holds."""
+    held: dict[int, set[str]] = {}
+    for part in parts:
+        held.setdefault(id(part.mapping), set()).update(part.own or ())
+    for part in parts:
+        mapping = part.mapping
+        named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in mapping.edges))
+        for node in dict.fromkeys(named):
+            if node not in held[id(mapping)]:
+                reason = (
+                    "it is not in the part of the model that this configuration is for: a standalone module parts them"
+                )
+                yield BadConfig(graph[node].place, reason, "name it in the configuration of the part that it is in")
 
 
 def _notes(part: _Part, rules: Rules, asked: QConfigMapping) -> tuple[Note, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qfunc import (
@@ -40,7 +42,7 @@ from qfunc import (
 )
 from qfunc.errors import BadConfig, NotLowered, StaleSource, Unobserved, UserFunctionFailed, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC_PER_CHANNEL
-from qfunc.testing import relative_error, same_bits, sqnr
+from qfunc.testing import ModelCase, models, relative_error, same_bits, sqnr
 from qfunc.testing.walk import fingerprint
 from tests.fusion.models import run
 
@@ -382,3 +384,38 @@ def test_a_graph_traced_without_them_has_a_note() -> None:
 def test_a_configuration_that_cannot_be_meant_is_told_of(modules: Any) -> None:
     found = problems(trace(Net(), custom=CustomConfig(custom_modules=modules)).failure())
     assert {(type(problem), problem.node) for problem in found} == {(BadConfig, "custom_modules")}
+
+
+# Any model, any types in it
+
+
+class Passing(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), made=models(max_nodes=8))
+def test_types_of_any_model_may_be_custom_modules(data: st.DataObject, made: ModelCase) -> None:
+    types = sorted({type(module) for _, module in made.module.named_modules() if module is not made.module}, key=str)
+    chosen = data.draw(st.lists(st.sampled_from(types), unique=True, max_size=2)) if types else []
+    seen: list[str] = []
+
+    def observed(module: nn.Module, _: QConfig) -> nn.Module:
+        seen.append(type(module).__name__)
+        return Passing(module)
+
+    custom = CustomConfig(custom_modules=tuple(CustomModule(t, observed, lambda made: made.module) for t in chosen))
+    before = fingerprint(made.module)
+    graph = unwrap(fuse(unwrap(trace(made.module, made.example_inputs, custom=custom)), custom=custom))
+    stage = unwrap(prepare(graph, custom=custom))
+    done = unwrap(calibrate(stage, [made.example_inputs], progress=False))
+    assert len(seen) == len(done.modules) == len({graph[id].place for id in stage.swapped})
+    observing, plain = unwrap(materialize(stage)), unwrap(materialize(graph))
+    assert same_bits(run(observing, made.example_inputs), run(plain, made.example_inputs))
+    run(unwrap(materialize(unwrap(convert(done)))), made.example_inputs)
+    assert fingerprint(made.module) == before

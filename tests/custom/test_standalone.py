@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from returns.result import Failure, Success
 from torch import Tensor, nn
 
 from qfunc import (
@@ -37,7 +40,7 @@ from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.ir import Graph
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.passes.regions import region_notes, regions
-from qfunc.testing import oracle, sqnr
+from qfunc.testing import ModelCase, models, oracle, relative_error, sqnr
 from tests.fusion.models import conv, fused, image, kinds, norm, run, sequential
 from tests.parity.sides import our_mapping, their_mapping
 
@@ -270,6 +273,22 @@ def test_sites_inside_have_the_observers_of_the_region() -> None:
     assert [note.node for note in noted] == ["standalone module 'sub': object_types['torch.nn.Linear']"]
 
 
+def test_a_node_is_named_in_the_configuration_of_the_part_that_it_is_in() -> None:
+    graph = unwrap(fuse(unwrap(trace(Whole().eval(), X)), custom=names("sub")))
+    (inner,) = (node.id for node in graph if node.place == "sub.2")
+    naming = CPU.qconfig_mapping.set_node(inner, None)
+    own, shared = CustomConfig(standalone_names={"sub": Standalone(CPU.qconfig_mapping)}), names("sub")
+    assert quantized_places(unwrap(prepare(graph, naming, custom=shared))) == ALL - {"sub.2"}
+    inside = CustomConfig(standalone_names={"sub": Standalone(naming)})
+    assert quantized_places(unwrap(prepare(graph, custom=inside))) == ALL - {"sub.2"}
+    for mapping, custom, place in (
+        (naming, own, "sub.2"),
+        (None, CustomConfig(standalone_names={"sub": Standalone(naming.set_node("last", None))}), "last"),
+    ):
+        found = prepare(graph, mapping, custom=custom).failure()
+        assert isinstance(found, BadConfig) and found.node == place and "standalone module" in found.reason
+
+
 def test_an_entry_that_suits_an_operator_in_some_region_is_no_error() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -334,3 +353,43 @@ def test_the_outputs_are_the_references(inside: str, outside: str) -> None:
     step = float((float_output.max() - float_output.min()) / 127)
     assert (actual - expected).abs().max() <= 1.01 * step
     assert (actual - expected).abs().mean() <= 0.25 * step
+
+
+# Any model, any part of it
+
+
+@st.composite
+def standalone_cases(draw: st.DrawFn) -> tuple[ModelCase, CustomConfig]:
+    """A random model, some of whose modules are standalone, with configurations and backends of their own."""
+    made = draw(models(max_nodes=8))
+    paths = [path for path, _ in made.module.named_modules() if path]
+    chosen = draw(st.lists(st.sampled_from(paths), unique=True, max_size=4)) if paths else []
+    mappings = st.sampled_from([None, QConfigMapping(), CPU.qconfig_mapping, X86.qconfig_mapping])
+    backends = st.sampled_from([None, CPU, X86, BARE])
+    table = {path: Standalone(draw(mappings), draw(backends)) for path in chosen}
+    types = {type(made.module.get_submodule(path)) for path in paths}
+    of_type = draw(st.sampled_from(sorted(types, key=str))) if types and draw(st.booleans()) else None
+    return made, CustomConfig(standalone_names=table, standalone_types={of_type: Standalone()} if of_type else {})
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=standalone_cases())
+def test_regions_keep_the_meaning_and_their_borders_whatever_the_model(case: tuple[ModelCase, CustomConfig]) -> None:
+    made, custom = case
+    graph = unwrap(trace(made.module, made.example_inputs, custom=custom))
+    inside = {id: region.path for id, region in regions(graph, custom).items()}
+    result = unwrap(fuse(graph, custom=custom))
+    outputs = [run(module, made.example_inputs) for module in (made.module, unwrap(materialize(result)))]
+    assert relative_error(*outputs) < 1e-3
+    places = {node.place: inside.get(node.id) for node in graph}
+    for row in unwrap(explain_fusion(graph, custom=custom)).fused:
+        assert len({places[place] for place in row.places if place in places}) <= 1, row
+    stage = prepare(result, custom=custom)
+    if isinstance(stage, Failure):
+        return  # a mapping whose dtypes do not suit a backend
+    done = calibrate(stage.unwrap(), [made.example_inputs], progress=False).bind(convert).bind(materialize)
+    if isinstance(done, Success):
+        run(done.unwrap(), made.example_inputs)
+    kept_float = {id for id, r in regions(result, custom).items() if r.qconfig_mapping == QConfigMapping()}
+    prepared = stage.unwrap()
+    assert not kept_float & {*prepared.weights, *prepared.outputs, *(edge.user for edge in prepared.inputs)}
