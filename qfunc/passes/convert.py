@@ -117,8 +117,8 @@ def _how(prepared: Prepared, derivations: Derivations, site: str) -> How | None:
 def _no_weight(graph: Graph, id: str) -> Problem:
     node = graph[id]
     if node.kind in RECURRENT:
-        reason = "hooks or parametrizations compute its weights, or it is called otherwise than as a module"
-        return BadConfig(node.place, reason, "remove them, or keep the module float: set_module_name(name, None)")
+        reason = f"its weights are to be quantized, and are not its alone: its module {graph.modules[node.place].own}"
+        return BadConfig(node.place, reason, "remove that, or keep the module float: set_module_name(name, None)")
     reason = f"its weight is to be quantized, and it is no parameter called 'weight' of the {node.kind}"
     return BadConfig(node.place, reason, "quantize it where it is used, as set_edge does, or keep the module float")
 
