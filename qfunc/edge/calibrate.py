@@ -12,6 +12,7 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 from torch import Tensor, fx
 
+from qfunc.config.weights import weights_of
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.custom_modules import calibrated_modules
 from qfunc.edge.evaluate import unquantizable
@@ -24,7 +25,6 @@ from qfunc.ir import Graph, Node, TensorFact, digest
 from qfunc.numerics.statistic import finite, state_is_finite
 from qfunc.params import loads
 from qfunc.passes.stages import Calibrated, Prepared, Statistics
-from qfunc.passes.weights import weights_of
 from qfunc.result import R
 
 

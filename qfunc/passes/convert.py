@@ -11,6 +11,7 @@ from returns.result import Failure, Success
 
 from qfunc.config.annotation import ParameterSpec
 from qfunc.config.point import Edge, edges_by_slot, values_in
+from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, Written, fact_in
@@ -25,7 +26,6 @@ from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
-from qfunc.passes.weights import RECURRENT, weights_of
 from qfunc.result import R
 
 How: TypeAlias = Affine | Grid | DeriveQParams | Dynamic | Cast
@@ -52,12 +52,13 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     found, problems = _qparams(calibrated)
     weights = {id: weights_of(prepared.graph, prepared.graph[id]) for id in prepared.weights}
     problems += [_no_weight(prepared.graph, id) for id, parts in weights.items() if not parts]
-    cyclic = list(wrong_derived(prepared))
+    underivable = list(wrong_derived(prepared))
+    if underivable:
+        return Failure(several([*problems, *underivable]))
     derivations = Derivations(prepared, found, weights)
-    if not cyclic:
-        hows = {id: how for id in prepared.sites if (how := _how(prepared, derivations, id)) is not None}
-        parameters = {id: dict(_parameters(prepared, derivations, id, weights)) for id in _with_parameters(prepared)}
-    problems += [*cyclic, *derivations.problems, *uncalibrated(calibrated)]
+    hows = {id: how for id in prepared.sites if (how := _how(prepared, derivations, id)) is not None}
+    parameters = {id: dict(_parameters(prepared, derivations, id, weights)) for id in _with_parameters(prepared)}
+    problems += [*derivations.problems, *uncalibrated(calibrated)]
     if problems:
         return Failure(several(problems))
     graph = _insert(prepared, hows, parameters, to_quantize(calibrated))
@@ -116,8 +117,8 @@ def _how(prepared: Prepared, derivations: Derivations, site: str) -> How | None:
 def _no_weight(graph: Graph, id: str) -> Problem:
     node = graph[id]
     if node.kind in RECURRENT:
-        reason = "hooks or parametrizations compute its weights, or it is called otherwise than as a module"
-        return BadConfig(node.place, reason, "remove them, or keep the module float: set_module_name(name, None)")
+        reason = f"its weights are to be quantized, and are not its alone: its module {graph.modules[node.place].own}"
+        return BadConfig(node.place, reason, "remove that, or keep the module float: set_module_name(name, None)")
     reason = f"its weight is to be quantized, and it is no parameter called 'weight' of the {node.kind}"
     return BadConfig(node.place, reason, "quantize it where it is used, as set_edge does, or keep the module float")
 
