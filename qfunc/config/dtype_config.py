@@ -97,7 +97,7 @@ class DTypeConfig:
             weighted: whether the operator has a weight that is quantized.
             output: how its result is quantized, where that is not for `qconfig` to say.
         """
-        if isinstance(qconfig.activation, ReuseInput):
+        if isinstance(qconfig.activation, ReuseInput) and not weighted:
             return ""
         if qconfig.is_dynamic != self.is_dynamic and not isinstance(qconfig.of_inputs, KeepFloat):
             return "qparams chosen when the model runs" if qconfig.is_dynamic else "qparams of calibration"

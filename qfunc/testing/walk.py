@@ -44,8 +44,13 @@ class Case:
     custom: CustomConfig = NOTHING
 
     def __repr__(self) -> str:
-        mapping = "" if self.qconfig_mapping is None else f", {self.qconfig_mapping!r}"
+        # As a table: the `repr` of a long configuration fills pages.
+        mapping = "" if self.qconfig_mapping is None else f",\n{self.qconfig_mapping}\n"
         return f"Case({getattr(self.model, 'program', self.model)!r}, {self.backend.name}, {self.engine}{mapping})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001, ARG002 - the protocol's signature
+        """How Hypothesis prints a failing example: a backend by its name, not by all its rows."""
+        printer.text(repr(self))
 
 
 Step = tuple[str, Callable[[Any], R[Any]]]
@@ -56,8 +61,8 @@ def steps(case: Case) -> tuple[Step, ...]:
     """The functions that lead from a case's model to its lowered stage, each of the stage before it."""
     return (
         ("trace", lambda model: trace(model, case.inputs, custom=case.custom)),
-        ("fuse", lambda graph: fuse(graph, backend=case.backend)),
-        ("prepare", lambda graph: prepare(graph, case.qconfig_mapping, backend=case.backend)),
+        ("fuse", lambda graph: fuse(graph, backend=case.backend, custom=case.custom)),
+        ("prepare", lambda graph: prepare(graph, case.qconfig_mapping, backend=case.backend, custom=case.custom)),
         ("calibrate", lambda prepared: calibrate(prepared, case.batches, progress=False)),
         ("convert", convert),
         ("lower", lambda converted: lower(converted, engine=case.engine, host=case.host)),
