@@ -243,11 +243,11 @@ class Rules:
 
     def _reused(self, node: Node, outputs: dict[str, Spec]) -> dict[str, Spec]:
         """The qparams of the input, if it has any."""
-        value = next(value for _, value in self._operands(node, self._chosen[node.id][0]))
-        known = value in outputs and not isinstance(self.mapping.outputs.get(value), KeepFloat)
-        if not known:
-            self.floats[node.id] = "its input, whose qparams it is to reuse, is not quantized"
-        return {node.id: SharedWith(value)} if known else {}
+        value = next((value for _, value in self._operands(node, self._chosen[node.id][0])), "")
+        if value in outputs and not isinstance(self.mapping.outputs.get(value), KeepFloat):
+            return {node.id: SharedWith(value)}
+        self.floats[node.id] = "its input, whose qparams it is to reuse, is not quantized"
+        return {}
 
     def _computed_weight(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> tuple[tuple[Edge, Spec], ...]:
         """A weight that the graph computes is quantized where it is used, like an activation."""
