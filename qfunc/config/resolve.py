@@ -13,7 +13,8 @@ from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name
 from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
 from qfunc.ir import Graph, Node, Origin, TensorFact
 from qfunc.match import form_of, form_of_origin
-from qfunc.numerics.unmeasured import KeepFloat, ReuseInput, validate_quantization
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import KeepFloat, Quantization, ReuseInput, validate_quantization
 from qfunc.params import FoldBatchNorm
 
 Entry: TypeAlias = tuple[str, Any]
@@ -242,18 +243,17 @@ def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
         if edge.user in graph.nodes and used(graph[edge.user], edge) is None:
             reason = f"it has no value no. {edge.index} in its argument {edge.slot!r}"
             yield BadConfig(edge.user, reason, "name an argument that holds values, and count them from 0")
-    quantized = {id for id, way in mapping.outputs.items() if not isinstance(way, KeepFloat)}
-    quantized |= {
-        used(graph[edge.user], edge) or ""
-        for edge in edges
-        if edge.user in graph.nodes and not isinstance(mapping.edges[edge], KeepFloat)
-    }
-    for id in (id for id in graph.order if id in quantized):
-        yield from _unfit(graph[id])
+    ways: dict[str, list[Quantization]] = {}
+    uses = ((used(graph[edge.user], edge) or "", mapping.edges[edge]) for edge in edges if edge.user in graph.nodes)
+    for id, way in (*uses, *mapping.outputs.items()):
+        if not isinstance(way, KeepFloat):
+            ways.setdefault(id, []).append(way)
+    for id in (id for id in graph.order if id in ways):
+        yield from _unfit(graph[id], ways[id])
 
 
-def _unfit(node: Node) -> Iterator[Problem]:
-    """Why a value cannot be quantized at all, whatever the configuration."""
+def _unfit(node: Node, ways: list[Quantization]) -> Iterator[Problem]:
+    """Why a value cannot be quantized: not at all, or not in one of these ways."""
     fact, remedy = node.fact, "leave it out: only tensors of float32 are quantized"
     if node.kind == "output":
         yield BadConfig(node.id, "it is no value but what the model returns", "name the value that it returns")
@@ -263,6 +263,12 @@ def _unfit(node: Node) -> Iterator[Problem]:
         yield BadConfig(node.place, f"{node.id!r} is no tensor", remedy)
     elif isinstance(fact, TensorFact) and fact.dtype != "float32":
         yield BadConfig(node.place, f"{node.id!r} is a tensor of {fact.dtype}", remedy)
+    elif isinstance(fact, TensorFact):
+        specs = [spec for way in ways if isinstance(spec := getattr(way, "spec", None), QuantSpec)]
+        axes = {spec.ch_axis for spec in specs if spec.ch_axis is not None}
+        for axis in sorted(axis for axis in axes if axis >= len(fact.shape)):
+            reason = f"ch_axis {axis} is no axis of {node.id!r}, a tensor of {len(fact.shape)} dimensions"
+            yield BadConfig(node.place, reason, "choose the axis of the channels as ch_axis")
 
 
 def _is_edge(key: object) -> bool:

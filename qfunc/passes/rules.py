@@ -243,7 +243,7 @@ class Rules:
 
     def _reused(self, node: Node, outputs: dict[str, Spec]) -> dict[str, Spec]:
         """The qparams of the input, if it has any."""
-        value = next((value for _, value in self._operands(node, self._chosen[node.id][0])), None)
+        value = next((value for _, value in self._operands(node, self._chosen[node.id][0])), "")
         if value in outputs and not isinstance(self.mapping.outputs.get(value), KeepFloat):
             return {node.id: SharedWith(value)}
         self.floats[node.id] = "its input, whose qparams it is to reuse, is not quantized"

@@ -29,7 +29,14 @@ WEIGHT_SPECS = (
     QuantSpec("int8", -128, 127, "per_channel_affine", 0),
     q.INT8,
 )
-PLACE_SPECS = (*ACTIVATION_SPECS, q.INT8)
+PLACE_SPECS = (
+    *ACTIVATION_SPECS,
+    q.INT8,
+    QuantSpec("int16", -(2**15), 2**15 - 1),
+    QuantSpec(qscheme="per_channel_affine", ch_axis=0),
+    QuantSpec("int8", -127, 127, "per_channel_symmetric", 1),
+)
+"""Those of single values and uses, which may have one scale for each channel."""
 
 WRONG_SPECS = (
     QuantSpec("uint7"),
@@ -50,20 +57,29 @@ WRONG_SPECS = (
 )
 
 
-def activation_ways(spec: QuantSpec) -> tuple[Any, ...]:
-    """How activations can be quantized with a spec, or without one."""
+def activation_observers(spec: QuantSpec) -> tuple[Any, ...]:
+    """Observers of activations."""
     fixed = o.FixedQParams(spec, 0.05, 0) if spec.qscheme.endswith("affine") else o.MinMax(spec)
     averages = (o.MovingAverageMinMax(spec), o.MovingAverageMinMax(spec, 0.5))
     observers = (o.MinMax(spec), *averages, o.Histogram(spec), o.Histogram(spec, 64, 2), fixed)
-    trained = (FakeQuantize(averages[0]), FakeQuantize(fixed))
-    return (*observers, *trained, *(Dynamic(spec), *CASTS, Cast(dynamic=True)), KeepFloat(), ReuseInput())
+    return (*observers, FakeQuantize(averages[0]), FakeQuantize(fixed))
+
+
+def activation_ways(spec: QuantSpec) -> tuple[Any, ...]:
+    """How activations can be quantized with a spec, or without one."""
+    return (*activation_observers(spec), Dynamic(spec), *CASTS, Cast(dynamic=True), KeepFloat(), ReuseInput())
+
+
+def weight_observers(spec: QuantSpec) -> tuple[Any, ...]:
+    """Observers of weights."""
+    per_channel = (o.PerChannelMinMax(spec), o.MovingAveragePerChannelMinMax(spec))
+    observers = per_channel if spec.per_channel else (o.MinMax(spec), o.Histogram(spec))
+    return (*observers, FakeQuantize(observers[0]))
 
 
 def weight_ways(spec: QuantSpec) -> tuple[Any, ...]:
     """How weights can be quantized with a spec, or without one."""
-    per_channel = (o.PerChannelMinMax(spec), o.MovingAveragePerChannelMinMax(spec))
-    observers = per_channel if spec.per_channel else (o.MinMax(spec), o.Histogram(spec))
-    return (*observers, FakeQuantize(observers[0]), *CASTS, KeepFloat())
+    return (*weight_observers(spec), *CASTS, KeepFloat())
 
 
 def place_ways(spec: QuantSpec) -> tuple[Any, ...]:

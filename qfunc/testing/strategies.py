@@ -29,8 +29,8 @@ from qfunc.config.selectors import SELECTORS
 from qfunc.edge.trace import trace
 from qfunc.ir import Graph, Node, TensorFact
 from qfunc.numerics import observers as o
-from qfunc.numerics.qparams import QuantSpec
-from qfunc.numerics.unmeasured import ReuseInput
+from qfunc.numerics.qparams import UINT8_REDUCED, QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.passes.numbers import non_tensors
 from qfunc.quantize import fuse
 from qfunc.testing import quantizations as w
@@ -79,6 +79,19 @@ _PLACES = _ways(w.place_ways, w.PLACE_SPECS)
 _WRONG = _ways(w.wrong_ways, w.WRONG_SPECS)
 
 
+_OBSERVED = _ways(w.activation_observers, w.ACTIVATION_SPECS)
+_OBSERVED_WEIGHTS = _ways(w.weight_observers, w.WEIGHT_SPECS)
+_KINDS = (
+    st.builds(QConfig, _OBSERVED, _OBSERVED_WEIGHTS, st.none() | _OBSERVED),
+    st.builds(QConfig, st.sampled_from((Dynamic(), Dynamic(UINT8_REDUCED))), _OBSERVED_WEIGHTS),
+    st.builds(QConfig, st.just(KeepFloat()), _OBSERVED_WEIGHTS | st.just(Cast())),
+    st.builds(QConfig, st.sampled_from((Cast(), Cast(dynamic=True))), st.just(Cast())),
+    st.builds(QConfig, st.just(ReuseInput()), _WEIGHTS),
+    st.builds(QConfig, _ACTIVATIONS, _WEIGHTS, st.none() | _INPUTS),
+)
+"""Static, dynamic, of weights alone, in half the bits, with the qparams of the input; and any of these mixed."""
+
+
 @st.composite
 def qconfigs(draw: st.DrawFn, *, invalid: bool = False) -> QConfig:
     """How activations and weights are quantized: with observers, when the model runs, by casts, or not at all.
@@ -88,7 +101,7 @@ def qconfigs(draw: st.DrawFn, *, invalid: bool = False) -> QConfig:
     if invalid and draw(st.booleans()):
         some = _WRONG | st.just(o.MinMax())
         return QConfig(draw(some), draw(some), draw(st.none() | some))
-    return QConfig(draw(_ACTIVATIONS), draw(_WEIGHTS), draw(st.none() | _INPUTS))
+    return draw(st.sampled_from(_KINDS).flatmap(lambda kind: kind))
 
 
 @dataclass(frozen=True)

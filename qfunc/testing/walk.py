@@ -48,7 +48,7 @@ class Case:
         mapping = "" if self.qconfig_mapping is None else f",\n{self.qconfig_mapping}\n"
         return f"Case({getattr(self.model, 'program', self.model)!r}, {self.backend.name}, {self.engine}{mapping})"
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001, ARG002 - the protocol's signature
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 - the protocol's signature
         """How Hypothesis prints a failing example: a backend by its name, not by all its rows."""
         printer.text(repr(self))
 

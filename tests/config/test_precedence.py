@@ -32,6 +32,7 @@ from qfunc.config.point import Edge, used
 from qfunc.config.resolve import resolve_qconfigs
 from qfunc.config.selectors import first_layer, last_layer, layers
 from qfunc.errors import BadConfig, UnknownName, UserFunctionFailed, problems
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.testing import models
@@ -43,6 +44,7 @@ WEIGHT = PerChannelMinMax(INT8_NARROW_PER_CHANNEL)
 Q = QConfig(Histogram(), WEIGHT)
 OTHER = QConfig(MinMax(), WEIGHT)
 INT16 = MinMax(QuantSpec("int16", -(2**15), 2**15 - 1))
+THIRD = PerChannelMinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=2))
 PER_CHANNEL = PerChannelMinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=1))
 
 
@@ -187,6 +189,8 @@ def test_uses_and_values_of_operators_that_stay_float_are_quantized_there():
         (ALL.set_edge(Edge(SUM, "no such"), None), SUM, "no value no. 0 in its argument 'no such'"),
         (ALL.set_edge(Edge(SUM, "post.x"), None), SUM, "no value no. 0 in its argument 'post.x'"),
         (ALL.set_edge(Edge(SUM, f"post.{'1' * 5000}.other"), None), SUM, "no value no. 0"),
+        (ALL.set_output(SUM, THIRD), SUM, "ch_axis 2 is no axis of 'add', a tensor of 2 dimensions"),
+        (ALL.set_edge(Edge(SUM, "other"), FakeQuantize(THIRD)), "first", "ch_axis 2 is no axis of 'first'"),
         (ALL.set_edge("x", None), "edges", "'x' is no use of a value"),
         (ALL.set_edge(Edge(SUM, 3), None), "edges", "is no use of a value"),
         (
@@ -255,6 +259,13 @@ def test_an_input_has_no_input_whose_qparams_to_reuse():
     mapping = ALL.set_node(FIRST, QConfig(MinMax(), WEIGHT, input_activation=ReuseInput()))
     (problem,) = problems(prepare(GRAPH, mapping).failure())
     assert isinstance(problem, BadConfig) and "no input of its own" in problem.reason
+
+
+def test_reusing_the_qparams_of_an_input_leaves_an_operator_without_one_float():
+    graph = unwrap(trace(nn.Sequential(nn.Embedding(3, 4)).eval(), torch.tensor([0, 2])))
+    prepared, text = decisions(QConfigMapping().set_global(QConfig(ReuseInput(), KeepFloat())), X86, graph)
+    assert not prepared.sites and not prepared.weights
+    assert "its input, whose qparams it is to reuse, is not quantized" in text
 
 
 # Selectors

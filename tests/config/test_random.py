@@ -49,12 +49,12 @@ def test_configurations_have_every_kind_of_entry_and_qconfigs_every_way(invalid)
     found = {pair for qconfig in drawn(qconfigs(invalid=invalid)) for pair in ways(qconfig)}
     for field in ("activation", "input_activation"):
         known = {name for name_of, name in found if name_of == field}
-        assert both | {"Dynamic", "KeepFloat", "MinMax", "Histogram", "FixedQParams"} <= known
-        assert ("ReuseInput" in known) == (invalid or field == "activation")
+        assert {"FakeQuantize", "MinMax", "Histogram", "FixedQParams"} <= known
     weights = {name for name_of, name in found if name_of == "weight"}
     assert both | {"KeepFloat", "PerChannelMinMax"} <= weights
     assert ("Dynamic" in weights) == ("ReuseInput" in weights) == invalid
-    assert ("input_activation", "NoneType") in found
+    assert {("input_activation", "NoneType"), ("activation", "Dynamic"), ("activation", "KeepFloat")} <= found
+    assert {("activation", "Cast"), ("activation", "ReuseInput"), ("input_activation", "Cast")} <= found
 
 
 def test_the_nodes_of_a_model_are_those_that_it_has_when_traced():
