@@ -215,7 +215,9 @@ class Emitter:
     def _with_parameters(self, changed: NamedArgs, path: str) -> nn.Module:
         """A copy of a module, in which some parameters are others wherever it holds them."""
         module = self._source_module(path)
-        filled: dict[int, Any] = {id(tensor): self._fresh(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        filled: dict[int, Any] = {
+            id(tensor): self._fresh(tensor) for tensor in (*module.parameters(), *module.buffers())
+        }
         for name, value in changed:
             assert isinstance(value, Expression), name
             filled[id(module.get_parameter(name))] = self._tensor(value)
