@@ -75,6 +75,27 @@ def test_dynamic_linear_layers(their_name, name):
     assert (found - run(Linears(), X)).abs().max() > 1e-3
 
 
+class Recurrent(nn.Module):
+    """A sequence, and a cell on its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sequence, self.cell = nn.LSTM(8, 4, num_layers=2, bidirectional=True), nn.GRUCell(8, 4)
+
+    def forward(self, x):
+        return self.cell(self.sequence(x)[0][-1])
+
+
+@pytest.mark.skipif("qnnpack" not in oracle.engines(), reason="this torch has no qnnpack")
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_dynamic_recurrent_layers():
+    x = X.view(8, 2, 8)
+    expected, found = both(Recurrent(), x, ao.qconfig.default_dynamic_qconfig, qconfigs.DEFAULT_DYNAMIC)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    assert (found - run(Recurrent(), x)).abs().max() > 1e-4
+
+
 def halved() -> Linears:
     """Of weights that float16 holds: the reference leaves those of modules as they are."""
     return Linears().half().float()
