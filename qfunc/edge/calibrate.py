@@ -79,7 +79,7 @@ def calibrate_on(
             if error is not None:
                 return Failure(error)
             count += 1
-    if not count and prepared.measured:
+    if not count and (prepared.measured or prepared.swapped):
         return Failure(NoBatches())
     states = {key: observer.state for observer in observers if (key := observer.site.key) is not None}
     statistics = Statistics(digest(prepared.graph), pmap(states), count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pyrsistent import pmap
 from returns.result import Failure, Success
@@ -17,6 +17,7 @@ from qfunc.config.qconfig_mapping import QConfigMapping, Selector
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams
+from qfunc.numerics.unmeasured import told
 from qfunc.passes.annotate import NOTHING, annotate
 from qfunc.passes.derived import wrong_derived
 from qfunc.passes.equalize import equalizations
@@ -102,6 +103,7 @@ class _Sharing:
         self._points: dict[Point, int] = {}
         self._of_uses: dict[tuple[str, SiteObserver], int] = {}
         self._inputs: list[Edge] = []
+        self._unlike: list[Problem] = []
         self._outputs = [id for id in graph.order if id in annotations.outputs]
         uses: dict[str, list[tuple[Edge, str]]] = {}
         for (user, slot), edges in edges_by_slot(annotations.inputs).items():
@@ -124,7 +126,8 @@ class _Sharing:
             self._taps[self._root(self._points[value])][value] = None
 
     def problems(self) -> Iterator[Problem]:
-        """Points that share with others of which none has an observer."""
+        """Points that share with others of which none has an observer, or which are quantized in quite another way."""
+        yield from self._unlike
         for point, site in self._points.items():
             if self._observers[self._root(site)] is None:
                 reason = "it shares with points of which none has an observer"
@@ -197,11 +200,15 @@ class _Sharing:
             site = self._parent[site]
         return site
 
-    def _join(self, points: Iterable[Point]) -> None:
+    def _join(self, points: tuple[Point, ...]) -> None:
         """Make sites one. Its observer is that of the first that measures, so that a fixed range clips no other."""
         roots = list(dict.fromkeys(self._root(self._points[point]) for point in points))
         measured = [r for r in roots if self._observers[r] is not None]
         first = next((r for r in measured if not isinstance(self._observers[r], FixedQParams)), (*measured, *roots)[0])
+        ways = dict.fromkeys(self._observers[r] for r in measured)
+        if len(ways) > 1 and not all(map(measures, ways)):
+            reason = f"it shares with points that are quantized in other ways: {' and '.join(map(told, ways))}"
+            self._unlike.append(BadConfig(str(points[0]), reason, "quantize all of them alike"))
         for other in roots:
             if other != first:
                 self._parent[other] = first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,21 @@ def test_what_derives_from_a_point_without_qparams_is_told(other):
     (problem,) = problems(prepare(graph, given).failure())
     assert (type(problem), problem.node) == (BadConfig, "1")
     assert "has none" in problem.reason
+
+
+@pytest.mark.parametrize(
+    "other", [Dynamic(), Cast(), Derived(("_0",), doubled, UINT8)], ids=["dynamic", "cast", "derived"]
+)
+def test_points_that_are_quantized_in_other_ways_cannot_share(other):
+    graph = unwrap(trace(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Sigmoid()).eval(), X))
+    given = annotations(outputs={"_0": MinMax(), "_1": MinMax(), "_2": other})
+    given = replace(given, groups=frozenset({("_1", "_2")}))
+    (problem,) = problems(prepare(graph, given).failure())
+    assert isinstance(problem, BadConfig)
+    assert "other ways" in problem.reason
+    alike = replace(given, outputs=given.outputs.set("_1", other))
+    prepared = unwrap(prepare(graph, alike))
+    assert prepared.outputs["_1"] == prepared.outputs["_2"]
 
 
 def test_fused_biases_derive_as_well():
