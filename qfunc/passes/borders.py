@@ -11,7 +11,7 @@ from qfunc.config.annotation import Annotations, Spec
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.point import used
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.errors import BadConfig, Problem
+from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref
 from qfunc.numerics.observers import FixedQParams
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
@@ -50,7 +50,7 @@ def with_borders(
     for id in (id for id in chosen if id not in values):
         reason = "nothing that reads it is quantized, so that it has no qparams"
         problems.append(BadConfig(graph[id].place, reason, f"quantize it: set_output({id!r}, Histogram())"))
-    problems += _unquantized(graph, annotations, custom)
+    problems += _unquantized(output_elements(graph), graph, annotations, custom.output_quantized_indexes)
     found = replace(
         annotations,
         outputs=annotations.outputs.update(pmap(values)),
@@ -58,6 +58,19 @@ def with_borders(
         quantized_outputs=frozenset(custom.output_quantized_indexes),
     )
     return found, problems
+
+
+def wrong_borders(graph: Graph, annotations: Annotations) -> Iterator[Problem]:
+    """Inputs and outputs that annotations make codes and that cannot be."""
+    for id in sorted(annotations.quantized_inputs):
+        if id not in graph.nodes or graph[id].kind != "placeholder":
+            yield UnknownName(str(id), "input", tuple(node.id for node in graph if node.kind == "placeholder"))
+        elif isinstance(annotations.outputs.get(id, KeepFloat()), (Dynamic, Cast, KeepFloat)):
+            remedy = f"give it an observer: outputs.set({id!r}, Histogram())"
+            yield BadConfig(graph[id].place, "it is to be codes, and has no qparams", remedy)
+    elements = output_elements(graph)
+    yield from _no_such("output", tuple(sorted(annotations.quantized_outputs)), len(elements))
+    yield from _unquantized(elements, graph, annotations, sorted(annotations.quantized_outputs))
 
 
 def _no_such(what: str, indexes: tuple[int, ...], count: int) -> Iterator[Problem]:
@@ -91,12 +104,14 @@ def _is_fixed(spec: Spec) -> bool:
     return isinstance(spec, FixedQParams)
 
 
-def _unquantized(graph: Graph, annotations: Annotations, custom: CustomConfig) -> Iterator[Problem]:
+def _unquantized(
+    elements: tuple[Arg, ...], graph: Graph, annotations: Annotations, indexes: Iterable[int]
+) -> Iterator[Problem]:
     """Outputs that are wanted as codes and are not quantized."""
-    elements = output_elements(graph)
-    for index in custom.output_quantized_indexes:
+    for index in indexes:
         element = elements[index] if 0 <= index < len(elements) else None
-        if isinstance(element, Ref) and element.id not in annotations.outputs:
+        spec = annotations.outputs.get(element.id) if isinstance(element, Ref) else None
+        if isinstance(element, Ref) and isinstance(spec, (Dynamic, Cast, type(None))):
             why = annotations.floats.get(element.id, "its operator writes float")
             remedy = f"quantize it all the same with set_output({element.id!r}, Histogram()), or leave the index out"
             yield BadConfig(graph[element.id].place, f"output {index} stays float: {why}", remedy)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qfunc.config.columns import aligned
+from qfunc.ir import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Certificate:
     conversions: int
     limited: bool = False
     """Whether weights are limited, because this host's kernels add two products in 16 bits (`numerics.saturation`)."""
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+    """What `prepare` had to tell."""
 
     @property
     def total(self) -> int:
@@ -65,4 +68,4 @@ class Certificate:
             head += "\nweights are limited so that two products fit 16 bits, where kernels of this host add them there"
         titles = ("node", "module", "operator", "kernel", "output", "why not")
         rows = [(e.node, e.module, e.operator, e.kernel or "-", e.output, e.reason) for e in self.entries]
-        return "\n".join([head, *aligned([titles, *rows])])
+        return "\n".join([head, *aligned([titles, *rows]), *map(str, self.notes)])

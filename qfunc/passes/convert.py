@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TypeAlias
 
 from pyrsistent import pmap
 from returns.result import Failure, Success
@@ -17,19 +16,17 @@ from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp
 from qfunc.ir.node import NamedArgs, Written, fact_in
 from qfunc.ir.value import Name
 from qfunc.numerics.derive import wrong_qparams
-from qfunc.numerics.grid import Affine, Grid, literals
+from qfunc.numerics.grid import Grid, literals
 from qfunc.numerics.observers import finished
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, QuantizeWeight
+from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behind, with_codes_given
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
 from qfunc.result import R
-
-How: TypeAlias = Affine | Grid | DeriveQParams | Dynamic | Cast
-"""How the reference form quantizes a value: with known qparams, with those known when weights are read, or anew."""
 
 
 def convert(calibrated: Calibrated) -> R[Converted]:
@@ -51,6 +48,7 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     prepared = calibrated.prepared
     found, problems = _qparams(calibrated)
     weights = {id: weights_of(prepared.graph, prepared.graph[id]) for id in prepared.weights}
+    problems += _equalized(prepared)
     problems += [_no_weight(prepared.graph, id) for id, parts in weights.items() if not parts]
     underivable = list(wrong_derived(prepared))
     if underivable:
@@ -67,7 +65,11 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     intended = {
         node.id: node.origin.module for node in prepared.graph if node.id in meant and node.id not in prepared.swapped
     }
-    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats))
+    taken = {id: hows[prepared.outputs[id]] for id in prepared.graph.order if id in prepared.quantized_inputs}
+    given = {index: hows[prepared.outputs[id]] for index, id in given_codes(prepared).items()}
+    return Success(
+        Converted(graph, prepared.backend, pmap(intended), prepared.floats, prepared.notes, pmap(taken), pmap(given))
+    )
 
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
@@ -93,6 +95,13 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
         else:
             problems.append(UserFunctionFailed(_place(prepared, id), wrong))
     return found, problems
+
+
+def _equalized(prepared: Prepared) -> Iterator[Problem]:
+    for _, equalization in sorted(prepared.equalizations.items()):
+        place = prepared.graph[equalization.site.taps[0]].place
+        reason = "it is measured for equalization, of which there is no reference form"
+        yield BadConfig(place, reason, "prepare without equalize")
 
 
 def _in_order(prepared: Prepared) -> list[str]:
@@ -165,8 +174,12 @@ def _insert(
 ) -> Graph:
     graph = prepared.graph
     draft = Draft(graph)
+    decoded: dict[str, str] = {}
     for value in (id for id in graph.order if id in prepared.outputs):
-        draft.redirect(value, _quantized(draft, graph[value], hows[prepared.outputs[value]]))
+        how = hows[prepared.outputs[value]]
+        if value in prepared.quantized_inputs:
+            decoded[value] = decode(draft, graph[value], how)
+        draft.redirect(value, decoded.get(value) or _quantized(draft, graph[value], how))
     pairs: dict[tuple[str, str], str] = {}
     turned: dict[str, dict[Edge, str]] = {}
     position = {id: index for index, id in enumerate(graph.order)}
@@ -176,7 +189,7 @@ def _insert(
         for edge in slots[user, slot]:
             pair = (values[edge.index], prepared.inputs[edge])
             if pair not in pairs:
-                pairs[pair] = _quantized(draft, graph[pair[0]], hows[pair[1]])
+                pairs[pair] = _quantized(draft, graph[pair[0]], hows[pair[1]], decoded.get(pair[0], pair[0]))
             turned.setdefault(user, {})[edge] = pairs[pair]
     for user, edges in turned.items():
         draft.put(_turn(draft[user], edges))
@@ -184,32 +197,26 @@ def _insert(
         draft.put(custom_node(draft[id]))
     for id, given in parameters.items():
         draft.put(draft[id].with_args(**given))
-    made = draft.commit()
+    made = with_codes_given(draft.commit(), prepared.quantized_outputs)
     made = replace(made, objects=made.objects.update(custom)) if custom else made
     return recorded(graph, made, "convert", f"backend={prepared.backend}")
 
 
-def _quantized(draft: Draft, node: Node, how: How) -> str:
-    """Insert the quantization behind a value; gives the id of the float value that comes of it."""
+def _quantized(draft: Draft, node: Node, how: How, floats: str = "") -> str:
+    """Insert the quantization behind a value, whose `floats` may be another's; gives the id of the float value."""
+    source = floats or node.id
     match how:
         case Dynamic(spec):
-            return _behind(draft, node, "dq", "quantize_dynamically", (("inputs", (Ref(node.id),)), ("spec", spec)))
+            return insert_behind(
+                draft, node, "dq", "quantize_dynamically", (("inputs", (Ref(source),)), ("spec", spec))
+            )
         case Cast(dtype):
-            small = _cast(draft, node, node.id, dtype, dtype)
+            small = _cast(draft, node, source, dtype, dtype)
             return _cast(draft, node, small, "float32", "dq")
         case _:
-            dtype = how.dtype if isinstance(how, Affine) else str(how.spec.torch_dtype).removeprefix("torch.")
-            given: NamedArgs = (("inputs", (Ref(node.id),)), ("output", how))
-            codes = _behind(draft, node, "q", "quantize", given, dtype)
-            return _behind(draft, node, "dq", "dequantize", (("inputs", (Ref(codes),)), ("input", how)))
-
-
-def _behind(draft: Draft, node: Node, suffix: str, kind: str, args: NamedArgs, dtype: str = "") -> str:
-    """Put a node behind a value and what was put there before."""
-    id = draft.fresh(f"{node.id}_{suffix}")
-    fact = fact_in(node.fact, dtype) if dtype else node.fact
-    draft.insert_after(node.id, Node(id, kind, args, fact=fact, origin=Origin(id)))
-    return id
+            given: NamedArgs = (("inputs", (Ref(source),)), ("output", how))
+            codes = insert_behind(draft, node, "q", "quantize", given, code_dtype(how))
+            return insert_behind(draft, node, "dq", "dequantize", (("inputs", (Ref(codes),)), ("input", how)))
 
 
 def _cast(draft: Draft, node: Node, value: str, dtype: str, suffix: str) -> str:

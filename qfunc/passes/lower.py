@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
 from qfunc.backends.cpu import REARRANGEMENTS
@@ -38,6 +40,10 @@ class Lowered:
     certificate: Certificate
     engine: str
     host: HostReport = field(repr=False)
+    input_qparams: PMap[str, Any] = pmap()
+    """The qparams of the inputs that are codes, by the ids of their nodes."""
+    output_qparams: PMap[int, Any] = pmap()
+    """The qparams of the items of the output that are codes, by position."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -74,10 +80,12 @@ def lower(
     lowering = _Lowering(converted, host, engine, (*kernels, *ENGINES[engine]))
     graph = lowering.run()
     limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
-    certificate = Certificate(engine, host.title, tuple(lowering.entries), _conversions(graph), limited)
+    entries = tuple(lowering.entries)
+    certificate = Certificate(engine, host.title, entries, _conversions(graph), limited, converted.notes)
     if strict and certificate.fallbacks:
         return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.fallbacks))
-    return Success(Lowered(recorded(converted.graph, graph, "lower", f"engine={engine}"), certificate, engine, host))
+    graph = recorded(converted.graph, graph, "lower", f"engine={engine}")
+    return Success(Lowered(graph, certificate, engine, host, converted.input_qparams, converted.output_qparams))
 
 
 def wrong_engine(engine: str, host: HostReport) -> list[Problem]:
@@ -175,8 +183,9 @@ class _Lowering:
         return alone and sum(used == floats for used in node.uses()) == 1
 
     def _owns(self, codes: str) -> bool:
-        """Whether codes have memory of their own: the result of moving elements may be a view."""
-        return self._graph[next(self._graph[codes].uses())].kind not in REARRANGEMENTS
+        """Whether codes have memory of their own: what moves elements may give a view, and an input is the user's."""
+        made = self._graph[codes]
+        return made.kind != "placeholder" and self._graph[next(made.uses())].kind not in REARRANGEMENTS
 
     def _replace(self, node: Node, kernel: Node, output: Affine | None) -> None:
         self._draft.put(kernel if output is None else replace(kernel, fact=fact_in(kernel.fact, output.dtype)))

@@ -19,6 +19,7 @@ from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.observers import FixedQParams
 from qfunc.numerics.unmeasured import told
 from qfunc.passes.annotate import NOTHING, annotate
+from qfunc.passes.borders import wrong_borders
 from qfunc.passes.derived import wrong_derived
 from qfunc.passes.equalize import equalizations
 from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
@@ -57,6 +58,7 @@ def prepare(
             lambda found: _prepared(graph, found, backend.name, equalize)
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend, custom=custom)
+    problems = problems or list(wrong_borders(graph, qconfig_mapping))
     return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name, equalize)
 
 

@@ -124,5 +124,10 @@ class Converted:
     """The nodes that are meant to run on integers, and the path of the module each comes from."""
     floats: PMap[str, str] = field(default=pmap(), compare=False)
     """The nodes that are not, and why."""
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+    input_qparams: PMap[str, Any] = pmap()
+    """The qparams of the inputs that are codes, by the ids of their nodes."""
+    output_qparams: PMap[int, Any] = pmap()
+    """The qparams of the items of the output that are codes, by position."""
 
     __hash__ = None  # type: ignore[assignment]

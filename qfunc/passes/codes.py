@@ -1,0 +1,83 @@
+"""Nodes between floats and codes in the reference form, and models that take and give codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeAlias
+
+from qfunc.ir import Arg, DictArg, Draft, Graph, ListArg, Node, Origin, RecordArg, Ref
+from qfunc.ir.node import NamedArgs, fact_in
+from qfunc.numerics.grid import Affine, Grid
+from qfunc.numerics.unmeasured import Cast, Dynamic
+from qfunc.params import DeriveQParams
+from qfunc.passes.borders import output_elements
+from qfunc.passes.stages import Prepared
+
+How: TypeAlias = Affine | Grid | DeriveQParams | Dynamic | Cast
+"""How the reference form quantizes a value: with known qparams, with those known when weights are read, or anew."""
+
+
+def code_dtype(how: How) -> str:
+    """The plain dtype of codes."""
+    assert not isinstance(how, (Dynamic, Cast)), how
+    return how.dtype if isinstance(how, Affine) else str(how.spec.torch_dtype).removeprefix("torch.")
+
+
+def insert_behind(draft: Draft, node: Node, suffix: str, kind: str, args: NamedArgs, dtype: str = "") -> str:
+    """Put a node behind a value and what was put there before; gives its id."""
+    id = draft.fresh(f"{node.id}_{suffix}")
+    fact = fact_in(node.fact, dtype) if dtype else node.fact
+    draft.insert_after(node.id, Node(id, kind, args, fact=fact, origin=Origin(id)))
+    return id
+
+
+def decode(draft: Draft, node: Node, how: How) -> str:
+    """Make an input codes; gives the id of the floats that they stand for."""
+    assert not isinstance(how, (Dynamic, Cast)), how
+    draft.put(replace(node, fact=fact_in(node.fact, code_dtype(how))))
+    return insert_behind(draft, node, "dq", "dequantize", (("inputs", (Ref(node.id),)), ("input", how)))
+
+
+def given_codes(prepared: Prepared) -> dict[int, str]:
+    """The values that leave the model as codes, by their positions in its output."""
+    elements = output_elements(prepared.graph)
+    found = {index: elements[index] for index in sorted(prepared.quantized_outputs)}
+    return {index: element.id for index, element in found.items() if isinstance(element, Ref)}
+
+
+def with_codes_given(graph: Graph, positions: frozenset[int]) -> Graph:
+    """The reference form whose output has, at some positions, the codes instead of the floats that they stand for."""
+    if not positions:
+        return graph
+    (output,) = (node for node in graph if node.kind == "output")
+    (name,) = (name for name, _ in output.args)
+    elements = tuple(
+        _codes_of(element, graph) if index in positions else element
+        for index, element in enumerate(output_elements(graph))
+    )
+    draft = Draft(graph)
+    draft.put(output.with_args(**{name: _rebuilt(output.get(name), elements)}))
+    return draft.commit()
+
+
+def _codes_of(element: Arg, graph: Graph) -> Arg:
+    assert isinstance(element, Ref), element
+    decoded = graph[element.id]
+    assert decoded.kind == "dequantize", decoded
+    inputs = decoded.get("inputs")
+    assert isinstance(inputs, tuple), decoded
+    return inputs[0]
+
+
+def _rebuilt(result: Arg, elements: tuple[Arg, ...]) -> Arg:
+    match result:
+        case tuple():
+            return elements
+        case ListArg():
+            return ListArg(elements)
+        case RecordArg(type):
+            return RecordArg(type, elements)
+        case DictArg(items):
+            return DictArg(tuple((key, element) for (key, _), element in zip(items, elements, strict=True)))
+        case _:
+            return elements[0]
