@@ -14,7 +14,7 @@ from qfunc.errors import BadConfig, NonFinite, Problem, StaleSource, UserFunctio
 from qfunc.ir import Expression, Graph, Source
 from qfunc.numerics.affine import dequantize, quantize
 from qfunc.numerics.batch_norm import fold_batch_norm, fold_batch_norm_before
-from qfunc.numerics.derive import derived_qparams, wrong_qparams
+from qfunc.numerics.derive import derived_qparams, plain, wrong_qparams
 from qfunc.numerics.grid import Grid
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.saturation import limit_pair_sums
@@ -121,6 +121,7 @@ class Evaluator:
         known = isinstance(observer, (Grid, DeriveQParams))
         qparams = self.qparams(observer) if known else observe_once(observer, weight, name)  # type: ignore[arg-type]
         _check_fit(qparams, weight, name)
+        qparams = plain(qparams)
         spec = qparams.spec
         if expression.pairs != "none":
             scale = limit_pair_sums(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from qfunc.ir.graph import Graph, Step
 from qfunc.ir.node import NamedArgs, Node
 from qfunc.ir.value import Arg, Expression
+from qfunc.numerics.grid import Grid
 
 
 def to_text(graph: Graph, *, full: bool = False) -> str:
@@ -32,7 +33,7 @@ def with_history(graph: Graph, history: tuple[Step, ...]) -> Graph:
 
 
 def _text(value: Arg, full: bool) -> str:
-    return str(value) if isinstance(value, Expression) and not full else repr(value)
+    return str(value) if isinstance(value, (Expression, Grid)) and not full else repr(value)
 
 
 def _args(args: NamedArgs, full: bool) -> str:

@@ -39,11 +39,15 @@ def derived_qparams(
     wrong = wrong_qparams(made)
     if not wrong and spec.symmetric and bool((made.zero_point != middle(spec)).any()):
         wrong = f"its scheme is symmetric and its zero point not {middle(spec)}"
-    return f"{who} gave qparams that cannot be meant: {wrong}" if wrong else _plain(made)
+    return f"{who} gave qparams that cannot be meant: {wrong}" if wrong else plain(made)
 
 
-def _plain(qparams: QParams) -> QParams:
-    """In the shapes and types that qparams have."""
+def plain(qparams: QParams) -> QParams:
+    """Qparams that can be meant, in the shapes and types that qparams have.
+
+    >>> plain(QParams(torch.tensor([0.5]), torch.tensor([3.0]), QuantSpec())).zero_point
+    tensor(3)
+    """
     shape = (-1,) if qparams.spec.per_channel else ()
     dtype = torch.float32 if qparams.spec.qscheme == FLOAT_QPARAMS else torch.int64
     scale, zero_point = qparams.scale.detach().to(torch.float32), qparams.zero_point.detach().to(dtype)
@@ -78,8 +82,8 @@ def _problems(qparams: QParams) -> Iterator[str]:
     if spec.qscheme == FLOAT_QPARAMS:
         if not torch.isfinite(zero_point).all():
             yield "a zero point is no number"
-    elif zero_point.is_floating_point():
-        yield "the zero point is a float"
+    elif (zero_point != zero_point.round()).any():
+        yield "a zero point is no integer"
     elif ((zero_point < spec.quant_min) | (zero_point > spec.quant_max)).any():
         yield f"a zero point is not in {spec.quant_min}..{spec.quant_max}"
 

@@ -15,7 +15,7 @@ from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, Wro
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
 from qfunc.ir.node import NamedArgs, Written, fact_in
 from qfunc.ir.value import Name
-from qfunc.numerics.derive import wrong_qparams
+from qfunc.numerics.derive import plain, wrong_qparams
 from qfunc.numerics.grid import Grid, literals
 from qfunc.numerics.observers import finished
 from qfunc.numerics.qparams import QParams
@@ -91,7 +91,7 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
             continue
         wrong = wrong_qparams(qparams) if isinstance(qparams, QParams) else qparams
         if isinstance(qparams, QParams) and not wrong:
-            found[id] = qparams
+            found[id] = plain(qparams)
         else:
             problems.append(UserFunctionFailed(_place(prepared, id), wrong))
     return found, problems

@@ -291,6 +291,13 @@ def test_the_module_copies_pickles_saves_and_keeps_its_scales_in_half(mixed):
     assert any(name.endswith("scale") for name, _ in module.named_buffers())
 
 
+def test_the_module_compiles(mixed):
+    module = unwrap(materialize(mixed))
+    compiled = torch.compile(module, backend="eager")
+    for rows in (6, 3, 0):
+        assert same_bits(run(compiled, X[:rows]), run(module, X[:rows]))
+
+
 def test_nothing_to_measure_needs_no_batches():
     graph = unwrap(fuse(unwrap(trace(layer().eval(), X))))
     prepared = unwrap(prepare(graph, annotations(inputs={INPUT: Dynamic()})))

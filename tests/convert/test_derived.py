@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -270,3 +270,43 @@ def test_fused_biases_derive_as_well():
     found = reference_of(model, x, given)
     torch.testing.assert_close(run(found, x), run(model, x), rtol=0, atol=0.1)
     assert not torch.equal(run(found, x), run(model, x))
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """An observer of the user's, which always gives the same."""
+
+    spec: QuantSpec
+    scale: float
+    zero_point: float
+    statistic = MinMax().statistic
+
+    def init(self):
+        return MinMax().init()
+
+    def update(self, state, tensor):
+        return state
+
+    def finish(self, state):
+        return QParams(torch.tensor([self.scale]), torch.tensor([self.zero_point]), self.spec)
+
+
+@pytest.mark.parametrize(("scale", "zero_point", "reason"), [(0.0, 3.0, "normal number"), (1.0, 0.5, "no integer")])
+def test_observers_of_the_users_that_give_nonsense_are_told(scale, zero_point, reason):
+    graph = unwrap(trace(model_of().eval(), X))
+    at_input = annotations(inputs={INPUT: Stuck(UINT8, scale, zero_point)})
+    (problem,) = problems(convert(unwrap(calibrate(unwrap(prepare(graph, at_input)), [X]))).failure())
+    assert isinstance(problem, UserFunctionFailed)
+    assert reason in problem.reason
+    at_weight = annotations(weights={"_0": Stuck(UINT8, scale, zero_point)})
+    (problem,) = problems(materialize(converted_of(model_of(), X, at_weight, [])).failure())
+    assert (type(problem), problem.node) == (UserFunctionFailed, "0.weight")
+    assert reason in problem.reason
+
+
+def test_whole_zero_points_may_be_floats():
+    whole = Stuck(UINT8, 0.25, 7.0)
+    found = reference_of(model_of(), X, annotations(inputs={INPUT: whole}, weights={"_0": whole}))
+    weight, bias = model_of()[0].weight.detach(), model_of()[0].bias.detach()
+    expected = F.linear(rounded(X, 0.25, 7, 0, 255), rounded(weight, 0.25, 7, 0, 255), bias)
+    torch.testing.assert_close(run(found, X), expected, rtol=1e-6, atol=1e-6)

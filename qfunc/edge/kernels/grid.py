@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qfunc.edge.kernels.base import Kernel
+from qfunc.edge.kernels.base import Kernel, outside_compile
 from qfunc.numerics.affine import dequantize, fake_quantize, quantize
 from qfunc.numerics.grid import Grid
 from qfunc.numerics.observers import MinMax, PerChannelMinMax
@@ -74,15 +74,21 @@ class QuantizeDynamically(Kernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid of its own range."""
-        spec, floats = self.spec, x.to(torch.float32)
-        if spec.ch_axis is not None and spec.ch_axis >= x.dim():
-            raise IndexError(f"ch_axis {spec.ch_axis} is no axis of a tensor of shape {tuple(x.shape)}")
-        qparams = self.observer.finish(self.observer.update(self.observer.init(), floats))
-        if qparams is None:
-            return floats
-        codes = spec.quant_min, spec.quant_max
-        return fake_quantize(floats, qparams.scale, qparams.zero_point, *codes, ch_axis=spec.ch_axis)
+        return _on_own_grid(x.to(torch.float32), self.observer)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{self.spec.dtype} {self.spec.quant_min}..{self.spec.quant_max} {self.spec.qscheme}"
+
+
+@outside_compile
+def _on_own_grid(x: Tensor, observer: MinMax | PerChannelMinMax) -> Tensor:
+    """`x` on the grid of its range; the code that finds that reads numbers, which breaks a compiled graph anyway."""
+    spec = observer.spec
+    if spec.ch_axis is not None and spec.ch_axis >= x.dim():
+        raise IndexError(f"ch_axis {spec.ch_axis} is no axis of a tensor of shape {tuple(x.shape)}")
+    qparams = observer.finish(observer.update(observer.init(), x))
+    if qparams is None:
+        return x
+    codes = spec.quant_min, spec.quant_max
+    return fake_quantize(x, qparams.scale, qparams.zero_point, *codes, ch_axis=spec.ch_axis)
