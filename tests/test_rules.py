@@ -218,7 +218,7 @@ MISFITS = (
 def test_constraints_of_dtypes(allowed, given, reason):
     assert allowed.misfit(given) == reason
     row = OperatorConfig(("linear",), Observation.OWN, (DTypeConfig(allowed, None, None),))
-    qconfig = QConfig(given, MinMax(INT8_SYMMETRIC))
+    qconfig = QConfig(given, MinMax(INT8_SYMMETRIC), input_activation=given)
     result = annotate(graph_of(), QConfigMapping().set_global(qconfig), backend=replace(X86, operators=(row,)))
     if not reason:
         assert Edge("fc", "input") in unwrap(result).inputs
@@ -234,6 +234,24 @@ def test_the_least_scale_of_xnnpack_is_asked_for():
     fine = QConfig(Histogram(INT8), MinMax(QuantSpec("int8", -127, 127, "per_tensor_symmetric")))
     found = problems(annotate(graph, QConfigMapping().set_global(fine), backend=QNNPACK).failure())
     assert {type(problem) for problem in found} == {UnsupportedDType}
+
+
+def test_a_known_range_is_that_of_the_result_alone():
+    """It would clip the operand."""
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x * x)
+
+    graph = graph_of(Gate)
+    fixed = QConfig(FixedQParams(UINT8, 1 / 256, 0), MinMax(INT8_SYMMETRIC))
+    for given, measured in ((X86.qconfig_mapping.global_qconfig, Histogram), (None, MinMax)):
+        found = annotated(graph, QConfigMapping().set_global(given).set_object_type(torch.sigmoid, fixed))
+        assert isinstance(found.inputs[Edge("sigmoid", "input")], measured)
+        assert found.outputs["sigmoid"] == fixed.activation
+    own = replace(fixed, input_activation=Histogram())
+    found = annotated(graph, QConfigMapping().set_object_type(torch.sigmoid, own))
+    assert found.inputs[Edge("sigmoid", "input")] == Histogram()
 
 
 def test_an_entry_that_suits_nothing_is_an_error_and_one_that_suits_some_is_not():

@@ -119,10 +119,7 @@ def _observers(spec: QuantSpec, *, per_channel: bool, qat: bool) -> tuple[Observ
 
 
 def _with_types(qconfig: QConfig, per_tensor: Observer[Any], *, qat: bool) -> QConfigMapping:
-    """The entries of types that all backends have in common.
-
-    What has a fixed range has it as its result; its input has the range that is measured.
-    """
+    """The entries of types that all backends have in common."""
     mapping = (
         QConfigMapping()
         .set_global(qconfig)
@@ -131,13 +128,13 @@ def _with_types(qconfig: QConfig, per_tensor: Observer[Any], *, qat: bool) -> QC
     )
     for form in _LAYER_NORMS:
         mapping = mapping.set_object_type(form, replace(qconfig, weight=KeepFloat()))
-    return _with_fixed(mapping, qconfig, per_tensor, qat=qat)
+    return _with_fixed(mapping, per_tensor, qat=qat)
 
 
-def _with_fixed(mapping: QConfigMapping, qconfig: QConfig, weight: Observer[Any], *, qat: bool) -> QConfigMapping:
+def _with_fixed(mapping: QConfigMapping, weight: Observer[Any], *, qat: bool) -> QConfigMapping:
     types = mapping.object_types
     for form, fixed in _FIXED:
-        types = types.set(form, QConfig(FakeQuantize(fixed) if qat else fixed, weight, qconfig.activation))
+        types = types.set(form, QConfig(FakeQuantize(fixed) if qat else fixed, weight))
     return replace(mapping, object_types=types)
 
 

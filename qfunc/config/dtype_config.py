@@ -97,8 +97,10 @@ class DTypeConfig:
             weighted: whether the operator has a weight that is quantized.
             output: how its result is quantized, where that is not for `qconfig` to say.
         """
-        if isinstance(qconfig.activation, ReuseInput) and not weighted:
-            return ""
+        if isinstance(qconfig.activation, ReuseInput):
+            quantizes = weighted and not isinstance(qconfig.weight, KeepFloat)
+            reason = _misfit(self.weight_dtype, qconfig.weight) if quantizes else ""
+            return f"weights of {reason}" if reason else ""
         if qconfig.is_dynamic != self.is_dynamic and not isinstance(qconfig.of_inputs, KeepFloat):
             return "qparams chosen when the model runs" if qconfig.is_dynamic else "qparams of calibration"
         result = qconfig.of_output if output is None else output

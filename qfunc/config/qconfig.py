@@ -19,7 +19,9 @@ WeightQuantization: TypeAlias = Observer[Any] | Cast | KeepFloat
 class QConfig:
     """How an operator is quantized: its activations, and its weight.
 
-    `input_activation` is for its inputs, where they are to be quantized otherwise than its output.
+    `input_activation` is for its inputs, where they are to be quantized otherwise than its output. A known range
+    (`FixedQParams`) is that of the output alone: without `input_activation`, inputs are then quantized as the global
+    configuration has it.
 
     >>> from qfunc.numerics.observers import MinMax
     >>> print(QConfig(activation=KeepFloat(), weight=MinMax()))

@@ -13,11 +13,13 @@ from pyrsistent import pmap
 from qfunc.config.annotation import Annotations, SharedWith, Spec
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.point import Edge, Point, values_in
-from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import GLOBAL, Chosen, Entry, Resolution
 from qfunc.errors import Problem, UnsupportedDType
 from qfunc.ir import Expression, Graph, Node, Note, Ref, refs, users
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.observers import FixedQParams, MinMax
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
@@ -147,7 +149,7 @@ class Rules:
         return self._read_quantized is None or value in self._read_quantized or value in self._demanded
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
-        row, qconfig = self.backend.operator(node), chosen.qconfig
+        row, qconfig = self.backend.operator(node), self._with_inputs(chosen.qconfig)
         if row is None:
             self._keep(node, "" if qconfig is None else _hindrance(node, self.graph, self.backend))
         elif qconfig is None:
@@ -163,6 +165,14 @@ class Rules:
             else:
                 self.fits.add(key)
                 self._chosen[node.id] = (row, qconfig)
+
+    def _with_inputs(self, qconfig: Choice) -> Choice:
+        """A configuration whose known range is that of its output alone: it would clip the inputs."""
+        if qconfig is None or qconfig.input_activation is not None or not _is_fixed(qconfig.activation):
+            return qconfig
+        default = self.mapping.global_qconfig
+        given = None if default is None or _is_fixed(default.of_inputs) else default.of_inputs
+        return replace(qconfig, input_activation=given or MinMax(qconfig.activation.spec))  # type: ignore[union-attr]
 
     def _keep(self, node: Node, reason: str) -> None:
         """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
@@ -314,6 +324,11 @@ class Rules:
 def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
     """A point and how it is quantized, or nothing where it is not."""
     return () if isinstance(quantization, (KeepFloat, ReuseInput)) else ((point, quantization),)
+
+
+def _is_fixed(quantization: Quantization) -> bool:
+    inner = quantization.observer if isinstance(quantization, FakeQuantize) else quantization
+    return isinstance(inner, FixedQParams)
 
 
 def _quantizes(qconfig: QConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
 from typing import Any
@@ -36,15 +36,7 @@ def our_mapping(config: str) -> QConfigMapping:
         "moving_average": (MovingAverageMinMax(UINT8_REDUCED), PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)),
     }
     activation, weight = by_config[config]
-    mapping = X86.qconfig_mapping.set_global(QConfig(activation, weight))
-    # the inputs of what has a fixed range are measured like all others
-    types = {form: q for form, q in mapping.object_types.items() if q.input_activation is not None}
-    return replace(
-        mapping,
-        object_types=mapping.object_types.update(
-            {form: replace(q, input_activation=activation) for form, q in types.items()}
-        ),
-    )
+    return X86.qconfig_mapping.set_global(QConfig(activation, weight))
 
 
 def their_default(backend: str) -> Any:

@@ -1,7 +1,5 @@
 """The default configurations are torch.ao's: every entry of its mappings, every configuration that has a name there."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -37,13 +35,6 @@ UNQUANTIZED = ("NoopObserver", "Identity")
 WITHOUT = {"default_debug_qconfig": "its observer records tensors, and never gives qparams"}
 """Configurations of torch.ao's with a name, and why there are none of ours."""
 
-FIXED_ENTRIES = {
-    *(".hardsigmoid", ".hardsigmoid_", ".sigmoid", ".sigmoid_", ".tanh", ".tanh_", "torch.sigmoid", "torch.tanh"),
-    *("torch.nn.Hardsigmoid", "torch.nn.Sigmoid", "torch.nn.Softmax", "torch.nn.Tanh"),
-    "torch.nn.functional.hardsigmoid",
-}
-"""Entries that have an observer of their own for inputs, which torch.ao would clip to the range of results."""
-
 
 def meaning(constructor):
     """One of torch.ao's observers as a value of ours."""
@@ -75,28 +66,22 @@ def translated(theirs) -> QConfig:
 
 
 def compare(ours: QConfigMapping, theirs) -> None:
-    """The same entries, but for the inputs of what has a fixed range."""
+    """The same entries."""
     entries = {form_named(key): translated(value) for key, value in theirs.object_type_qconfigs.items()}
     assert ours.global_qconfig == translated(theirs.global_qconfig)
     assert ours.object_types.keys() == entries.keys()
     for form, qconfig in ours.object_types.items():
-        assert replace(qconfig, input_activation=None) == entries[form], form
-        assert (qconfig.input_activation is not None) == (form in FIXED_ENTRIES), form
+        assert qconfig == entries[form], form
     assert QConfigMapping(ours.global_qconfig, ours.object_types) == ours
     assert not theirs.module_name_regex_qconfigs
     assert not theirs.module_name_qconfigs
     assert not theirs.module_name_object_type_order_qconfigs
 
 
-def measured(mapping: QConfigMapping):
-    return {mapping.object_types[form].input_activation for form in FIXED_ENTRIES}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_after_training(backend):
     ours = unwrap(get_default_qconfig_mapping(backend))
     compare(ours, oracle.default_mapping(backend))
-    assert measured(ours) == {ours.global_qconfig.activation}
     assert getattr(qfunc, backend.upper()).qconfig_mapping == ours
 
 
@@ -105,7 +90,6 @@ def test_after_training(backend):
 def test_for_training(backend, version):
     ours = unwrap(get_default_qat_qconfig_mapping(backend, version))
     compare(ours, oracle.default_mapping(backend, qat=True, version=version))
-    assert measured(ours) == {ours.global_qconfig.activation}
 
 
 @pytest.mark.parametrize("qat", [False, True])
