@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
-from qfunc.numerics.observers import Observer, finished
+from qfunc.numerics.observers import Observer, finished, is_own
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.statistic import RangeState
 from qfunc.passes.stages import Site, measures
@@ -81,7 +81,7 @@ def guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> A
     try:
         return function(*args)
     except Exception as error:
-        if type(observer).__module__.startswith("qfunc."):
+        if is_own(observer):
             raise
         problem = UserFunctionFailed(place, f"{type(observer).__name__} raised {told(error)}")
         raise ObserverError(problem) from error

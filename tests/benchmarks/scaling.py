@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qfunc import QConfig, QConfigMapping, check_host, convert, fuse, lower, prepare, trace
 from qfunc import unwrap as get
 from qfunc.backends import CPU
-from qfunc.ir import Expression, Graph, Node, Ref, digest, users, verify
+from qfunc.ir import Expression, Graph, ModuleFact, Node, Ref, digest, users, verify
 from qfunc.numerics.observers import MinMax, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.params import Load
@@ -66,7 +66,7 @@ def chain(size: int) -> Graph:
         nodes += _renamed(body, index, {first.id: value})
         value = nodes[-1].id
     nodes.append(last.map(lambda leaf: Ref(value) if isinstance(leaf, Ref) else leaf))
-    modules = {node.origin.module: node.origin.type for node in nodes if node.origin.module}
+    modules = {node.origin.module: ModuleFact(node.origin.type) for node in nodes if node.origin.module}
     return replace(block, nodes=pmap({n.id: n for n in nodes}), order=tuple(n.id for n in nodes), modules=pmap(modules))
 
 
