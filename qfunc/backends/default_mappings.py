@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from qfunc.backends import qconfigs
-from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import UnknownName
 from qfunc.numerics.fake_quantize import FakeQuantize
@@ -145,6 +146,22 @@ def symmetric_qnnpack_mapping(*, qat: bool = False) -> QConfigMapping:
     for form in types.keys() - dict(_FIXED).keys():
         types = types.set(form, qconfig)
     return QConfigMapping(qconfig, types)
+
+
+def is_ready_made(form: str, qconfig: Choice) -> bool:
+    """Whether an entry by type is one of a default configuration's: meant for any model, whatever it has.
+
+    >>> is_ready_made("torch.nn.Softmax", get_default_qconfig_mapping().unwrap().object_types["torch.nn.Softmax"])
+    True
+    """
+    return (form, qconfig) in _entries_by_type()
+
+
+@cache
+def _entries_by_type() -> frozenset[tuple[str, Choice]]:
+    mappings = [symmetric_qnnpack_mapping(qat=qat) for qat in (False, True)]
+    mappings += [_default(backend, qat=qat).unwrap() for backend in _BY_BACKEND for qat in (False, True)]
+    return frozenset(entry for mapping in mappings for entry in mapping.object_types.items())
 
 
 DYNAMIC = QConfigMapping().set_global(qconfigs.PER_CHANNEL_DYNAMIC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,14 +48,15 @@ class Resolution:
 
     `problems` tells of selectors that fail or contradict each other, and of fused operators with different
     configurations; `unused` are the selectors that pick nothing. The mapping's names of modules are relative to `base`,
-    and it holds for the nodes `own` alone, where they are given.
+    and it holds for the nodes `own` alone, where they are given. `is_default` tells the entries by type that are meant
+    for any model.
     """
 
     def __init__(
         self,
         mapping: QConfigMapping,
         graph: Graph,
-        default: QConfigMapping | None = None,
+        is_default: Callable[[str, Choice], bool] | None = None,
         *,
         base: str = "",
         own: tuple[str, ...] | None = None,
@@ -64,7 +65,7 @@ class Resolution:
         self.problems: list[Problem] = []
         self.unused: list[Selector] = []
         self._mapping = mapping
-        self._default = QConfigMapping() if default is None else default
+        self._meant_for_any = is_default
         self._patterns = [(text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
         self._selected = self._select(graph)
         self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph, base, own)}
@@ -140,7 +141,8 @@ class Resolution:
 
     def _is_default(self, chosen: Chosen) -> bool:
         field, key = chosen.entry
-        return field == "object_types" and self._default.object_types.get(key, ...) == chosen.qconfig
+        known = self._meant_for_any
+        return field == "object_types" and known is not None and known(key, chosen.qconfig)
 
 
 def _named(entry: Entry) -> str:

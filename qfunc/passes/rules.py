@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pyrsistent import pmap
 
+from qfunc.backends.default_mappings import is_ready_made
 from qfunc.config.annotation import Annotations, SharedWith, Spec
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.point import Edge, Point, values_in
@@ -70,13 +71,13 @@ class Rules:
         demanded: frozenset[str] = frozenset(),
         claimed: frozenset[str] = frozenset(),
     ) -> None:
-        resolution = Resolution(mapping, graph, backend.qconfig_mapping, base=base, own=own)
+        self.backend = backend
+        resolution = Resolution(mapping, graph, self.is_default, base=base, own=own)
         self.resolution = resolution
         self.graph = graph
         self.fits: set[tuple[Entry, bool]] = set()
         """The entries whose dtypes suit some operator, with and without a weight."""
         self.mapping = mapping
-        self.backend = backend
         self.problems: list[Problem] = list(resolution.problems)
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
@@ -192,11 +193,16 @@ class Rules:
                 yield from problems
 
     def _is_default(self, entry: Entry) -> bool:
-        """Whether it is an entry of the backend's own configuration, which is meant for any model."""
-        default, (field, key) = self.backend.qconfig_mapping, entry
+        """Whether it is an entry of a default configuration, which is meant for any model."""
         if entry == GLOBAL:
-            return default.global_qconfig == self.mapping.global_qconfig
-        return field == "object_types" and default.object_types.get(key, ...) == self.mapping.object_types[key]
+            return self.backend.qconfig_mapping.global_qconfig == self.mapping.global_qconfig
+        field, key = entry
+        return field == "object_types" and self.is_default(key, self.mapping.object_types[key])
+
+    def is_default(self, form: str, qconfig: Choice) -> bool:
+        """Whether an entry by type is one of the backend's own, or of another default configuration."""
+        own = self.backend.qconfig_mapping.object_types
+        return own.get(form, ...) == qconfig or is_ready_made(form, qconfig)
 
     def _misfit(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> str:
         """Why no combination of dtypes that the operator takes is the configured one; empty where one is."""

@@ -17,8 +17,8 @@ from qfunc.passes.rules import Rules
 def unmatched(mapping: QConfigMapping, rules: Rules) -> tuple[Note, ...]:
     """A note for each entry by type, selector, regex or order that names none of the nodes that `rules` decide.
 
-    Whether or not a stronger one names it. The entries of the backend's own configuration are meant for any model: they
-    are not told of.
+    Whether or not a stronger one names it. The entries of default configurations are meant for any model: they are not
+    told of.
     """
     graph, default = rules.graph, rules.backend.qconfig_mapping
     idle = sorted({selector_name(selector) for selector in rules.unused if selector not in default.selections})
@@ -30,7 +30,11 @@ def unmatched(mapping: QConfigMapping, rules: Rules) -> tuple[Note, ...]:
     # A function or a method is configured by its own name, and by the type of the module that contains it.
     forms = dict.fromkeys(name for node, (_, form, _) in calls for name in (form, node.origin.type))
     keys = dict.fromkeys(key for _, key in calls)
-    types = [form for form in mapping.object_types if form not in forms and not _same(mapping, default, form)]
+    types = [
+        form
+        for form in mapping.object_types
+        if form not in forms and not rules.is_default(form, mapping.object_types[form])
+    ]
     regexes = [text for text, _ in mapping.module_name_regexes if not any(map(re.compile(text).match, paths))]
     orders = [key for key in mapping.module_name_object_type_orders if key not in keys]
     return (
@@ -62,10 +66,6 @@ def without_effect(mapping: QConfigMapping, rules: Rules) -> Iterator[Note]:
 
 
 _PLUMBING = ("placeholder", "get_attr", "output")
-
-
-def _same(mapping: QConfigMapping, default: QConfigMapping, form: str) -> bool:
-    return form in default.object_types and default.object_types[form] == mapping.object_types[form]
 
 
 def _of_types(forms: Iterable[str], graph: Graph, known: Iterable[str]) -> Iterator[Note]:

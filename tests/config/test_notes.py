@@ -11,7 +11,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from qfunc import CPU, Histogram, MinMax, QConfig, QConfigMapping, describe, fuse, prepare, trace, unwrap
+from qfunc import (
+    CPU,
+    ONEDNN,
+    Histogram,
+    MinMax,
+    QConfig,
+    QConfigMapping,
+    describe,
+    fuse,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+    prepare,
+    trace,
+    unwrap,
+)
 from qfunc.config.resolve import resolve_qconfigs
 from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC
@@ -167,3 +181,10 @@ def test_a_backend_prints_with_all_that_it_fuses_and_runs(backend):
     assert all(", ".join(row.kinds) in text for row in backend.operators)
     assert text.endswith(str(backend.qconfig_mapping))
     assert repr(backend.qconfig_mapping) in repr(backend)
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "x86", "qnnpack", "onednn"])
+def test_entries_of_default_configurations_are_meant_for_any_model(backend):
+    graph = unwrap(trace(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).eval(), torch.ones(1, 4)))
+    for mapping in (get_default_qconfig_mapping(backend), get_default_qat_qconfig_mapping(backend)):
+        assert not unwrap(prepare(graph, unwrap(mapping), backend=ONEDNN)).notes
