@@ -295,7 +295,10 @@ def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterato
 
 
 def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
-    for text, _ in mapping.module_name_regexes:
+    texts = [text for text, _ in mapping.module_name_regexes]
+    for text in dict.fromkeys(text for text in texts if texts.count(text) > 1):
+        yield BadConfig(str(text), "the regular expression stands there twice", "set it once: set_module_name_regex")
+    for text in texts:
         try:
             re.compile(text)
         except (re.error, TypeError, OverflowError, RecursionError) as error:

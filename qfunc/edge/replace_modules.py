@@ -10,6 +10,7 @@ from returns.result import Failure, Success
 from torch import nn
 
 from qfunc.config.custom_config import CustomConfig
+from qfunc.config.resolve import ancestors
 from qfunc.edge.read import own_behaviour
 from qfunc.edge.unchanged import unchanged
 from qfunc.errors import Problem, UserFunctionFailed, several, told
@@ -36,21 +37,28 @@ def replace_modules(model: nn.Module, custom: CustomConfig) -> R[Replaced]:
     """The model with the modules that `custom.replacements` names replaced; the model itself where there are none.
 
     Modules around a replaced one are copied, their tensors and all other modules are the model's own. A module at two
-    paths is replaced once. One that is kept whole by its name, or whose call does more than its class's forward, is
-    not replaced; the second has a note.
+    paths is replaced once. One that is kept whole by its name, that is inside a module which is kept whole, or whose
+    call does more than its class's forward, is not replaced; the last two have notes.
 
     Returns:
         The model, or `UserFunctionFailed` for each function that raises or gives no module.
     """
     found: dict[str, nn.Module] = {}
     notes: list[Note] = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
         if type(module) not in custom.replacements or path in custom.non_traceable_names:
             continue
-        own = own_behaviour(module)
-        if own:
-            notes.append(Note(path or "model", f"is not replaced: it {own}"))
-        elif not any(not outer or path.startswith(f"{outer}.") for outer in found):
+        around = list(ancestors(path))[1:]
+        if any(outer in found for outer in around):
+            continue
+        hindrance = own_behaviour(module)
+        whole = next((outer for outer in around if _is_whole(outer, modules[outer], custom)), None)
+        if whole is not None:
+            hindrance = f"is inside {whole!r}, a {type(modules[whole]).__name__}, which is kept whole"
+        if hindrance:
+            notes.append(Note(path or "model", f"is not replaced: it {hindrance}"))
+        else:
             found[path] = module
     types = {type(module) for module in model.modules()}
     unused = (type_name(cls) for cls in custom.replacements if cls not in types)
@@ -68,6 +76,14 @@ def replace_modules(model: nn.Module, custom: CustomConfig) -> R[Replaced]:
     if problems:
         return Failure(several(problems))
     return Success(Replaced(_rebuilt(model, made) if made else model, model, found, tuple(notes)))
+
+
+def _is_whole(path: str, module: nn.Module, custom: CustomConfig) -> bool:
+    """Whether a module around others is one call of the graph, whose code may read anything of those inside."""
+    library = type(module).__module__.startswith("torch.nn")
+    container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    chosen = path in custom.non_traceable_names or isinstance(module, custom.non_traceable_types)
+    return chosen or (library and not container)
 
 
 def _called(function: Any, module: nn.Module, path: str) -> nn.Module | UserFunctionFailed:

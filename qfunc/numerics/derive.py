@@ -54,12 +54,16 @@ def plain(qparams: QParams) -> QParams:
     return QParams(scale.reshape(shape), zero_point.reshape(shape), qparams.spec)
 
 
-def wrong_qparams(qparams: QParams) -> str:
-    """Why qparams cannot be meant, in words; empty where they can.
+def wrong_qparams(qparams: QParams, spec: QuantSpec | None = None) -> str:
+    """Why qparams cannot be meant, or are not for `spec`, in words; empty where they can.
 
     >>> wrong_qparams(QParams(torch.tensor(0.0), torch.tensor(3), QuantSpec()))
     'a scale is no positive, normal number: 0.0'
     """
+    if not isinstance(qparams.spec, QuantSpec):
+        return f"their spec is a {type(qparams.spec).__name__}, not a QuantSpec"
+    if spec is not None and qparams.spec != spec:
+        return f"they are for {qparams.spec}, not for {spec}"
     return next(_problems(qparams), "")
 
 
@@ -69,6 +73,9 @@ def _problems(qparams: QParams) -> Iterator[str]:
     if not (isinstance(scale, Tensor) and isinstance(zero_point, Tensor)):
         yield "the scale and the zero point are not both tensors"
         return
+    if scale.is_meta or zero_point.is_meta or zero_point.dtype == torch.bool:
+        yield f"the scale or the zero point holds no numbers: {scale.device}, {_told(zero_point)}"
+        return
     if not scale.is_floating_point() or scale.numel() != zero_point.numel():
         yield f"the scale is {_told(scale)}, the zero point {_told(zero_point)}"
         return
@@ -76,6 +83,11 @@ def _problems(qparams: QParams) -> Iterator[str]:
         yield f"there are no scales per channel: ch_axis {spec.ch_axis} is no axis of its values"
     elif not spec.per_channel and scale.numel() != 1:
         yield f"there are {scale.numel()} scales, {spec.qscheme} has one"
+    yield from _wrong_values(qparams)
+
+
+def _wrong_values(qparams: QParams) -> Iterator[str]:
+    spec, scale, zero_point = qparams.spec, qparams.scale, qparams.zero_point
     wrong = scale[~(torch.isfinite(scale) & (scale >= _TINY))].view(-1)
     if wrong.numel():
         yield f"a scale is no positive, normal number: {wrong[0].item()}"

@@ -89,7 +89,7 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
         if qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
             continue
-        wrong = wrong_qparams(qparams) if isinstance(qparams, QParams) else qparams
+        wrong = wrong_qparams(qparams, observer.spec) if isinstance(qparams, QParams) else qparams
         if isinstance(qparams, QParams) and not wrong:
             found[id] = plain(qparams)
         else:

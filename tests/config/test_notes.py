@@ -188,3 +188,9 @@ def test_entries_of_default_configurations_are_meant_for_any_model(backend):
     graph = unwrap(trace(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).eval(), torch.ones(1, 4)))
     for mapping in (get_default_qconfig_mapping(backend), get_default_qat_qconfig_mapping(backend)):
         assert not unwrap(prepare(graph, unwrap(mapping), backend=ONEDNN)).notes
+
+
+def test_a_regular_expression_stands_once():
+    twice = QConfigMapping(module_name_regexes=(("layer1", None), ("layer1", None)))
+    found = problems(prepare(GRAPH, twice).failure())
+    assert [(type(problem), problem.node) for problem in found] == [(BadConfig, "layer1")]

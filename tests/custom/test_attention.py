@@ -384,3 +384,29 @@ def test_an_encoder_layer_of_torch_is_quantized_inside_by_way_of_its_replacement
     assert sqnr(run(model, (X,)), run(unwrap(materialize(lowered)), (X,))) > 25
     report = unwrap(explain_fusion(unwrap(fuse(unwrap(trace(model, X, custom=CUSTOM)))), custom=CUSTOM))
     assert len(report.fused) == 2  # the activation of each block; the identities are gone already
+
+
+def test_what_is_inside_a_module_that_is_kept_whole_is_not_replaced():
+    """Its code reads what only the original has."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    model = nn.Sequential(nn.Linear(8, 8), layer).eval()
+    x = torch.randn(2, 3, 8)
+    custom = CustomConfig(replacements={nn.MultiheadAttention: decomposed_attention})
+    graph = unwrap(trace(model, x, custom=custom))
+    assert "torch.nn.TransformerEncoderLayer" in {node.kind for node in graph}
+    (note,) = [note for note in graph.notes if note.node == "1.self_attn"]
+    assert "kept whole" in note.text
+    assert torch.equal(unwrap(materialize(graph))(x), model(x))
+    listed = nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True)])
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = listed
+
+        def forward(self, x):
+            return self.parts[0](x, x, x, need_weights=False)[0]
+
+    graph = unwrap(trace(Listed().eval(), x, custom=custom))
+    assert not graph.notes
+    assert "matmul" in {node.kind for node in graph}

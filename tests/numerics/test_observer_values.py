@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qfunc.errors import BadConfig
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
-from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.derive import wrong_qparams
+from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8, QParams, QuantSpec
 from qfunc.numerics.statistic import MinMaxStatistic, RangeState, finite, in_memory_order, state_is_finite
 
 PER_CHANNEL = q.INT8_SYMMETRIC_PER_CHANNEL
@@ -257,3 +258,20 @@ def test_in_memory_order_keeps_all_values():
     x = torch.arange(120.0).view(2, 3, 4, 5)
     for other in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x.transpose(0, 3), x[0, 0, 0, 0]):
         assert sorted(in_memory_order(other).tolist()) == sorted(other.reshape(-1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("qparams", "reason"),
+    [
+        (QParams(torch.tensor(0.5), torch.tensor(3), None), "their spec is a NoneType"),
+        (QParams(torch.tensor(0.5, device="meta"), torch.tensor(3), UINT8), "holds no numbers"),
+        (QParams(torch.tensor(0.5), torch.tensor(True), UINT8), "holds no numbers"),
+        (QParams(torch.tensor(0.5), torch.tensor(3), INT8_SYMMETRIC), "not for"),
+        (QParams(torch.tensor(0.5), 3, UINT8), "not both tensors"),
+        (QParams(torch.tensor(0.5), torch.tensor(3), UINT8), ""),
+    ],
+)
+def test_qparams_of_the_users_are_checked(qparams, reason):
+    found = wrong_qparams(qparams, UINT8)
+    assert reason in found
+    assert bool(reason) == bool(found)
