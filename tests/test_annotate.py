@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from qfunc import (
     calibrate,
     combine,
     convert,
+    describe,
     from_json,
     fuse,
     lower,
@@ -192,3 +195,50 @@ def test_what_cannot_be_meant_is_told(annotations, kind, node):
 def test_other_arguments_are_refused():
     assert isinstance(annotate(Net()).failure(), WrongStage)
     assert isinstance(combine(Annotations(), 3).failure(), BadConfig)
+
+
+def test_a_conflict_names_both_quantizers_and_what_each_says():
+    other = MinMax(QuantSpec(eps=0.5))
+    given = [Annotations(weights=Annotations().weights.set("conv", MinMax(spec))) for spec in (UINT8, INT8_SYMMETRIC)]
+    (problem,) = problems(combine(Annotations(), *given).failure())
+    assert problem.node == "conv"
+    assert "its weight: annotations[1] says MinMax uint8 0..255" in problem.reason
+    assert "annotations[2] says MinMax int8 -128..127" in problem.reason
+    alike = [Annotations(outputs=Annotations().outputs.set("conv", observer)) for observer in (MinMax(), other)]
+    (problem,) = problems(combine(*alike).failure())
+    assert "eps=0.5" in problem.reason
+
+
+def test_operators_that_nothing_annotates_stay_float_for_that_reason():
+    graph = unwrap(trace(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).eval(), X[:, :, 0, 0]))
+    first, second = [node.id for node in graph if node.kind in ("linear", "softmax")]
+    mine = Annotations(inputs=Annotations().inputs.set(Edge(first, "input"), MinMax()))
+    described = unwrap(describe(unwrap(prepare(graph, mine))))
+    assert [(row.node, row.reason) for row in described.floats] == [(second, "nothing annotates it")]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Frozen, and yet not hashable: it holds a list."""
+
+    spec: QuantSpec
+    seen: list[int]
+    statistic = "held"
+
+    def init(self):
+        return MinMax(self.spec).init()
+
+    def update(self, state, x):
+        return MinMax(self.spec).update(state, x)
+
+    def finish(self, state):
+        return MinMax(self.spec).finish(state)
+
+
+def test_observers_that_hold_what_is_not_hashable_are_errors():
+    graph, holding = unwrap(trace(nn.Sequential(nn.Linear(4, 4)).eval())), Holding(UINT8, [1])
+    mapping = CPU.qconfig_mapping.set_object_type(nn.Linear, QConfig(holding, MinMax(INT8_SYMMETRIC)))
+    annotations = Annotations(outputs=Annotations().outputs.set(graph.order[1], holding))
+    for configuration in (mapping, annotations):
+        (problem,) = problems(prepare(graph, configuration).failure())
+        assert isinstance(problem, BadConfig) and problem.node == "Holding" and "not hashable" in problem.reason

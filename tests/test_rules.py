@@ -328,3 +328,13 @@ def test_codes_at_the_borders(backend):
         prepare(graph, QConfigMapping(), backend=backend, custom=CustomConfig(input_quantized_indexes=(0,))).failure()
     )
     assert [problem.node for problem in nothing] == ["input 'x'"]
+
+
+def test_what_only_a_dynamic_layer_reads_is_not_rounded_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    graph = unwrap(trace(model, torch.randn(1, 3, 8, 8)))
+    layer = graph.order[-2]
+    weight = CPU.qconfig_mapping.global_qconfig.weight
+    prepared = unwrap(prepare(graph, CPU.qconfig_mapping.set_node(layer, QConfig(Dynamic(), weight))))
+    assert prepared.outputs == {}
+    assert {edge.user for edge in prepared.inputs} == {graph.order[1], layer}

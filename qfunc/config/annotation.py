@@ -6,7 +6,7 @@ backend. `combine` joins several, `prepare` makes observation sites of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,7 +20,7 @@ from qfunc.errors import BadConfig, Problem, UnknownName, several
 from qfunc.ir import Expression, Graph, Node, Note
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.qparams import QParams, QuantSpec, validate
-from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, validate_quantization
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, told, validate_quantization
 from qfunc.result import R
 
 
@@ -129,7 +129,8 @@ def combine(*annotations: Annotations) -> R[Annotations]:
     """The annotations of several quantizers as one.
 
     Returns:
-        Their union, or a `BadConfig` for each point that two of them quantize differently, with both.
+        Their union, or a `BadConfig` for each point that two of them quantize differently, which names both by their
+        positions and tells what each says.
     """
     problems: list[Problem] = [
         BadConfig(f"annotations[{index}]", f"expected Annotations, got a {type(given).__name__}", _REMEDY)
@@ -138,11 +139,11 @@ def combine(*annotations: Annotations) -> R[Annotations]:
     ]
     if problems:
         return Failure(several(problems))
-    inputs = _united((given.inputs for given in annotations), problems)
-    outputs = _united((given.outputs for given in annotations), problems)
-    weights = _united((given.weights for given in annotations), problems)
-    biases = _united((given.biases for given in annotations), problems)
-    swapped = _united((given.swapped for given in annotations), problems)
+    inputs = _united([given.inputs for given in annotations], "", problems)
+    outputs = _united([given.outputs for given in annotations], "", problems)
+    weights = _united([given.weights for given in annotations], "its weight: ", problems)
+    biases = _united([given.biases for given in annotations], "its bias: ", problems)
+    swapped = _united([given.swapped for given in annotations], "its custom module: ", problems)
     if problems:
         return Failure(several(sorted(problems, key=lambda problem: problem.node)))
     quantized = {*outputs, *weights, *biases, *(edge.user for edge in inputs)}
@@ -169,15 +170,24 @@ P = TypeVar("P")
 S = TypeVar("S")
 
 
-def _united(tables: Iterable[PMap[P, S]], problems: list[Problem]) -> PMap[P, S]:
+def _united(tables: Sequence[PMap[P, S]], what: str, problems: list[Problem]) -> PMap[P, S]:
     """One table of several; a point with two specs is a problem."""
     united: dict[P, S] = {}
-    for table in tables:
+    givers: dict[P, int] = {}
+    for index, table in enumerate(tables):
         for point, spec in table.items():
+            first = givers.setdefault(point, index)
             if united.setdefault(point, spec) != spec:
-                reason = f"one quantizer gives {united[point]!r}, another {spec!r}"
+                one, other = _told_apart(united[point], spec)
+                reason = f"{what}annotations[{first}] says {one}, annotations[{index}] says {other}"
                 problems.append(BadConfig(str(point), reason, _ONE))
     return pmap(united)
+
+
+def _told_apart(one: object, other: object) -> tuple[str, str]:
+    """Two specs in words, or in full where the words are the same."""
+    words = told(one), told(other)
+    return words if words[0] != words[1] else (repr(one), repr(other))
 
 
 _REMEDY = "pass what annotate(graph) and other quantizers return"
@@ -207,8 +217,7 @@ def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Proble
             if node is not None and not (_has_parameter(node, slot) or (slot == "weight" and _is_unknown_call(node))):
                 yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
     yield from _wrong_swaps(annotations, graph)
-    for spec in dict.fromkeys((*specs, *parameters)):
-        yield from _wrong_spec(spec)
+    yield from _wrong_specs((*specs, *parameters))
 
 
 def _has_parameter(node: Node, slot: str) -> bool:
@@ -226,6 +235,12 @@ def _wrong_swaps(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
         written = graph[id].origin.written if id in graph.nodes else None
         if written is None or written.op != "call_module":
             yield BadConfig(str(id), "it is no call of a module of the graph", "swap calls of modules only")
+
+
+def _wrong_specs(specs: tuple[object, ...]) -> Iterator[Problem]:
+    # By identity: a wrong one need not be hashable.
+    for spec in {id(spec): spec for spec in specs}.values():
+        yield from _wrong_spec(spec)
 
 
 def _wrong_spec(spec: Any) -> Iterator[Problem]:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from returns.result import Result
+
 from qfunc.config.backend_config import BackendConfig, wrong_backend
 from qfunc.config.custom_config import CustomConfig, CustomModule, Standalone
 from qfunc.config.custom_fusion import wrong_fusion
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import KernelRow
 from qfunc.config.qconfig import QConfig
-from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.qconfig_mapping import QConfigMapping, kind_shown
 from qfunc.errors import BadConfig, Problem
 
 _EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(
@@ -52,6 +54,8 @@ def _wrong(name: str, value: object) -> Iterator[Problem]:
     if not isinstance(value, expected):
         if isinstance(value, QConfig) and expected is QConfigMapping:
             remedy = "pass QConfigMapping().set_global(qconfig)"
+        elif isinstance(value, Result):
+            remedy = "take it out of the result first: unwrap(result)"
         yield BadConfig(name, f"expected a {expected.__name__}, got {shown(value)}", remedy)
     elif isinstance(value, tuple) and not all(isinstance(row, KernelRow) for row in value):
         yield BadConfig(name, "not every item is a KernelRow", remedy)
@@ -92,7 +96,7 @@ def _wrong_tables(custom: CustomConfig) -> Iterator[Problem]:
         table = getattr(custom, field)
         remedy = f"pass a dict from {_PLURAL[key]} to {_CALLED[expected]}"
         if not isinstance(table, Mapping) or not _all(table, key) or not _all(list(table.values()), expected):
-            yield BadConfig(field, f"expected such a dict, got {shown(table)}", remedy)
+            yield BadConfig(field, _no_table(table, expected), remedy)
             continue
         for name, value in table.items():
             if isinstance(value, Standalone):
@@ -133,6 +137,13 @@ def _wrong_standalone(place: str, standalone: Standalone) -> Iterator[Problem]:
         yield from wrong_backend(backend)
 
 
+def _no_table(table: object, expected: Any) -> str:
+    """What is no dict, or is in a dict that should not be there."""
+    values = table.values() if isinstance(table, Mapping) else ()
+    odd = next((value for value in values if not isinstance(value, expected)), None)
+    return f"expected such a dict, got {shown(table)}" + (f" with {shown(odd)}" if odd is not None else "")
+
+
 def _label(name: object) -> object:
     return name.__name__ if isinstance(name, type) else name
 
@@ -144,4 +155,4 @@ def _all(items: object, expected: type) -> bool:
 def shown(value: object) -> str:
     """A value in a message: short ones as they are, others by their type."""
     text = repr(value) if isinstance(value, (str, int, float, type(None), type, list, tuple)) else ""
-    return text if 0 < len(text) <= 60 else f"a {type(value).__name__}"
+    return text if 0 < len(text) <= 60 else f"a {kind_shown(value)}"

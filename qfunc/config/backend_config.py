@@ -10,7 +10,7 @@ from typing import Any
 
 from qfunc.config.columns import aligned
 from qfunc.config.custom_fusion import CustomFusion, wrong_fusion
-from qfunc.config.dtype_config import DTypeConfig
+from qfunc.config.dtype_config import DTypeConfig, wrong_dtypes
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem
 from qfunc.ir import Node
@@ -124,7 +124,10 @@ def wrong_backend(backend: BackendConfig) -> Iterator[Problem]:
         if not isinstance(row, OperatorConfig):
             reason = f"expected an OperatorConfig, got a {type(row).__name__}"
             yield BadConfig(f"operators[{index}]", reason, "pass OperatorConfig(kinds, observation)")
-        elif row.fixed is not None:
+            continue
+        for dtypes in row.dtypes:
+            yield from wrong_dtypes(dtypes)
+        if row.fixed is not None:
             yield from validate_observer(row.fixed)
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from qfunc.config.qconfig import QConfig, WeightQuantization
+from qfunc.errors import Problem, UnknownName
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import FixedQParams
-from qfunc.numerics.qparams import QuantSpec
-from qfunc.numerics.unmeasured import Cast, KeepFloat, Quantization, ReuseInput, dtype_of
+from qfunc.numerics.qparams import DTYPES, QuantSpec
+from qfunc.numerics.unmeasured import FLOATS, Cast, KeepFloat, Quantization, ReuseInput, dtype_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,15 @@ class DTypeConfig:
         kind = "dynamic " if self.is_dynamic else ""
         parts = (("activations", self.input_dtype), ("weights", self.weight_dtype))
         return kind + " and ".join(f"{_named(dtype)} {what}" for what, dtype in parts if dtype is not None)
+
+
+def wrong_dtypes(dtypes: DTypeConfig) -> Iterator[Problem]:
+    """Names of dtypes that there are none of."""
+    known = ("float32", *FLOATS, *DTYPES)
+    for given in (dtypes.input_dtype, dtypes.output_dtype, dtypes.weight_dtype, dtypes.bias_dtype):
+        name = given.dtype if isinstance(given, DTypeWithConstraints) else given
+        if name is not None and name not in known:
+            yield UnknownName(str(name), "dtype", known)
 
 
 def _of_bias(qconfig: QConfig) -> Quantization:

@@ -140,6 +140,16 @@ def _choices(mapping: QConfigMapping) -> Iterator[tuple[str, Choice]]:
     yield "everything else", mapping.global_qconfig
 
 
+def kind_shown(value: object) -> str:
+    """The type of a value in a message: one of the reference's, which may be called as qfunc's own, with its module.
+
+    >>> kind_shown("x86"), kind_shown(QConfigMapping())
+    ('str', 'QConfigMapping')
+    """
+    cls = type(value)
+    return type_name(cls) if cls.__module__.startswith("torch.ao.") else cls.__name__
+
+
 def selector_name(selector: Any) -> str:
     """A selector in words.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from qfunc.config.point import Edge, used
 from qfunc.config.qconfig import Choice, QConfig, wrong_qconfig
-from qfunc.config.qconfig_mapping import QConfigMapping, Selector, selector_name, tables
+from qfunc.config.qconfig_mapping import QConfigMapping, Selector, kind_shown, selector_name, tables
 from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
 from qfunc.ir import Graph, Node, Origin, TensorFact
 from qfunc.match import form_of, form_of_origin
@@ -129,7 +129,7 @@ class Resolution:
         chosen = self.chosen[node.id]
         if chosen.entry[0] in ("nodes", "module_name_object_type_orders", "selections"):
             return  # they name the operator as it is in the graph, all of it
-        for origin in _parts(node, graph):
+        for origin in parts_of(node, graph):
             names = (origin.type, form_of_origin(origin))
             part = self._by_name(origin.module) or self._by_type(names)
             if part.entry == GLOBAL or part.qconfig == chosen.qconfig or self._is_default(part):
@@ -150,7 +150,7 @@ def _named(entry: Entry) -> str:
     return f"{field}[{key!r}]"
 
 
-def _parts(node: Node, graph: Graph) -> Iterator[Origin]:
+def parts_of(node: Node, graph: Graph) -> Iterator[Origin]:
     """What was fused into a node: batch norms folded into its weight, and the operators behind it."""
     weight = node.get("weight") if node.has("weight") else None
     while isinstance(weight, FoldBatchNorm):
@@ -220,7 +220,7 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
         if isinstance(choice, QConfig):
             found += wrong_qconfig(choice)
         elif choice is not None:
-            reason = f"expected a QConfig or None, got a {type(choice).__name__}"
+            reason = f"expected a QConfig or None, got a {kind_shown(choice)}"
             found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
     for table in (mapping.outputs, mapping.edges):
         for key in sorted(table, key=str):

@@ -80,7 +80,7 @@ def annotate(
         fits.setdefault(id(one.mapping), set()).update(one.fits)
     for one in rules:
         problems += (*one.problems, *one.useless_entries(fits[id(one.mapping)]))
-    given = [one.annotations(_notes(part, one, asked)) for one, part in zip(rules, parts, strict=True)]
+    given = [one.annotations(_notes(part, asked, rules, parts)) for one, part in zip(rules, parts, strict=True)]
     ruled = unwrap(combine(*given)) if found else given[0]
     ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))
     ruled, wrong = with_custom_modules(graph, ruled, rules, custom)
@@ -139,12 +139,17 @@ def _misplaced(parts: list[_Part], graph: Graph) -> Iterator[Problem]:
                 yield BadConfig(graph[node].place, reason, "name it in the configuration of the part that it is in")
 
 
-def _notes(part: _Part, rules: Rules, asked: QConfigMapping) -> tuple[Note, ...]:
-    """Notes of entries that match or change nothing; of a standalone module's own mapping, with its path."""
+def _notes(part: _Part, asked: QConfigMapping, rules: list[Rules], parts: list[_Part]) -> tuple[Note, ...]:
+    """Notes of entries that match or change nothing; of a standalone module's own mapping, with its path.
+
+    A mapping holds for its own part and for the standalone modules inside it that have none: it is told of once.
+    """
     region = part.region
-    if region is None:
-        return (*unmatched(asked, rules), *without_effect(asked, rules))
-    if region.qconfig_mapping is None or region.base != region.path:
+    if region is not None and (region.qconfig_mapping is None or region.base != region.path):
         return ()
-    notes = (*unmatched(part.mapping, rules), *without_effect(part.mapping, rules))
+    mapping = asked if region is None else part.mapping
+    held = [one for one, p in zip(rules, parts, strict=True) if p.mapping is part.mapping and p.base == part.base]
+    notes = (*unmatched(mapping, held), *(note for one in held for note in without_effect(mapping, one)))
+    if region is None:
+        return notes
     return tuple(Note(f"standalone module {region.path!r}: {note.node}", note.text) for note in notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pyrsistent import pmap
 from returns.result import Failure, Success
@@ -59,7 +60,17 @@ def prepare(
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend, custom=custom)
     problems = problems or list(wrong_borders(graph, qconfig_mapping))
-    return Failure(several(problems)) if problems else _prepared(graph, qconfig_mapping, backend.name, equalize)
+    if problems:
+        return Failure(several(problems))
+    return _prepared(graph, _with_reasons(graph, qconfig_mapping), backend.name, equalize)
+
+
+def _with_reasons(graph: Graph, annotations: Annotations) -> Annotations:
+    """The annotations with a reason for each operator that they do not name: it stays float."""
+    users = {edge.user for edge in annotations.inputs}
+    named = {*users, *annotations.outputs, *annotations.weights, *annotations.biases, *annotations.swapped}
+    left = (id for id in graph.order if id not in named and id not in annotations.floats)
+    return replace(annotations, floats=annotations.floats.update(dict.fromkeys(left, "nothing annotates it")))
 
 
 def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Selector | None) -> R[Prepared]:
@@ -78,7 +89,7 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Se
         backend,
         annotations.floats,
         annotations.refused,
-        (*annotations.notes, *notes),
+        (*graph.notes, *annotations.notes, *notes),
         annotations.biases,
         annotations.quantized_inputs,
         annotations.quantized_outputs,

@@ -322,8 +322,8 @@ class Rules:
 
     def _values(self, id: str) -> list[str]:
         row, qconfig = self._chosen[id]
-        if not _quantizes(qconfig):
-            return []
+        if not _quantizes(qconfig) or qconfig.is_dynamic:
+            return []  # what is quantized as the model runs is read in float
         return [value for _, value in self._operands(self.graph[id], row)]
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from qfunc.config.point import used
 from qfunc.config.qconfig_mapping import QConfigMapping, selector_name
-from qfunc.config.resolve import numbered, relative
+from qfunc.config.resolve import ancestors, numbered, parts_of, relative
 from qfunc.ir import Graph, Note
 from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.passes.rules import Rules
 
 
-def unmatched(mapping: QConfigMapping, rules: Rules) -> tuple[Note, ...]:
-    """A note for each entry by type, selector, regex or order that names none of the nodes that `rules` decide.
+def unmatched(mapping: QConfigMapping, held: Sequence[Rules]) -> tuple[Note, ...]:
+    """A note for each entry by type, selector, name, regex or order that names none of the nodes that `held` decide.
 
     Whether or not a stronger one names it. The entries of default configurations are meant for any model: they are not
     told of.
     """
+    rules = held[0]
     graph, default = rules.graph, rules.backend.qconfig_mapping
+    names = _of_names(mapping, held) if mapping.module_names else ()
     idle = sorted({selector_name(selector) for selector in rules.unused if selector not in default.selections})
     selections = tuple(Note(f"selections[{name!r}]", "selects no node of this graph") for name in idle)
     if not (mapping.object_types or mapping.module_name_regexes or mapping.module_name_object_type_orders):
-        return selections
-    calls = [(node, key) for node, key in numbered(graph, rules.base, rules.own) if node.kind not in _PLUMBING]
+        return (*selections, *names)
+    decided = {id for one in held for id in one.own}
+    own = [id for id in graph.order if id in decided]
+    calls = [(node, key) for node, key in numbered(graph, rules.base, own) if node.kind not in _PLUMBING]
     paths = dict.fromkeys(relative(node.origin.module, rules.base) for node, _ in calls)
     # A function or a method is configured by its own name, and by the type of the module that contains it.
     forms = dict.fromkeys(name for node, (_, form, _) in calls for name in (form, node.origin.type))
@@ -40,6 +44,7 @@ def unmatched(mapping: QConfigMapping, rules: Rules) -> tuple[Note, ...]:
     return (
         *_of_types(sorted(types), graph, forms),
         *selections,
+        *names,
         *_of_regexes(regexes, paths),
         *_of_orders(sorted(orders), keys),
     )
@@ -55,9 +60,17 @@ def without_effect(mapping: QConfigMapping, rules: Rules) -> Iterator[Note]:
     quantized = {*bare.outputs, *(used(graph[edge.user], edge) for edge in bare.inputs)}
     for id in (id for id in graph.order if id in outputs - quantized):
         yield Note(f"outputs[{id!r}]", "changes nothing; no operator that is quantized here makes or reads this value")
+    floats = {id for id, way in mapping.outputs.items() if isinstance(way, KeepFloat)}
+    rounded = {*bare.outputs, *mapping.outputs} - floats
     for edge in sorted(edges, key=lambda edge: (edge.user, edge.slot, edge.index)):
-        if edge not in bare.inputs:
-            value = used(graph[edge.user], edge)
+        value = used(graph[edge.user], edge)
+        if edge in bare.inputs and value in rounded:
+            yield Note(
+                f"edges[{edge}]",
+                f"changes nothing; {value!r} is quantized for all its uses; "
+                f"to read it unrounded, keep it float for them all: set_output({value!r}, None)",
+            )
+        elif edge not in bare.inputs:
             hint = f"to read {value!r} unrounded, keep it float for all uses: set_output({value!r}, None)"
             yield Note(
                 f"edges[{edge}]",
@@ -79,6 +92,16 @@ def _of_types(forms: Iterable[str], graph: Graph, known: Iterable[str]) -> Itera
         else:
             hint = _closest(form, known)
         yield Note(f"object_types[{form!r}]", f"matches no operator; {hint}")
+
+
+def _of_names(mapping: QConfigMapping, held: Sequence[Rules]) -> tuple[Note, ...]:
+    """Modules that there are, and that no operator or part of one is in."""
+    graph, base = held[0].graph, held[0].base
+    nodes = (graph[id] for one in held for id in one.own if graph[id].kind not in _PLUMBING)
+    paths = {origin.module for node in nodes for origin in (node.origin, *parts_of(node, graph))}
+    known = {name for path in paths for name in ancestors(relative(path, base))}
+    reason = "names a module without an operator: what it does is removed, or is never called on its own"
+    return tuple(Note(f"module_names[{name!r}]", reason) for name in sorted(set(mapping.module_names) - known))
 
 
 def _of_regexes(texts: Iterable[str], paths: Iterable[str]) -> Iterator[Note]:

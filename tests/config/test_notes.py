@@ -14,15 +14,21 @@ from torch.nn import functional
 from qfunc import (
     CPU,
     ONEDNN,
+    X86,
+    CustomConfig,
+    Edge,
     Histogram,
     MinMax,
     QConfig,
     QConfigMapping,
+    Standalone,
+    decomposed_attention,
     describe,
     fuse,
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
     prepare,
+    quantize,
     trace,
     unwrap,
 )
@@ -38,6 +44,7 @@ class Model(nn.Module):
         super().__init__()
         self.layer1 = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
         self.head = nn.Linear(4, 2)
+        self.unused = nn.Linear(4, 2)
 
     def forward(self, x):
         return self.head(functional.relu6(self.layer1(x)).mean((2, 3)))
@@ -66,6 +73,12 @@ def notes(mapping, graph=GRAPH, backend=CPU):
         (QConfigMapping().set_object_type(nn.BatchNorm2d, None),
          ("object_types['torch.nn.BatchNorm2d'] matches no operator; "
          "the model's are folded into other operators, removed, or never called on their own")),
+        (QConfigMapping().set_module_name("unused", None),
+         ("module_names['unused'] names a module without an operator: "
+         "what it does is removed, or is never called on its own")),
+        (CPU.qconfig_mapping.set_edge(Edge("head", "input"), None).set_output("mean", MinMax()),
+         (f"edges[{Edge('head', 'input')}] changes nothing; 'mean' is quantized for all its uses; "
+         "to read it unrounded, keep it float for them all: set_output('mean', None)")),
         (QConfigMapping().set_module_name_regex(r"layers1\..*", None),
          (r"module_name_regexes['layers1\\..*'] matches the path of no module with an operator; "
          "the closest there: layer1.0")),
@@ -109,6 +122,23 @@ def test_the_backend_s_own_entries_are_not_told_of(backend):
     assert notes(changed, graph, backend) == []
     asked = changed.set_object_type(nn.ConvTranspose2d, CPU.qconfig_mapping.global_qconfig)
     assert [note.split("'")[1] for note in notes(asked, graph, backend)] == ["torch.nn.ConvTranspose2d"]
+
+
+def test_what_matches_in_a_standalone_module_without_a_mapping_is_not_told_of():
+    mapping = QConfigMapping().set_object_type(nn.Conv2d, None).set_module_name_regex("layer1.0", None)
+    mapping = mapping.set_module_name_object_type_order("layer1", nn.Conv2d, 0, None).set_module_name("layer1.0", None)
+    graph = unwrap(trace(Model().eval(), torch.randn(1, 3, 4, 4)))
+    custom = CustomConfig(standalone_names={"layer1": Standalone(None, X86)})
+    assert unwrap(prepare(graph, mapping, custom=custom)).notes == ()
+
+
+def test_notes_of_tracing_are_told_with_those_of_the_configuration():
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 4)).eval()
+    custom = CustomConfig(replacements={nn.MultiheadAttention: decomposed_attention})
+    lowered = unwrap(quantize(model, [torch.randn(2, 3, 4)], custom=custom, progress=False))
+    (note,) = lowered.certificate.notes
+    assert str(note) in str(lowered.certificate).splitlines()
+    assert note.node == "0.self_attn" and "inside '0', a TransformerEncoderLayer" in note.text
 
 
 def test_unknown_modules_and_wrong_regexes_stay_errors():

@@ -13,6 +13,8 @@ from torch import nn
 from qfunc import (
     BackendConfig,
     CustomFusion,
+    DTypeConfig,
+    DTypeWithConstraints,
     FixedQParams,
     MinMax,
     Observation,
@@ -141,3 +143,15 @@ backends = st.builds(
 def test_the_laws_hold_for_any_backend_and_it_comes_back(case, backend):
     assert unwrap(from_json(unwrap(to_json(backend)))) == backend
     assert check_laws(dataclasses.replace(case, backend=backend)) == ()
+
+
+def test_dtypes_that_there_are_none_of_are_told_of_by_name():
+    wrong = DTypeConfig(DTypeWithConstraints("int9"), "uint8", "float3", None)
+    backend = dataclasses.replace(MINE, operators=(OperatorConfig(("linear",), Observation.OWN, (wrong,)),))
+    graph = unwrap(trace(nn.Sequential(nn.Linear(2, 2)).eval()))
+    found = problems(prepare(graph, backend=backend).failure())
+    assert [(type(problem).__name__, problem.node) for problem in found] == [
+        ("UnknownName", "int9"),
+        ("UnknownName", "float3"),
+    ]
+    assert "int8" in found[0].remedy

@@ -16,6 +16,7 @@ from qfunc import (
     CPU,
     ONEDNN,
     X86,
+    CustomConfig,
     Histogram,
     MinMax,
     PerChannelMinMax,
@@ -24,6 +25,7 @@ from qfunc import (
     QuantSpec,
     describe,
     fuse,
+    get_default_qconfig_mapping,
     prepare,
     trace,
     unwrap,
@@ -423,3 +425,16 @@ def test_a_use_of_a_value_that_is_quantized_where_it_is_made_is_told_of_with_the
 
 def _nothing(graph):
     return ()
+
+
+def test_what_is_the_reference_s_or_a_result_is_named_as_such():
+    ao = pytest.importorskip("torch.ao.quantization")
+    given = QConfigMapping(ao.default_qconfig)
+    (problem,) = problems(prepare(GRAPH, given).failure())
+    assert problem.node == "global_qconfig" and "torch.ao.quantization.qconfig.QConfig" in problem.reason
+    (problem,) = problems(prepare(GRAPH, ao.QConfigMapping()).failure())
+    assert "got a torch.ao.quantization.qconfig_mapping.QConfigMapping" in problem.reason
+    (problem,) = problems(prepare(GRAPH, get_default_qconfig_mapping()).failure())
+    assert "got a Success" in problem.reason and "unwrap" in problem.remedy
+    (problem,) = problems(prepare(GRAPH, custom=CustomConfig(standalone_names={"s": ALL})).failure())
+    assert "a dict with a QConfigMapping" in problem.reason
