@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pyrsistent import pmap
 from torch import Tensor, nn
 
 from qfunc import (
     CPU,
     X86,
     Annotations,
+    Cast,
     CustomConfig,
+    Dynamic,
+    Edge,
     FixedQParams,
     MinMax,
+    PerChannelMinMax,
     QConfigMapping,
+    SharedWith,
     annotate,
     calibrate,
     convert,
@@ -24,9 +32,12 @@ from qfunc import (
     trace,
     unwrap,
 )
+from qfunc.config.point import values_in
 from qfunc.errors import BadConfig, UnknownName, problems
-from qfunc.numerics.qparams import UINT8
+from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8, QuantSpec
+from qfunc.numerics.unmeasured import told
 from qfunc.testing import oracle
+from tests.test_in_place import model as written
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CODES = CustomConfig(input_quantized_indexes=(0,), output_quantized_indexes=(0,))
@@ -147,6 +158,112 @@ def test_what_is_not_quantized_cannot_be_codes():
     assert "output 1 stays float" in wrong.reason
     nothing = prepare(graph, QConfigMapping(), custom=CODES).failure()
     assert len(problems(nothing)) == 2
+
+
+INT16 = QuantSpec("int16", -32768, 32767)
+
+
+def one_problem(result):
+    (problem,) = problems(result.failure())
+    assert isinstance(problem, BadConfig)
+    return problem
+
+
+@pytest.mark.parametrize("way", [MinMax(INT16), MinMax(INT8_SYMMETRIC), Cast(), Dynamic(), None], ids=told)
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(("how", "index", "place"), [("value", 0, 0), ("tuple", 0, 0), ("twice", 2, 2)])
+def test_an_output_of_codes_has_no_way_of_its_own(how, index, place, backend, way):
+    graph = unwrap(fuse(unwrap(trace(Net(how).eval(), X)), backend=backend))
+    mapping = backend.qconfig_mapping.set_edge(Edge("output", "value", place), way)
+    custom = CustomConfig(output_quantized_indexes=(index,))
+    problem = one_problem(prepare(graph, mapping, backend=backend, custom=custom))
+    assert f"output {index} is to be the codes" in problem.reason
+    if way is not None:
+        found = unwrap(annotate(graph, mapping, backend=backend))
+        value = values_in(graph["output"], "value")[place]
+        given = replace(found, outputs=found.outputs.set(value, MinMax()), quantized_outputs=frozenset({index}))
+        assert one_problem(prepare(graph, given, backend=backend)) == problem
+
+
+def test_another_use_may_have_a_way_of_its_own():
+    mapping = CPU.qconfig_mapping.set_edge(Edge("output", "value", 2), MinMax(INT16))
+    stage = converted_of(Net("twice"), CustomConfig(output_quantized_indexes=(0,)), mapping=mapping)
+    with torch.no_grad():
+        codes, _, floats = unwrap(materialize(stage))(X)
+    assert (codes.dtype, floats.dtype) == (torch.uint8, torch.float32)
+    (given,) = stage.output_qparams.values()
+    assert (decoded(codes, given) - floats).abs().max() <= given.scale
+
+
+@pytest.mark.parametrize("way", [Dynamic(), Cast()], ids=told)
+@pytest.mark.parametrize("through", ["edge", "edge of an edge", "group", "value"])
+def test_what_shares_with_what_has_no_qparams_cannot_be_codes(through, way):
+    graph = unwrap(fuse(unwrap(trace(Net("value").eval(), X))))
+    (value,) = (node.get("value").id for node in graph if node.kind == "output")
+    first, second = Edge("relu", "input"), Edge(value, "input")
+    inputs, outputs, groups = {
+        "edge": ({second: way}, {value: SharedWith(second)}, ()),
+        "edge of an edge": ({first: way, second: SharedWith(first)}, {value: SharedWith(second)}, ()),
+        "group": ({first: way, second: SharedWith(value)}, {value: SharedWith(second)}, ((first, second),)),
+        "value": ({}, {value: SharedWith("relu"), "relu": way}, ()),
+    }[through]
+    given = Annotations(pmap(inputs), pmap(outputs), groups=frozenset(groups), quantized_outputs=frozenset({0}))
+    assert "no qparams beforehand" in one_problem(prepare(graph, given)).reason
+    given = replace(given, quantized_outputs=frozenset(), outputs=pmap({**outputs, "x": SharedWith(value)}))
+    given = replace(given, quantized_inputs=frozenset({"x"}))
+    assert "no qparams beforehand" in one_problem(prepare(graph, given)).reason
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.layer = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor, x: Tensor, factor: float = 2.0):
+        return self.layer(self.table(ids) + x * factor), self.layer(x)
+
+
+INPUTS = (torch.tensor([1, 2, 3]), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), 3.0)
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize(("name", "index"), [("ids", 0), ("factor", 2)])
+def test_an_input_that_is_no_tensor_of_floats_cannot_be_codes(name, index, example):
+    graph = unwrap(trace(Lookup().eval(), INPUTS if example else None))
+    problem = one_problem(prepare(graph, custom=CustomConfig(input_quantized_indexes=(index,))))
+    assert problem.node == f"input {name!r}"
+    given = Annotations(outputs=pmap({name: MinMax()}), quantized_inputs=frozenset({name}))
+    assert one_problem(prepare(graph, given)).reason == problem.reason
+    assert unwrap(prepare(graph, custom=CustomConfig(input_quantized_indexes=(1,)))).quantized_inputs == {"x"}
+
+
+@pytest.mark.parametrize("way", [None, Dynamic(), Cast()], ids=told)
+def test_an_entry_that_leaves_no_qparams_contradicts_codes(way):
+    graph = unwrap(fuse(unwrap(trace(Net("value").eval(), X))))
+    (value,) = (node.get("value").id for node in graph if node.kind == "output")
+    for name, custom in (
+        ("x", CustomConfig(input_quantized_indexes=(0,))),
+        (value, CustomConfig(output_quantized_indexes=(0,))),
+    ):
+        mapping = CPU.qconfig_mapping.set_output(name, way)
+        reason = one_problem(prepare(graph, mapping, custom=custom)).reason
+        assert (f"set_output({name!r}, None)" if way is None else "no qparams beforehand") in reason
+
+
+def test_the_axis_of_an_input_of_codes_must_be_one_of_its_axes():
+    graph = unwrap(trace(Lookup().eval(), INPUTS))
+    far = PerChannelMinMax(QuantSpec("uint8", 0, 255, "per_channel_affine", 5))
+    given = Annotations(outputs=pmap({"x": far}), quantized_inputs=frozenset({"x"}))
+    assert "ch_axis 5" in one_problem(prepare(graph, given)).reason
+
+
+@pytest.mark.parametrize("lines", ["y = x\ny += 5.0\nreturn self.a(x)", "x.view(-1).add_(5.0)\nreturn self.a(x)"])
+def test_an_input_that_is_written_to_cannot_be_codes(lines):
+    graph = unwrap(trace(written(lines), torch.randn(2, 8)))
+    given = Annotations(outputs=pmap({"x": MinMax()}), quantized_inputs=frozenset({"x"}))
+    for result in (prepare(graph, custom=CustomConfig(input_quantized_indexes=(0,))), prepare(graph, given)):
+        assert "changed in place" in one_problem(result).reason
 
 
 @pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")

@@ -2,8 +2,9 @@
 
 An in-place operator is the same as its out-of-place twin where nobody reads that memory afterwards but under the name
 written to; those readers are given the result instead. Anything else (a view or a base that is read later, an input or
-a parameter of the model that is written to) is kept exactly as written: every value of that memory, and every operator
-that reads it before the last write, is marked `aliased`, so that no pass moves or replaces it.
+a parameter of the model that is written to) is kept exactly as written: every value of that memory, inputs too, every
+operator that reads it before the last write, and every layer that has it as a parameter, is marked `aliased`, so that
+no pass moves, replaces or quantizes it.
 
 Out-of-place twins promote dtypes where writing in place converts; where an example shows that it matters, the operator
 is kept as written (see `trace`).
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from qfunc.edge.schema import is_tensor, may_alias
 from qfunc.ir import Arg, Node, Ref
 from qfunc.ops import BY_NAME
+from qfunc.params import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ class _Settling:
             else:
                 self._write(node, write, position)
             pairs.append((node, plain))
-        return Settled(tuple(self._marked(i, *pair) for i, pair in enumerate(pairs)), self._converted)
+        parameters = self._written_parameters(node for node, _ in pairs)
+        marked = tuple(self._marked(i, *pair, parameters) for i, pair in enumerate(pairs))
+        return Settled(marked, self._converted)
 
     def _write(self, node: Node, write: Write, position: int) -> None:
         memory = self._memory
@@ -127,12 +131,28 @@ class _Settling:
     def _turn(self, leaf: Arg) -> Arg:
         return Ref(self._current(leaf.id)) if isinstance(leaf, Ref) and leaf.id in self._now else leaf
 
-    def _marked(self, position: int, node: Node, plain: Node) -> Node:
+    def _written_parameters(self, nodes: Iterable[Node]) -> frozenset[str]:
+        """The names of the model's tensors that are written to."""
+        read = ((node.id, node.get("value")) for node in nodes if node.kind == "get_attr")
+        return frozenset(
+            value.name for id, value in read if isinstance(value, Load) and self._memory.last_write(id) >= 0
+        )
+
+    def _marked(self, position: int, node: Node, plain: Node, parameters: Collection[str]) -> Node:
         memory = self._memory
         early = any(memory.last_write(used) > position for used in plain.uses())
-        if node.id in memory and (early or memory.last_write(node.id) >= 0):
-            return node if plain is node and node.kind in ("placeholder", "output") else replace(plain, aliased=True)
+        written = early or memory.last_write(node.id) >= 0 or (bool(parameters) and _has_one(node, parameters))
+        if node.id in memory and written:
+            return replace(plain, aliased=True)
         return plain if node.id in self._kept else node
+
+
+def _has_one(node: Node, parameters: Collection[str]) -> bool:
+    """Whether one of these is a parameter of a call, or of the module that it calls; the write then lasts."""
+    written = node.origin.written
+    if written is not None and written.op == "call_module":
+        return any(name.startswith(f"{written.target}.") for name in parameters)
+    return any(isinstance(value, Load) and value.name in parameters for _, value in node.args)
 
 
 class _Memory:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pyrsistent import pmap
 
-from qfunc.config.annotation import Annotations, Spec
+from qfunc.config.annotation import Annotations, SharedWith, Spec
 from qfunc.config.custom_config import CustomConfig
-from qfunc.config.point import used
+from qfunc.config.point import Edge, Point, used
 from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.resolve import unfit
 from qfunc.errors import BadConfig, Problem, UnknownName
-from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref
+from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref, refs
 from qfunc.numerics.observers import FixedQParams
-from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput, told
+from qfunc.passes.numbers import non_tensors
 
 
 def quantized_outputs(graph: Graph, custom: CustomConfig) -> dict[int, str]:
@@ -47,30 +50,37 @@ def with_borders(
     problems += _no_such("output", custom.output_quantized_indexes, len(output_elements(graph)))
     chosen = [inputs[index] for index in custom.input_quantized_indexes if 0 <= index < len(inputs)]
     values = _specs(graph, annotations, mapping, chosen) if chosen else {}
-    for id in (id for id in chosen if id not in values):
-        reason = "nothing that reads it is quantized, so that it has no qparams"
-        problems.append(BadConfig(graph[id].place, reason, f"quantize it: set_output({id!r}, Histogram())"))
-    problems += _unquantized(output_elements(graph), graph, annotations, custom.output_quantized_indexes)
     found = replace(
         annotations,
         outputs=annotations.outputs.update(pmap(values)),
         quantized_inputs=frozenset(chosen),
         quantized_outputs=frozenset(custom.output_quantized_indexes),
     )
+    borders = _Borders(
+        graph,
+        found,
+        kept=frozenset(id for id, way in mapping.outputs.items() if isinstance(way, KeepFloat)),
+        edges=frozenset(mapping.edges),
+        leave_out="leave its index out of input_quantized_indexes",
+        observe="give it an observer: set_output({!r}, Histogram())",
+    )
+    for id in dict.fromkeys(chosen):
+        problems += borders.wrong_input(id)
+    problems += borders.wrong_outputs()
     return found, problems
 
 
 def wrong_borders(graph: Graph, annotations: Annotations) -> Iterator[Problem]:
     """Inputs and outputs that annotations make codes and that cannot be."""
+    leave_out = "leave it out of quantized_inputs"
+    borders = _Borders(graph, annotations, leave_out, observe="give it an observer: outputs.set({!r}, Histogram())")
     for id in sorted(annotations.quantized_inputs):
         if id not in graph.nodes or graph[id].kind != "placeholder":
             yield UnknownName(str(id), "input", tuple(node.id for node in graph if node.kind == "placeholder"))
-        elif isinstance(annotations.outputs.get(id, KeepFloat()), (Dynamic, Cast, KeepFloat)):
-            remedy = f"give it an observer: outputs.set({id!r}, Histogram())"
-            yield BadConfig(graph[id].place, "it is to be codes, and has no qparams", remedy)
-    elements = output_elements(graph)
-    yield from _no_such("output", tuple(sorted(annotations.quantized_outputs)), len(elements))
-    yield from _unquantized(elements, graph, annotations, sorted(annotations.quantized_outputs))
+        else:
+            yield from borders.wrong_input(id)
+    yield from _no_such("output", tuple(sorted(annotations.quantized_outputs)), len(output_elements(graph)))
+    yield from borders.wrong_outputs()
 
 
 def _no_such(what: str, indexes: tuple[int, ...], count: int) -> Iterator[Problem]:
@@ -81,7 +91,7 @@ def _no_such(what: str, indexes: tuple[int, ...], count: int) -> Iterator[Proble
 
 
 def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inputs: Iterable[str]) -> dict[str, Spec]:
-    """How inputs are quantized: as their first quantized use, or as the configuration quantizes activations."""
+    """How inputs with no way of their own are: as their first quantized use, or as the configuration quantizes."""
     wanted, position = frozenset(inputs), {id: index for index, id in enumerate(graph.order)}
     chosen = mapping.global_qconfig
     default: list[Spec | Quantization] = [] if chosen is None else [chosen.of_inputs]
@@ -91,11 +101,10 @@ def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inpu
         if value in wanted:
             given[value].append(annotations.inputs[edge])
     found: dict[str, Spec] = {}
-    for id in wanted:
-        own = annotations.outputs.get(id)
-        for spec in [*([own] if own is not None else []), *given[id], *default]:
+    for id in (id for id in wanted if id not in annotations.outputs):
+        for spec in [*given[id], *default]:
             # The fixed range of one use need not be the input's.
-            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and (spec is own or not _is_fixed(spec)):
+            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and not _is_fixed(spec):
                 found.setdefault(id, spec)
     return found
 
@@ -104,17 +113,102 @@ def _is_fixed(spec: Spec) -> bool:
     return isinstance(spec, FixedQParams)
 
 
-def _unquantized(
-    elements: tuple[Arg, ...], graph: Graph, annotations: Annotations, indexes: Iterable[int]
-) -> Iterator[Problem]:
-    """Outputs that are wanted as codes and are not quantized."""
-    for index in indexes:
-        element = elements[index] if 0 <= index < len(elements) else None
-        spec = annotations.outputs.get(element.id) if isinstance(element, Ref) else None
-        if isinstance(element, Ref) and isinstance(spec, (Dynamic, Cast, type(None))):
-            why = annotations.floats.get(element.id, "its operator writes float")
-            remedy = f"quantize it all the same with set_output({element.id!r}, Histogram()), or leave the index out"
-            yield BadConfig(graph[element.id].place, f"output {index} stays float: {why}", remedy)
-        elif 0 <= index < len(elements) and not isinstance(element, Ref):
-            reason = f"output {index} is no tensor but {element!r:.40}"
-            yield BadConfig("output_quantized_indexes", reason, "leave the index out")
+@dataclass(frozen=True, slots=True)
+class _Borders:
+    """A graph and its annotations, what a mapping says of single values and uses, and how remedies are worded."""
+
+    graph: Graph
+    annotations: Annotations
+    leave_out: str
+    observe: str
+    kept: frozenset[str] = frozenset()
+    """The values that the mapping keeps float."""
+    edges: frozenset[Edge] = frozenset()
+    """The uses that the mapping has entries for."""
+
+    def wrong_input(self, id: str) -> Iterator[Problem]:
+        """Why an input cannot be codes."""
+        node, spec = self.graph[id], self.annotations.outputs.get(id)
+        reason = next((problem.reason for problem in unfit(node, () if spec is None else (spec,))), "")
+        if not reason and id in non_tensors(self.graph):
+            reason = f"{id!r} is no tensor"
+        if not reason and _is_index(id, self.graph):
+            reason = f"{id!r} is the index of an embedding"
+        if not reason and id in self.kept:
+            reason = f"set_output({id!r}, None) keeps it float"
+        unmeasured = [] if reason else _without_qparams(id, self.annotations)
+        if reason:
+            yield BadConfig(node.place, f"it is to be codes: {reason}", self.leave_out)
+        elif spec is None:
+            reason = "nothing that reads it is quantized, so that it has no qparams"
+            yield BadConfig(node.place, f"it is to be codes: {reason}", self.observe.format(id))
+        elif unmeasured:
+            reason = f"it is to be codes: as {told(unmeasured[0])} it has no qparams beforehand"
+            yield BadConfig(node.place, reason, self.observe.format(id))
+
+    def wrong_outputs(self) -> Iterator[Problem]:
+        """Outputs that are wanted as codes and are not quantized, or leave in another way than the value is."""
+        wanted = self.annotations.quantized_outputs
+        edges = _output_edges(self.graph) if wanted else ()
+        for index, element in enumerate(output_elements(self.graph) if wanted else ()):
+            if index in wanted and isinstance(element, Ref):
+                yield from self._wrong_output(index, element.id, edges[index])
+            elif index in wanted:
+                reason = f"output {index} is no tensor but {element!r:.40}"
+                yield BadConfig("output_quantized_indexes", reason, "leave the index out")
+
+    def _wrong_output(self, index: int, id: str, edge: Edge) -> Iterator[Problem]:
+        node, unmeasured = self.graph[id], _without_qparams(id, self.annotations)
+        if id not in self.annotations.outputs or unmeasured:
+            why = self.annotations.floats.get(id, "its operator writes float")
+            if unmeasured:
+                why = f"as {told(unmeasured[0])} it has no qparams beforehand"
+            elif id in self.kept:
+                why = f"set_output({id!r}, None) keeps it so"
+            remedy = f"quantize it all the same with set_output({id!r}, Histogram()), or leave the index out"
+            yield BadConfig(node.place, f"output {index} stays float: {why}", remedy)
+        elif edge in self.annotations.inputs or edge in self.edges:
+            reason = f"output {index} is to be the codes of {id!r}, and {edge} is configured for itself"
+            remedy = f"configure the value, {id!r}, and not this use of it, or leave the index out"
+            yield BadConfig(node.place, reason, remedy)
+
+
+def _is_index(id: str, graph: Graph) -> bool:
+    """Whether an embedding looks its rows up by this value: where no example was given, nothing else tells."""
+    users = (node for node in graph if node.kind in ("embedding", "embedding_bag"))
+    return any(id in refs(value) for node in users for name, value in node.args if name in ("input", "offsets"))
+
+
+def _output_edges(graph: Graph) -> tuple[Edge, ...]:
+    """The use that each element of the output begins with, of all that leave the model."""
+    (output,) = (node for node in graph if node.kind == "output")
+    ((slot, result),) = output.args
+    total, edges = sum(1 for _ in refs(result)), []
+    for element in reversed(output_elements(graph)):
+        total -= sum(1 for _ in refs(element))
+        edges.append(Edge(output.id, slot, total))
+    return tuple(reversed(edges))
+
+
+def _without_qparams(value: str, annotations: Annotations) -> list[Dynamic | Cast]:
+    """The ways without qparams among those of a value and of all the points that share with it."""
+    shared: dict[Point, list[Point]] = {}
+    links = [
+        (point, spec.other)
+        for table in (annotations.inputs, annotations.outputs)
+        for point, spec in table.items()
+        if isinstance(spec, SharedWith)
+    ]
+    for group in (*annotations.groups, *links):
+        for point, other in pairwise(group):
+            shared.setdefault(point, []).append(other)
+            shared.setdefault(other, []).append(point)
+    seen: dict[Point, None] = {value: None}
+    queue: list[Point] = [value]
+    while queue:
+        for point in shared.get(queue.pop(), ()):
+            if point not in seen:
+                seen[point] = None
+                queue.append(point)
+    specs = [annotations.inputs.get(p) if isinstance(p, Edge) else annotations.outputs.get(p) for p in seen]
+    return [spec for spec in specs if isinstance(spec, (Dynamic, Cast))]
