@@ -13,7 +13,7 @@ from qfunc.config.point import used
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref
-from qfunc.numerics.observers import FixedQParams
+from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
 
 
@@ -95,13 +95,9 @@ def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inpu
         own = annotations.outputs.get(id)
         for spec in [*([own] if own is not None else []), *given[id], *default]:
             # The fixed range of one use need not be the input's.
-            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and (spec is own or not _is_fixed(spec)):
+            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and (spec is own or not is_fixed(spec)):
                 found.setdefault(id, spec)
     return found
-
-
-def _is_fixed(spec: Spec) -> bool:
-    return isinstance(spec, FixedQParams)
 
 
 def _unquantized(
