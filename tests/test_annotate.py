@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from qfunc import (
     CPU,
+    QNNPACK,
     X86,
     FixedQParams,
     MinMax,
+    PerChannelMinMax,
     QConfig,
     QConfigMapping,
     QuantSpec,
@@ -25,6 +27,8 @@ from qfunc import (
     describe,
     from_json,
     fuse,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
     lower,
     materialize,
     prepare,
@@ -32,11 +36,12 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.annotation import Annotations, Derived, SharedWith
+from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared
 from qfunc.config.point import Edge
 from qfunc.errors import BadConfig, UnknownName, UnsupportedDType, WrongStage, problems
-from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
-from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.numerics.fake_quantize import is_fixed
+from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED
+from qfunc.numerics.unmeasured import Dynamic, KeepFloat
 from qfunc.testing import cases, sqnr, walk
 from tests.zoo import ZOO
 
@@ -242,3 +247,86 @@ def test_observers_that_hold_what_is_not_hashable_are_errors():
     for configuration in (mapping, annotations):
         (problem,) = problems(prepare(graph, configuration).failure())
         assert isinstance(problem, BadConfig) and problem.node == "Holding" and "not hashable" in problem.reason
+
+
+class Gate(nn.Module):
+    """A value whose range is known, read by a layer, and in a `cat` with what that gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.first(x))
+        return self.head(torch.cat([x, self.fc(x)], -1))
+
+
+class Chain(Gate):
+    """The same, read by a layer alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.sigmoid(self.first(x)))
+
+
+def chain():
+    return unwrap(fuse(unwrap(trace(Chain().eval(), X))))
+
+
+USE = Edge("fc", "input")
+INT16 = QuantSpec("int16", -1024, 1023)
+WEIGHT = CPU.qconfig_mapping.global_qconfig.weight
+OWN_USES = (
+    CPU.qconfig_mapping.set_edge(USE, MinMax(INT16)),
+    CPU.qconfig_mapping.set_edge(USE, MinMax(QuantSpec(quant_max=15))),
+    CPU.qconfig_mapping.set_edge(USE, PerChannelMinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=3))),
+    CPU.qconfig_mapping.set_edge(USE, FixedQParams(UINT8, 1 / 64, 0)),
+    CPU.qconfig_mapping.set_edge(USE, Dynamic()),
+    CPU.qconfig_mapping.set_module_name("fc", QConfig(Dynamic(), WEIGHT)),
+)
+
+
+@pytest.mark.parametrize("mapping", OWN_USES)
+def test_a_fixed_range_of_a_value_does_not_override_what_a_use_asks_for(mapping):
+    prepared = unwrap(prepare(chain(), mapping))
+    site = prepared.sites[prepared.inputs[USE]]
+    assert (site.observer, site.taps) == (mapping.edges.get(USE, Dynamic()), ("sigmoid",))
+    assert is_fixed(prepared.sites[prepared.outputs["sigmoid"]].observer)
+
+
+def test_a_fixed_range_for_the_value_alone_serves_no_use():
+    graph = chain()
+    annotations = unwrap(annotate(graph))
+    alone = Unshared(annotations.outputs["sigmoid"])
+    prepared = unwrap(prepare(graph, replace(annotations, outputs=annotations.outputs.set("sigmoid", alone))))
+    assert prepared.sites[prepared.inputs[USE]].observer == annotations.inputs[USE]
+
+
+def test_a_fixed_range_of_a_use_is_not_overridden_by_what_the_value_is_measured_with():
+    graph = chain()
+    fixed = FixedQParams(UINT8, 1 / 64, 128)
+    prepared = unwrap(prepare(graph, CPU.qconfig_mapping.set_output("sigmoid", MinMax()).set_edge(USE, fixed)))
+    assert prepared.sites[prepared.inputs[USE]].observer == fixed
+
+
+@pytest.mark.parametrize("spec", [UINT8, UINT8_REDUCED, replace(UINT8, qscheme="per_tensor_symmetric")])
+def test_a_fixed_range_serves_uses_of_the_same_codes_or_of_a_bit_less(spec):
+    prepared = unwrap(prepare(chain(), CPU.qconfig_mapping.set_module_name("fc", QConfig(MinMax(spec), WEIGHT))))
+    assert USE not in prepared.inputs
+    assert is_fixed(prepared.sites[prepared.outputs["sigmoid"]].observer)
+
+
+def layout(graph, mapping, backend):
+    """Where the sites are and what shares one."""
+    prepared = unwrap(prepare(graph, mapping, backend=backend))
+    sites = {id: (site.taps, is_fixed(site.observer), site.observer.spec) for id, site in prepared.sites.items()}
+    return sites, prepared.outputs, prepared.inputs, set(prepared.weights)
+
+
+@pytest.mark.parametrize("backend", [X86, QNNPACK], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("model", [Gate, Chain], ids=lambda model: model.__name__)
+def test_training_and_calibration_have_the_same_sites(model, backend):
+    graph = unwrap(fuse(unwrap(trace(model().eval(), X)), backend=backend))
+    plain = layout(graph, unwrap(get_default_qconfig_mapping(backend.name)), backend)
+    assert layout(graph, unwrap(get_default_qat_qconfig_mapping(backend.name)), backend) == plain
+    assert any(fixed for _, fixed, _ in plain[0].values()) == (model is Chain)

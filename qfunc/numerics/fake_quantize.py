@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qfunc.numerics.observers import Observer
+from qfunc.numerics.observers import FixedQParams, Observer
 from qfunc.numerics.qparams import QParams, QuantSpec
 
 
@@ -45,3 +45,14 @@ class FakeQuantize:
     def finish(self, state: Any) -> QParams | None:
         """The qparams of what was seen, or None if nothing was."""
         return self.observer.finish(state)
+
+
+def is_fixed(quantization: object) -> bool:
+    """Whether the qparams are known beforehand, in calibration and, wrapped in `FakeQuantize`, in training alike.
+
+    >>> from qfunc.numerics.qparams import UINT8
+    >>> is_fixed(FakeQuantize(FixedQParams(UINT8, 1 / 256, 0)))
+    True
+    """
+    inner = quantization.observer if isinstance(quantization, FakeQuantize) else quantization
+    return isinstance(inner, FixedQParams)

@@ -15,7 +15,7 @@ from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import unfit
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref, refs
-from qfunc.numerics.observers import FixedQParams
+from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput, told
 from qfunc.passes.numbers import non_tensors
 
@@ -104,13 +104,9 @@ def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inpu
     for id in (id for id in wanted if id not in annotations.outputs):
         for spec in [*given[id], *default]:
             # The fixed range of one use need not be the input's.
-            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and not _is_fixed(spec):
+            if not isinstance(spec, (Dynamic, Cast, KeepFloat, ReuseInput)) and not is_fixed(spec):
                 found.setdefault(id, spec)
     return found
-
-
-def _is_fixed(spec: Spec) -> bool:
-    return isinstance(spec, FixedQParams)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from qfunc.config.point import Edge, Point, edges_by_slot, values_in
 from qfunc.config.qconfig_mapping import QConfigMapping, Selector
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
-from qfunc.numerics.observers import FixedQParams
+from qfunc.numerics.fake_quantize import is_fixed
+from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.unmeasured import told
 from qfunc.passes.annotate import NOTHING, annotate
 from qfunc.passes.borders import wrong_borders
@@ -191,15 +192,19 @@ class _Sharing:
                 self._points[value] = self._new(value, spec)
 
     def _serves(self, site: int, observer: SiteObserver) -> bool:
-        """Whether a value's own site serves a use: a fixed range is the value's, others must be for the same spec."""
-        own = self._observers[self._root(site)]
-        if own is None or isinstance(own, FixedQParams):
+        """Whether a value's own site serves a use.
+
+        A fixed range is the value's, whatever observer the operator that reads it is configured with; others must be
+        for the same spec.
+        """
+        own = self._observers[site]
+        if own is None:
             return True
         if site in self._unshared:
             return False
-        if measures(own) and measures(observer):
-            return own.spec == observer.spec
-        return own == observer
+        if is_fixed(observer) or not (measures(own) and measures(observer)):
+            return own == observer
+        return _fits(own.spec, observer.spec) if is_fixed(own) else own.spec == observer.spec
 
     def _new(self, value: str, observer: SiteObserver | None) -> int:
         self._parent.append(len(self._parent))
@@ -217,7 +222,7 @@ class _Sharing:
         """Make sites one. Its observer is that of the first that measures, so that a fixed range clips no other."""
         roots = list(dict.fromkeys(self._root(self._points[point]) for point in points))
         measured = [r for r in roots if self._observers[r] is not None]
-        first = next((r for r in measured if not isinstance(self._observers[r], FixedQParams)), (*measured, *roots)[0])
+        first = next((r for r in measured if not is_fixed(self._observers[r])), (*measured, *roots)[0])
         ways = dict.fromkeys(self._observers[r] for r in measured)
         if len(ways) > 1 and not all(map(measures, ways)):
             reason = f"it shares with points that are quantized in other ways: {' and '.join(map(told, ways))}"
@@ -229,3 +234,10 @@ class _Sharing:
 
     def _place(self, points: tuple[Point, ...]) -> int:
         return max(self._order[point.user if isinstance(point, Edge) else point] for point in points)
+
+
+def _fits(fixed: QuantSpec, wanted: QuantSpec) -> bool:
+    """Whether a fixed range does for a use: one for the whole tensor, of the same codes or of those with a bit less."""
+    ranges = ((fixed.quant_min, fixed.quant_max), (fixed.quant_min // 2, fixed.quant_max // 2))
+    same = wanted.dtype == fixed.dtype and not wanted.per_channel
+    return same and (wanted.quant_min, wanted.quant_max) in ranges

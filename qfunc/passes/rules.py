@@ -19,8 +19,8 @@ from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import GLOBAL, Chosen, Entry, Resolution
 from qfunc.errors import Problem, UnsupportedDType
 from qfunc.ir import Expression, Graph, Node, Note, Ref, refs, users
-from qfunc.numerics.fake_quantize import FakeQuantize
-from qfunc.numerics.observers import FixedQParams, MinMax
+from qfunc.numerics.fake_quantize import is_fixed
+from qfunc.numerics.observers import MinMax
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
@@ -169,10 +169,10 @@ class Rules:
 
     def _with_inputs(self, qconfig: Choice) -> Choice:
         """A configuration whose known range is that of its output alone: it would clip the inputs."""
-        if qconfig is None or qconfig.input_activation is not None or not _is_fixed(qconfig.activation):
+        if qconfig is None or qconfig.input_activation is not None or not is_fixed(qconfig.activation):
             return qconfig
         default = self.mapping.global_qconfig
-        given = None if default is None or _is_fixed(default.of_inputs) else default.of_inputs
+        given = None if default is None or is_fixed(default.of_inputs) else default.of_inputs
         return replace(qconfig, input_activation=given or MinMax(qconfig.activation.spec))  # type: ignore[union-attr]
 
     def _keep(self, node: Node, reason: str) -> None:
@@ -330,11 +330,6 @@ class Rules:
 def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
     """A point and how it is quantized, or nothing where it is not."""
     return () if isinstance(quantization, (KeepFloat, ReuseInput)) else ((point, quantization),)
-
-
-def _is_fixed(quantization: Quantization) -> bool:
-    inner = quantization.observer if isinstance(quantization, FakeQuantize) else quantization
-    return isinstance(inner, FixedQParams)
 
 
 def _quantizes(qconfig: QConfig) -> bool:
