@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from qfunc import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
     prepare,
+    render,
     trace,
     unwrap,
 )
@@ -188,3 +190,22 @@ def test_entries_of_default_configurations_are_meant_for_any_model(backend):
     graph = unwrap(trace(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).eval(), torch.ones(1, 4)))
     for mapping in (get_default_qconfig_mapping(backend), get_default_qat_qconfig_mapping(backend)):
         assert not unwrap(prepare(graph, unwrap(mapping), backend=ONEDNN)).notes
+
+
+def test_unknown_names_beyond_the_first_are_told_without_a_guess(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return get_close_matches(*args, **options)
+
+    monkeypatch.setattr("qfunc.errors.get_close_matches", counted)
+    mapping = QConfigMapping()
+    for index in range(100):
+        mapping = mapping.set_module_name(f"layer1.{index + 10}", None)
+    error = prepare(GRAPH, mapping).failure()
+    text = render(error)
+    assert len(calls) <= 20
+    assert text.count("did you mean") == 20
+    assert text.count("fix: there are ") == 80
+    assert all(f"'layer1.{index + 10}'" in text for index in range(100))
