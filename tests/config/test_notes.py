@@ -192,6 +192,25 @@ def test_entries_of_default_configurations_are_meant_for_any_model(backend):
         assert not unwrap(prepare(graph, unwrap(mapping), backend=ONEDNN)).notes
 
 
+def test_what_may_be_meant_is_looked_for_for_the_first_entries_alone(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return get_close_matches(*args, **options)
+
+    monkeypatch.setattr("qfunc.passes.unmatched.get_close_matches", counted)
+    mapping = QConfigMapping()
+    for index in range(40):
+        mapping = mapping.set_object_type(f"method{index:02}", None).set_module_name_regex(f"block{index:02}", None)
+        mapping = mapping.set_module_name_object_type_order("", f"method{index:02}", 0, None)
+    found = notes(mapping)
+    assert len(found) == 120
+    assert len(calls) <= 30
+    assert sum("there are" in note or "the closest there" in note for note in found) == 15
+    assert "note: object_types['.method39'] matches no operator" in found
+
+
 def test_unknown_names_beyond_the_first_are_told_without_a_guess(monkeypatch):
     calls = []
 
