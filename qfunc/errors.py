@@ -6,7 +6,7 @@ and the `remedy`. `Several` carries all that was found at once; `several` builds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os.path import basename
@@ -123,10 +123,13 @@ class UnknownName:
 
     @property
     def remedy(self) -> str:
+        close = get_close_matches(self.node, [name for name in self.known if name], n=3, cutoff=0.6)
+        return f"did you mean {' or '.join(map(repr, close))}?" if close else self.choice
+
+    @property
+    def choice(self) -> str:
+        """The remedy without a guess at what was meant."""
         known = [name for name in self.known if name]
-        close = get_close_matches(self.node, known, n=3, cutoff=0.6)
-        if close:
-            return f"did you mean {' or '.join(map(repr, close))}?"
         if not known:
             return "remove it: there is none at all"
         more = f" and {len(known) - 8} more" if len(known) > 8 else ""
@@ -263,7 +266,7 @@ class Several:
 
     @property
     def remedy(self) -> str:
-        return "; ".join(dict.fromkeys(e.remedy for e in self.errors))
+        return "; ".join(dict.fromkeys(_remedies(self.errors)))
 
 
 Problem: TypeAlias = (
@@ -322,12 +325,24 @@ def render(error: QuantError) -> str:
       fix: call model.eval() first, and trace the model again
     """
     places: dict[tuple[str, str, str], list[str]] = {}
-    for p in problems(error):
-        places.setdefault((type(p).__name__, p.reason, p.remedy), []).append(p.node)
+    found = problems(error)
+    for p, remedy in zip(found, _remedies(found), strict=True):
+        places.setdefault((type(p).__name__, p.reason, remedy), []).append(p.node)
     return "\n".join(
         f"{name} at {_listed(nodes)}\n  why: {reason}\n  fix: {remedy}"
         for (name, reason, remedy), nodes in places.items()
     )
+
+
+MOST_GUESSES = 20
+"""To guess which name was meant is slow: of many unknown names it is done for the first."""
+
+
+def _remedies(found: Iterable[Problem]) -> Iterator[str]:
+    unknown = 0
+    for p in found:
+        unknown += isinstance(p, UnknownName)
+        yield p.choice if isinstance(p, UnknownName) and unknown > MOST_GUESSES else p.remedy
 
 
 def _listed(nodes: list[str]) -> str:

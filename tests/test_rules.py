@@ -15,6 +15,7 @@ from qfunc import (
     X86,
     Cast,
     CustomConfig,
+    CustomModule,
     Derived,
     DTypeConfig,
     DTypeWithConstraints,
@@ -32,6 +33,7 @@ from qfunc import (
     QuantSpec,
     ReuseInput,
     SharedWith,
+    Standalone,
     Unshared,
     annotate,
     describe,
@@ -41,6 +43,7 @@ from qfunc import (
     unwrap,
 )
 from qfunc.backends import qconfigs
+from qfunc.config.point import values_in
 from qfunc.errors import BadConfig, UnsupportedDType, problems
 from qfunc.numerics.qparams import INT8, INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
 
@@ -131,6 +134,100 @@ def test_a_reshape_reuses_the_range_of_its_input():
     floating = annotated(graph_of(), X86.qconfig_mapping.set_module_name("fc", None))
     assert "reshape" not in floating.outputs
     assert floating.floats["reshape"] == "its input, whose qparams it is to reuse, is not quantized"
+
+
+class Reshapes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tanh = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tanh(x.reshape(2, 8, 6)).reshape(2, 48).reshape(96)
+
+
+def test_a_reused_range_may_come_from_an_entry_a_border_a_custom_or_a_standalone_module():
+    graph, mapping = graph_of(Reshapes), X86.qconfig_mapping
+    reason = "its input, whose qparams it is to reuse, is not quantized"
+    assert annotated(graph, mapping).floats["reshape"] == reason
+
+    def sharing(given, custom=CustomConfig()):  # noqa: B008 - a frozen value
+        found = annotated(graph, given, custom=custom)
+        shared = {id: spec.other for id, spec in found.outputs.items() if isinstance(spec, SharedWith)}
+        assert {id: why for id, why in found.floats.items() if why == reason}.keys().isdisjoint(shared)
+        return shared
+
+    from_tanh = {"reshape_1": "tanh", "reshape_2": "reshape_1"}
+    assert sharing(mapping) == from_tanh
+    assert sharing(mapping.set_output("x", MinMax())) == {"reshape": "x", **from_tanh}
+    edge = Edge("reshape", "input")
+    assert sharing(mapping.set_edge(edge, MinMax())) == {"reshape": edge, **from_tanh}
+    assert sharing(mapping, CustomConfig(input_quantized_indexes=(0,))) == {"reshape": "x", **from_tanh}
+    assert sharing(mapping, CustomConfig(standalone_names={"tanh": Standalone()})) == from_tanh
+    module = CustomModule(nn.Tanh, lambda module, qconfig: module, lambda module, qconfig: module)
+    assert sharing(mapping, CustomConfig(custom_modules=(module,))) == from_tanh
+    kept = mapping.set_output("x", MinMax()).set_edge(edge, None)
+    assert annotated(graph, kept).floats["reshape"] == reason
+    assert not annotated(graph, mapping.set_edge(Edge("reshape_1", "input"), None)).notes
+    own = annotated(graph, mapping.set_output("reshape", MinMax()))
+    assert own.outputs["reshape"] == MinMax() and "reshape" not in own.floats
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pool, self.last = nn.Conv1d(6, 6, 1), nn.MaxPool1d(2), nn.Conv1d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(self.first(x)))
+
+
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+def test_an_operator_shares_the_range_that_an_entry_gives_its_operand(backend):
+    graph, mapping, edge = graph_of(Pools, backend=backend), backend.qconfig_mapping, Edge("pool", "input")
+    observer = mapping.global_qconfig.of_inputs
+    plain, same = annotated(graph, mapping, backend), annotated(graph, mapping.set_edge(edge, observer), backend)
+    assert plain == same
+    assert same.outputs["pool"] == SharedWith(edge)
+    other = annotated(graph, mapping.set_edge(edge, MinMax(INT8)), backend)
+    assert (other.inputs[edge], other.outputs["pool"]) == (MinMax(INT8), SharedWith(edge))
+    for kept in (mapping.set_edge(edge, None), mapping.set_output("first", None)):
+        found = annotated(graph, kept, backend)
+        assert "pool" not in found.outputs
+        assert found.floats["pool"] == "its input, whose qparams it is to share, is kept float"
+
+
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+def test_the_operands_of_a_wide_operator_are_looked_through_a_few_times(backend, monkeypatch):
+    """Not once for each operand."""
+
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([torch.tanh(x) for _ in range(self.width)])
+
+    seen = 0
+
+    def counted(node, slot):
+        nonlocal seen
+        values = values_in(node, slot)
+        seen += len(values)
+        return values
+
+    for place in ("qfunc.passes.rules", "qfunc.config.resolve", "qfunc.config.point"):
+        monkeypatch.setattr(f"{place}.values_in", counted, raising=False)
+    work = []
+    for width in (20, 40):
+        graph = unwrap(fuse(unwrap(trace(Wide(width).eval(), X)), backend=backend))
+        mapping = backend.qconfig_mapping
+        for index in range(0, width, 2):
+            mapping = mapping.set_edge(Edge("cat", "tensors", index), None)
+        seen = 0
+        annotated(graph, mapping, backend)
+        work.append(seen)
+    assert 0 < work[1] < 2.5 * work[0]
 
 
 def test_a_weight_that_the_graph_computes_is_quantized_where_it_is_used():

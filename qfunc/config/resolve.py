@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from qfunc.config.point import Edge, used
+from pyrsistent import pmap
+
+from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.config.qconfig import Choice, QConfig, wrong_qconfig
 from qfunc.config.qconfig_mapping import QConfigMapping, Selector, kind_shown, selector_name, tables
 from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
-from qfunc.ir import Graph, Node, Origin, TensorFact
+from qfunc.ir import Graph, Node, Origin, Ref, TensorFact, fresh_id
 from qfunc.match import form_of, form_of_origin
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.unmeasured import KeepFloat, Quantization, ReuseInput, validate_quantization
@@ -40,21 +42,76 @@ def resolve_qconfigs(mapping: QConfigMapping, graph: Graph) -> dict[str, Choice]
     >>> resolve_qconfigs(QConfigMapping(), graph)["_0"] is None
     True
     """
-    return {id: chosen.qconfig for id, chosen in Resolution(mapping, graph).chosen.items()}
+    return {id: chosen.qconfig for id, chosen in Resolution(Lookup.of(mapping, graph), graph).chosen.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A mapping made ready for all nodes that it holds for: its patterns compiled, its selectors run.
+
+    `problems` tells of selectors that fail or contradict each other; `unused` are those that pick nothing.
+    """
+
+    mapping: QConfigMapping
+    patterns: tuple[tuple[str, re.Pattern[str], Choice], ...]
+    selected: Mapping[str, tuple[Selector, Choice]]
+    unused: tuple[Selector, ...]
+    problems: tuple[Problem, ...]
+
+    @staticmethod
+    def of(mapping: QConfigMapping, graph: Graph, own: tuple[str, ...] | None = None) -> Lookup:
+        """That of a mapping for a graph, or the nodes `own` of it, in graph order: selectors see only these."""
+        patterns = tuple((text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes)
+        seen = graph if own is None or not mapping.selections else _part(graph, own)
+        held = frozenset(graph.order if own is None else own)
+        found: dict[str, tuple[Selector, Choice]] = {}
+        unused: list[Selector] = []
+        problems: list[Problem] = []
+        for selector in sorted(mapping.selections, key=selector_name):
+            choice, name = mapping.selections[selector], selector_name(selector)
+            try:
+                ids = tuple(selector(seen))
+            except Exception as error:  # noqa: BLE001 - the selector is the user's code
+                problems.append(UserFunctionFailed(name, f"it raised {told(error)}"))
+                continue
+            wrong = [id for id in ids if not isinstance(id, str) or not (id in graph.nodes or id in seen.nodes)]
+            problems += [UnknownName(str(id), f"node (selected by {name})", graph.order) for id in wrong]
+            picked = [id for id in ids if isinstance(id, str) and id in held]
+            if not (picked or wrong):
+                unused.append(selector)
+            for id in picked:
+                if found.setdefault(id, (selector, choice))[1] != choice and id not in mapping.nodes:
+                    reason = f"{selector_name(found[id][0])} and {name} select it for different configurations"
+                    remedy = f"let one of them leave it out, or say which holds with set_node({id!r}, qconfig)"
+                    problems.append(BadConfig(graph[id].place, reason, remedy))
+        return Lookup(mapping, patterns, found, tuple(unused), tuple(problems))
+
+
+def _part(graph: Graph, own: tuple[str, ...]) -> Graph:
+    """The graph of some nodes: what they read of others are its inputs, what others read of them its outputs."""
+    held = frozenset(own)
+    inputs = {id for mine in own for id in graph[mine].uses()} - held
+    nodes = {id: Node(id, "placeholder", fact=graph[id].fact, aliased=graph[id].aliased) for id in inputs}
+    nodes.update((id, graph[id]) for id in own)
+    order = tuple(id for id in graph.order if id in nodes)
+    if not order or nodes[order[-1]].kind != "output":
+        read = {id for node in graph if node.id not in held for id in node.uses()}
+        result, leaving = fresh_id("output", graph.nodes), tuple(Ref(id) for id in own if id in read)
+        nodes[result], order = Node(result, "output", (("value", leaving),)), (*order, result)
+    return replace(graph, nodes=pmap(nodes), order=order)
 
 
 class Resolution:
     """The entries that hold for the nodes of a graph.
 
-    `problems` tells of selectors that fail or contradict each other, and of fused operators with different
-    configurations; `unused` are the selectors that pick nothing. The mapping's names of modules are relative to `base`,
-    and it holds for the nodes `own` alone, where they are given. `is_default` tells the entries by type that are meant
-    for any model.
+    `problems` tells of fused operators with different configurations. The mapping's names of modules are relative to
+    `base`, and it holds for the nodes `own` alone, where they are given. `is_default` tells the entries by type that
+    are meant for any model.
     """
 
     def __init__(
         self,
-        mapping: QConfigMapping,
+        lookup: Lookup,
         graph: Graph,
         is_default: Callable[[str, Choice], bool] | None = None,
         *,
@@ -63,35 +120,12 @@ class Resolution:
     ) -> None:
         self._base = base
         self.problems: list[Problem] = []
-        self.unused: list[Selector] = []
-        self._mapping = mapping
+        self._mapping = lookup.mapping
+        self._lookup = lookup
         self._meant_for_any = is_default
-        self._patterns = [(text, re.compile(text), qconfig) for text, qconfig in mapping.module_name_regexes]
-        self._selected = self._select(graph)
         self.chosen = {node.id: self._choose(node, key) for node, key in numbered(graph, base, own)}
         for id in self.chosen:
             self._compare_parts(graph[id], graph)
-
-    def _select(self, graph: Graph) -> dict[str, tuple[Selector, Choice]]:
-        found: dict[str, tuple[Selector, Choice]] = {}
-        for selector in sorted(self._mapping.selections, key=selector_name):
-            choice, name = self._mapping.selections[selector], selector_name(selector)
-            try:
-                ids = tuple(selector(graph))
-            except Exception as error:  # noqa: BLE001 - the selector is the user's code
-                self.problems.append(UserFunctionFailed(name, f"it raised {told(error)}"))
-                continue
-            if not ids:
-                self.unused.append(selector)
-            for id in ids:
-                if not isinstance(id, str) or id not in graph.nodes:
-                    self.problems.append(UnknownName(str(id), f"node (selected by {name})", graph.order))
-                elif found.setdefault(id, (selector, choice))[1] != choice:
-                    reason = f"{selector_name(found[id][0])} and {name} select it for different configurations"
-                    remedy = f"let one of them leave it out, or say which holds with set_node({id!r}, qconfig)"
-                    if id not in self._mapping.nodes:
-                        self.problems.append(BadConfig(graph[id].place, reason, remedy))
-        return found
 
     def _choose(self, node: Node, key: tuple[str, str, int]) -> Chosen:
         mapping = self._mapping
@@ -102,8 +136,8 @@ class Resolution:
         named = self._by_name(node.origin.module)
         if named is not None:
             return named
-        if node.id in self._selected:
-            selector, choice = self._selected[node.id]
+        if node.id in self._lookup.selected:
+            selector, choice = self._lookup.selected[node.id]
             return Chosen(choice, ("selections", selector))
         return self._by_type((node.origin.type, key[1]))
 
@@ -112,7 +146,7 @@ class Resolution:
         for prefix in ancestors(path):
             if prefix in self._mapping.module_names:
                 return Chosen(self._mapping.module_names[prefix], ("module_names", prefix))
-        for text, pattern, qconfig in self._patterns:
+        for text, pattern, qconfig in self._lookup.patterns:
             if pattern.match(path):
                 return Chosen(qconfig, ("module_name_regexes", text))
         return None
@@ -241,17 +275,27 @@ def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
     for key in sorted(mapping.edges, key=str):
         if not _is_edge(key):
             yield BadConfig("edges", f"{key!r} is no use of a value", "pass Edge(user, slot, index)")
+    carried = values_of((edge for edge in edges if edge.user in graph.nodes), graph)
     for edge in edges:
-        if edge.user in graph.nodes and used(graph[edge.user], edge) is None:
+        if edge.user in graph.nodes and edge not in carried:
             reason = f"it has no value no. {edge.index} in its argument {edge.slot!r}"
             yield BadConfig(edge.user, reason, "name an argument that holds values, and count them from 0")
     ways: dict[str, list[Quantization]] = {}
-    uses = ((used(graph[edge.user], edge) or "", mapping.edges[edge]) for edge in edges if edge.user in graph.nodes)
+    uses = ((carried[edge], mapping.edges[edge]) for edge in edges if edge in carried)
     for id, way in (*uses, *mapping.outputs.items()):
         if not isinstance(way, KeepFloat):
             ways.setdefault(id, []).append(way)
     for id in (id for id in graph.order if id in ways):
         yield from unfit(graph[id], ways[id])
+
+
+def values_of(edges: Iterable[Edge], graph: Graph) -> dict[Edge, str]:
+    """The values that uses by nodes of a graph carry, without those that there are not; each argument is read once."""
+    found: dict[Edge, str] = {}
+    for (user, slot), of_slot in edges_by_slot(edges).items():
+        values = values_in(graph[user], slot)
+        found.update((edge, values[edge.index]) for edge in of_slot if 0 <= edge.index < len(values))
+    return found
 
 
 def unfit(node: Node, ways: Iterable[object]) -> Iterator[BadConfig]:
@@ -279,11 +323,12 @@ def _is_edge(key: object) -> bool:
 
 def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterator[Problem]:
     names = [*mapping.module_names, *(name for name, _, _ in mapping.module_name_object_type_orders)]
+    known = tuple(sorted(modules))
     for name in sorted(dict.fromkeys(names), key=str):
         if not isinstance(name, str):
             yield BadConfig(str(name), f"a module name must be a str, not {name!r}", "pass a path such as 'layer1.0'")
         elif name not in modules:
-            yield UnknownName(name, "module", tuple(sorted(modules)))
+            yield UnknownName(name, "module", known)
     for form in sorted(mapping.object_types):
         if not form.removeprefix(".").replace(".", "").isidentifier():
             remedy = "pass a module class, a function that can be imported, or the name of a tensor method"

@@ -13,14 +13,14 @@ from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import Entry, places_of, problems_of
+from qfunc.config.resolve import Entry, Lookup, places_of, problems_of
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, Note
 from qfunc.passes.borders import quantized_outputs, with_borders
 from qfunc.passes.custom_modules import custom_calls, with_custom_modules
 from qfunc.passes.regions import Region, region_notes, region_problems, regions
-from qfunc.passes.rules import Rules, Surroundings
-from qfunc.passes.unmatched import unmatched, without_effect
+from qfunc.passes.rules import Rules, Surroundings, with_places, with_reused
+from qfunc.passes.unmatched import has_kept_places, unmatched, without_effect
 from qfunc.result import R, unwrap
 
 NOTHING = CustomConfig()
@@ -61,30 +61,22 @@ def annotate(
         return Failure(several(problems))
     mapping = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
     found = regions(graph, custom)
-    problems = [*problems_of(mapping, graph.modules), *places_of(mapping, graph), *region_problems(graph, custom)]
     parts = _parts(graph, mapping, backend, found)
-    for part in parts if not problems else ():
-        problems += places_of(part.mapping, graph) if part.region is not None else ()
+    problems = [*problems_of(mapping, graph.modules), *places_of(mapping, graph), *region_problems(graph, custom)]
+    others = {id(part.mapping): part.mapping for part in parts if part.mapping is not mapping}
+    problems += [problem for other in others.values() for problem in places_of(other, graph)] if not problems else ()
     problems += _misplaced(parts, graph) if found and not problems else ()
     if problems:
         return Failure(several(problems))
-    surroundings = Surroundings.of(graph)
-    claimed = frozenset(id for id, _ in custom_calls(graph, custom))
-    demanded = frozenset(quantized_outputs(graph, custom).values())
-    rules = [
-        Rules(graph, p.mapping, p.backend, surroundings, base=p.base, own=p.own, demanded=demanded, claimed=claimed)
-        for p in parts
-    ]
+    rules = _rules(graph, parts, custom)
     fits: dict[int, set[tuple[Entry, bool]]] = {}
     for one in rules:
         fits.setdefault(id(one.mapping), set()).update(one.fits)
     for one in rules:
         problems += (*one.problems, *one.useless_entries(fits[id(one.mapping)]))
-    given = [one.annotations(_notes(part, asked, rules, parts)) for one, part in zip(rules, parts, strict=True)]
-    ruled = unwrap(combine(*given)) if found else given[0]
-    ruled = replace(ruled, notes=(*region_notes(graph, custom, found), *ruled.notes))
-    ruled, wrong = with_custom_modules(graph, ruled, rules, custom)
-    annotations, more = with_borders(graph, ruled, mapping, custom)
+    ruled, wrong = _ruled(graph, rules, custom)
+    notes = (*region_notes(graph, custom, found), *_notes(graph, rules, custom, mapping, asked))
+    annotations, more = with_borders(graph, replace(ruled, notes=(*notes, *ruled.notes)), mapping, custom)
     problems += (*wrong, *more)
     return Failure(several(problems)) if problems else Success(annotations)
 
@@ -123,13 +115,54 @@ def _parts(graph: Graph, mapping: QConfigMapping, backend: BackendConfig, found:
     ]
 
 
+def _rules(graph: Graph, parts: list[_Part], custom: CustomConfig) -> list[Rules]:
+    """The decisions about each part; a mapping's selectors run once for all parts with its names of modules."""
+    held: dict[tuple[int, str], list[str]] = {}
+    for part in parts:
+        held.setdefault((id(part.mapping), part.base), []).extend(part.own or ())
+    position = {id: index for index, id in enumerate(graph.order)} if len(parts) > 1 else {}
+    lookups: dict[tuple[int, str], Lookup] = {}
+    for part in parts:
+        key = (id(part.mapping), part.base)
+        if key not in lookups:
+            own = None if part.own is None else tuple(sorted(held[key], key=position.__getitem__))
+            lookups[key] = Lookup.of(part.mapping, graph, own)
+    surroundings = Surroundings.of(graph)
+    claimed = frozenset(id for id, _ in custom_calls(graph, custom))
+    demanded = frozenset(quantized_outputs(graph, custom).values())
+    return [
+        Rules(
+            graph,
+            lookups[id(part.mapping), part.base],
+            part.backend,
+            surroundings,
+            base=part.base,
+            own=part.own,
+            demanded=demanded,
+            claimed=claimed,
+        )
+        for part in parts
+    ]
+
+
+def _ruled(graph: Graph, rules: list[Rules], custom: CustomConfig) -> tuple[Annotations, list[Problem]]:
+    """What rules make of a graph and its custom modules, and the problems of these."""
+    given = [one.annotations() for one in rules]
+    ruled = unwrap(combine(*given)) if len(given) > 1 else given[0]
+    for mapping in {id(one.mapping): one.mapping for one in rules}.values():
+        ruled = with_places(ruled, mapping)
+    ruled, problems = with_custom_modules(graph, ruled, rules, custom)
+    inputs = [node.id for node in graph if node.kind == "placeholder"]
+    codes = {inputs[index] for index in custom.input_quantized_indexes if 0 <= index < len(inputs)}
+    return with_reused(ruled, rules, graph.order, codes), problems
+
+
 def _misplaced(parts: list[_Part], graph: Graph) -> Iterator[Problem]:
     """Nodes and uses that a mapping names where the mapping of another part of the graph holds."""
     held: dict[int, set[str]] = {}
     for part in parts:
         held.setdefault(id(part.mapping), set()).update(part.own or ())
-    for part in parts:
-        mapping = part.mapping
+    for mapping in {id(part.mapping): part.mapping for part in parts}.values():
         named = (*mapping.nodes, *mapping.outputs, *(edge.user for edge in mapping.edges))
         for node in dict.fromkeys(named):
             if node not in held[id(mapping)]:
@@ -139,17 +172,22 @@ def _misplaced(parts: list[_Part], graph: Graph) -> Iterator[Problem]:
                 yield BadConfig(graph[node].place, reason, "name it in the configuration of the part that it is in")
 
 
-def _notes(part: _Part, asked: QConfigMapping, rules: list[Rules], parts: list[_Part]) -> tuple[Note, ...]:
-    """Notes of entries that match or change nothing; of a standalone module's own mapping, with its path.
-
-    A mapping holds for its own part and for the standalone modules inside it that have none: it is told of once.
-    """
-    region = part.region
-    if region is not None and (region.qconfig_mapping is None or region.base != region.path):
-        return ()
-    mapping = asked if region is None else part.mapping
-    held = [one for one, p in zip(rules, parts, strict=True) if p.mapping is part.mapping and p.base == part.base]
-    notes = (*unmatched(mapping, held), *(note for one in held for note in without_effect(mapping, one)))
-    if region is None:
-        return notes
-    return tuple(Note(f"standalone module {region.path!r}: {note.node}", note.text) for note in notes)
+def _notes(
+    graph: Graph, rules: list[Rules], custom: CustomConfig, mapping: QConfigMapping, asked: QConfigMapping
+) -> Iterator[Note]:
+    """Notes of entries that match or change nothing, once for each mapping; of standalone modules' own, with a path."""
+    held: dict[int, list[Rules]] = {}
+    for one in rules:
+        held.setdefault(id(one.mapping), []).append(one)
+    places = any(has_kept_places(one.mapping) for one in rules)
+    bare = _ruled(graph, [one.without_places() for one in rules], custom)[0] if places else Annotations()
+    for of_one in held.values():
+        own = of_one[0].mapping
+        if own is mapping:
+            yield from (*unmatched(asked, of_one), *without_effect(asked, of_one, bare))
+            continue
+        paths = list(dict.fromkeys(repr(one.base) for one in of_one))
+        more = f" and {len(paths) - 6} more" if len(paths) > 6 else ""
+        where = f"standalone module{'s' if paths[1:] else ''} {', '.join(paths[:6])}{more}"
+        for note in (*unmatched(own, of_one), *without_effect(own, of_one, bare)):
+            yield Note(f"{where}: {note.node}", note.text)

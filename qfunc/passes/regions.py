@@ -76,25 +76,38 @@ def _by_type(custom: CustomConfig) -> dict[str, Standalone]:
     return {type_name(cls): standalone for cls, standalone in custom.standalone_types.items()}
 
 
-def _entries(graph: Graph, custom: CustomConfig) -> Iterator[tuple[Standalone, list[str]]]:
+def _entries(graph: Graph, custom: CustomConfig) -> list[tuple[Standalone, list[str]]]:
     """Each standalone configuration, with the paths of the modules that it is for."""
-    for name, standalone in custom.standalone_names.items():
-        yield standalone, [name] if name in graph.modules else []
-    for cls, standalone in _by_type(custom).items():
-        yield standalone, [path for path in sorted(graph.modules) if graph.modules[path].type == cls]
+    of_type: dict[str, list[str]] = {}
+    for path in sorted(graph.modules):
+        of_type.setdefault(graph.modules[path].type, []).append(path)
+    names = custom.standalone_names.items()
+    return [
+        *((standalone, [name] if name in graph.modules else []) for name, standalone in names),
+        *((standalone, of_type.get(cls, [])) for cls, standalone in _by_type(custom).items()),
+    ]
 
 
 def region_problems(graph: Graph, custom: CustomConfig) -> Iterator[Problem]:
     """Standalone modules that do not exist, and what is wrong with their mappings for the modules inside them."""
-    for name in custom.standalone_names:
-        if name not in graph.modules:
-            yield UnknownName(name, "module", tuple(sorted(graph.modules)))
-    for standalone, paths in _entries(graph, custom):
-        if standalone.qconfig_mapping is None or not paths:
-            continue
-        around = frozenset(paths)
-        inside = {relative(m, path) for m in graph.modules for path in ancestors(m) if path in around}
-        for problem in problems_of(standalone.qconfig_mapping, inside):
+    unknown = [name for name in custom.standalone_names if name not in graph.modules]
+    known = tuple(sorted(graph.modules)) if unknown else ()
+    yield from (UnknownName(name, "module", known) for name in unknown)
+    entries = [
+        (given, paths) for given, paths in _entries(graph, custom) if given.qconfig_mapping is not None and paths
+    ]
+    around: dict[str, list[set[str]]] = {}
+    inside = [set[str]() for _ in entries]
+    for (_, paths), names in zip(entries, inside, strict=True):
+        for path in paths:
+            around.setdefault(path, []).append(names)
+    for module in graph.modules if around else ():
+        for path in ancestors(module):
+            for names in around.get(path, ()):
+                names.add(relative(module, path))
+    for (standalone, paths), names in zip(entries, inside, strict=True):
+        assert standalone.qconfig_mapping is not None
+        for problem in problems_of(standalone.qconfig_mapping, names):
             if isinstance(problem, UnknownName) and problem.what == "module":
                 yield replace(problem, what=f"submodule of {paths[0]!r} named")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from copy import copy
@@ -16,9 +17,9 @@ from qfunc.config.backend_config import BackendConfig, Observation, OperatorConf
 from qfunc.config.point import Edge, Point, values_in
 from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import GLOBAL, Chosen, Entry, Resolution
+from qfunc.config.resolve import GLOBAL, Chosen, Entry, Lookup, Resolution
 from qfunc.errors import Problem, UnsupportedDType
-from qfunc.ir import Expression, Graph, Node, Note, Ref, refs, users
+from qfunc.ir import Expression, Graph, Node, Ref, refs, users
 from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
@@ -55,14 +56,14 @@ class Surroundings:
 class Rules:
     """The decisions about one graph, or the nodes `own` of it, made in two walks: what is quantized, then how.
 
-    The mapping's names of modules are relative to `base`; `surroundings` are those of the whole graph.
+    The names of modules in the mapping of `lookup` are relative to `base`; `surroundings` are those of the whole graph.
     `demanded` values are read quantized from outside; `claimed` nodes are for others to decide about.
     """
 
     def __init__(
         self,
         graph: Graph,
-        mapping: QConfigMapping,
+        lookup: Lookup,
         backend: BackendConfig,
         surroundings: Surroundings,
         *,
@@ -72,16 +73,16 @@ class Rules:
         claimed: frozenset[str] = frozenset(),
     ) -> None:
         self.backend = backend
-        resolution = Resolution(mapping, graph, self.is_default, base=base, own=own)
+        self.mapping = lookup.mapping
+        resolution = Resolution(lookup, graph, self.is_default, base=base, own=own)
         self.resolution = resolution
+        self.lookup = lookup
         self.graph = graph
         self.fits: set[tuple[Entry, bool]] = set()
         """The entries whose dtypes suit some operator, with and without a weight."""
-        self.mapping = mapping
-        self.problems: list[Problem] = list(resolution.problems)
+        self.problems: list[Problem] = [*lookup.problems, *resolution.problems]
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
-        self.unused = tuple(resolution.unused)
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._demanded = demanded
@@ -94,9 +95,12 @@ class Rules:
                 self._decide(graph[id], chosen)
         self._read_quantized = self._keep_useful() if backend.lazy else None
 
-    def annotations(self, notes: tuple[Note, ...]) -> Annotations:
-        """The decisions as a value."""
-        inputs, outputs = dict[Edge, Spec](), dict[str, Spec]()
+    def annotations(self) -> Annotations:
+        """The decisions as a value, without what `with_places` adds of the mapping's single values and uses.
+
+        A result that reuses the qparams of its input is for `with_reused` to decide about.
+        """
+        inputs, outputs, floats = dict[Edge, Spec](), dict[str, Spec](), dict(self.floats)
         groups: list[tuple[Point, ...]] = []
         taps: list[str] = []
         for id, (row, qconfig) in self._chosen.items():
@@ -104,46 +108,44 @@ class Rules:
             operands = self._quantized_operands(node, qconfig)
             edges = [edge for edge, value in operands if not self._overridden(edge, value)]
             if isinstance(qconfig.activation, ReuseInput):
-                reused = self._reused(node, outputs)
-                outputs.update(reused)
-                taps += reused if self.backend.observe_shared_outputs else ()
                 continue
             given = qconfig.of_inputs
             inputs.update(pair for edge in edges for pair in _at(edge, given))
             if self._shares(node, row) and not isinstance(given, (Cast, Dynamic, KeepFloat)):
-                if edges:
-                    outputs[node.id] = SharedWith(edges[0])
+                shared = edges or [edge for edge, _ in operands if _has_qparams(self.mapping.edges.get(edge))]
+                if shared:
+                    outputs[node.id] = SharedWith(shared[0])
                     groups += [tuple(edges)] if len(edges) > 1 else []
                     taps += [node.id] if self.backend.observe_shared_outputs else []
+                else:
+                    floats[node.id] = "its input, whose qparams it is to share, is kept float"
             elif self._read_quantized is None or node.id in self._read_quantized or not can_write_float(node, row):
                 outputs.update(_at(node.id, qconfig.of_output if row.fixed is None else row.fixed))
             inputs.update(self._computed_weight(node, row, qconfig))
         weights = {id: q.weight for id, (row, q) in self._chosen.items() if has_weight(self.graph[id], row)}
         biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
-        for edge, spec in self.mapping.edges.items():
-            inputs.update(_at(edge, spec) if edge.user in self.own else ())
-        for id, spec in self.mapping.outputs.items():
-            if id not in self.own:
-                continue
-            outputs.pop(id, None)
-            outputs.update(_at(id, spec))
         return Annotations(
             pmap(inputs),
             pmap(outputs),
             pmap({id: weight for id, weight in weights.items() if not isinstance(weight, KeepFloat)}),
             frozenset(groups),
-            frozenset(tap for tap in taps if tap not in self.mapping.outputs),
-            pmap(self.floats),
+            frozenset(taps),
+            pmap(floats),
             frozenset(self.refused),
-            notes,
             biases=pmap(biases),
         )
 
-    def without_places(self) -> Annotations:
-        """The decisions without the configuration's entries for single values and uses."""
+    def without_places(self) -> Rules:
+        """These decisions by the same configuration without its entries for single values and uses."""
         bare = copy(self)
-        bare.mapping, bare.floats = replace(self.mapping, outputs=pmap(), edges=pmap()), dict(self.floats)
-        return bare.annotations(())
+        bare.mapping = replace(self.mapping, outputs=pmap(), edges=pmap())
+        return bare
+
+    def reusing(self) -> Iterator[tuple[str, tuple[Edge, str] | None]]:
+        """The nodes whose results reuse the qparams of an input, with the use of it and its value, if there is one."""
+        for id, (row, qconfig) in self._chosen.items():
+            if isinstance(qconfig.activation, ReuseInput):
+                yield id, next(self._operands(self.graph[id], row), None)
 
     def reads_quantized(self, value: str) -> bool:
         """Whether a value that is not one of a backend's operators is to be quantized for all that read it."""
@@ -257,13 +259,11 @@ class Rules:
         """Whether the configuration says something of its own about a use."""
         return edge in self.mapping.edges or isinstance(self.mapping.outputs.get(value), KeepFloat)
 
-    def _reused(self, node: Node, outputs: dict[str, Spec]) -> dict[str, Spec]:
-        """The qparams of the input, if it has any."""
-        value = next((value for _, value in self._operands(node, self._chosen[node.id][0])), "")
-        if value in outputs and not isinstance(self.mapping.outputs.get(value), KeepFloat):
-            return {node.id: SharedWith(value)}
-        self.floats[node.id] = "its input, whose qparams it is to reuse, is not quantized"
-        return {}
+    def source(self, edge: Edge, value: str) -> Point | None:
+        """Where the qparams of an operand are, if it is quantized: at the use of it, or at its value."""
+        if edge in self.mapping.edges:
+            return edge if _has_qparams(self.mapping.edges[edge]) else None
+        return None if self._overridden(edge, value) else value
 
     def _computed_weight(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> tuple[tuple[Edge, Spec], ...]:
         """A weight that the graph computes is quantized where it is used, like an activation."""
@@ -303,22 +303,25 @@ class Rules:
         A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
         so rounds, must have an operand that is produced quantized.
         """
-        readers = self._surroundings.readers
+        readers, values = self._surroundings.readers, {id: frozenset(self._values(id)) for id in self._chosen}
+        weighted = {id for id, (row, _) in self._chosen.items() if has_weight(self.graph[id], row)}
+        shares = {id for id, (row, _) in self._chosen.items() if self._shares(self.graph[id], row)}
+        read = Counter(value for id in values for value in values[id])
+        made = {id: sum(value in values for value in values[id]) for id in values}
         queue = list(self._chosen)
         while queue:
             id = queue.pop()
-            if id in self._chosen and not self._gains(id, readers[id]):
-                del self._chosen[id]
-                self.floats[id] = "it gains nothing on integers here"
-                queue += [*readers[id], *self.graph[id].uses()]
-        return self._demanded.union(value for id in self._chosen for value in self._values(id))
-
-    def _gains(self, id: str, readers: Iterable[str]) -> bool:
-        row, _ = self._chosen[id]
-        if has_weight(self.graph[id], row):
-            return True
-        read = id in self._demanded or any(user in self._chosen and id in self._values(user) for user in readers)
-        return read and (self._shares(self.graph[id], row) or any(value in self._chosen for value in self._values(id)))
+            useful = (id in self._demanded or read[id]) and (id in shares or made.get(id))
+            if id not in self._chosen or id in weighted or useful:
+                continue
+            del self._chosen[id]
+            self.floats[id] = "it gains nothing on integers here"
+            read.subtract(values[id])
+            above = [user for user in readers[id] if id in values.get(user, ())]
+            for user in above:
+                made[user] -= 1
+            queue += [*above, *values[id]]
+        return self._demanded.union(value for id in self._chosen for value in values[id])
 
     def _values(self, id: str) -> list[str]:
         row, qconfig = self._chosen[id]
@@ -327,9 +330,51 @@ class Rules:
         return [value for _, value in self._operands(self.graph[id], row)]
 
 
+def with_places(annotations: Annotations, mapping: QConfigMapping) -> Annotations:
+    """The annotations with a mapping's entries for single values and uses, which are stronger than all else."""
+    if not (mapping.outputs or mapping.edges):
+        return annotations
+    inputs, outputs = dict(annotations.inputs), dict(annotations.outputs)
+    for edge, spec in mapping.edges.items():
+        inputs.update(_at(edge, spec))
+    for id, spec in mapping.outputs.items():
+        outputs.pop(id, None)
+        outputs.update(_at(id, spec))
+    taps = frozenset(tap for tap in annotations.taps if tap not in mapping.outputs)
+    return replace(annotations, inputs=pmap(inputs), outputs=pmap(outputs), taps=taps)
+
+
+def with_reused(
+    annotations: Annotations, rules: Iterable[Rules], order: Iterable[str], also: AbstractSet[str]
+) -> Annotations:
+    """The annotations with the results that reuse the qparams of their input, where that has any.
+
+    `also` are values that will have qparams beside those that are annotated.
+    """
+    reusing = {
+        id: (rule, operand) for rule in rules for id, operand in rule.reusing() if id not in rule.mapping.outputs
+    }
+    if not reusing:
+        return annotations
+    outputs, taps, floats = dict(annotations.outputs), set(annotations.taps), dict(annotations.floats)
+    for id in (id for id in order if id in reusing):
+        rule, operand = reusing[id]
+        source = None if operand is None else rule.source(*operand)
+        if source is None or (isinstance(source, str) and source not in outputs and source not in also):
+            floats[id] = "its input, whose qparams it is to reuse, is not quantized"
+        else:
+            outputs[id] = SharedWith(source)
+            taps |= {id} if rule.backend.observe_shared_outputs else set()
+    return replace(annotations, outputs=pmap(outputs), taps=frozenset(taps), floats=pmap(floats))
+
+
 def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
     """A point and how it is quantized, or nothing where it is not."""
     return () if isinstance(quantization, (KeepFloat, ReuseInput)) else ((point, quantization),)
+
+
+def _has_qparams(quantization: Quantization | None) -> bool:
+    return not isinstance(quantization, (Cast, Dynamic, KeepFloat, ReuseInput, type(None)))
 
 
 def _quantizes(qconfig: QConfig) -> bool:

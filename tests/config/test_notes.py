@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from qfunc import (
     get_default_qconfig_mapping,
     prepare,
     quantize,
+    render,
     trace,
     unwrap,
 )
@@ -224,3 +226,41 @@ def test_a_regular_expression_stands_once():
     twice = QConfigMapping(module_name_regexes=(("layer1", None), ("layer1", None)))
     found = problems(prepare(GRAPH, twice).failure())
     assert [(type(problem), problem.node) for problem in found] == [(BadConfig, "layer1")]
+
+
+def test_what_may_be_meant_is_looked_for_for_the_first_entries_alone(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return get_close_matches(*args, **options)
+
+    monkeypatch.setattr("qfunc.passes.unmatched.get_close_matches", counted)
+    mapping = QConfigMapping()
+    for index in range(40):
+        mapping = mapping.set_object_type(f"method{index:02}", None).set_module_name_regex(f"block{index:02}", None)
+        mapping = mapping.set_module_name_object_type_order("", f"method{index:02}", 0, None)
+    found = notes(mapping)
+    assert len(found) == 120
+    assert len(calls) <= 30
+    assert sum("there are" in note or "the closest there" in note for note in found) == 15
+    assert "note: object_types['.method39'] matches no operator" in found
+
+
+def test_unknown_names_beyond_the_first_are_told_without_a_guess(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return get_close_matches(*args, **options)
+
+    monkeypatch.setattr("qfunc.errors.get_close_matches", counted)
+    mapping = QConfigMapping()
+    for index in range(100):
+        mapping = mapping.set_module_name(f"layer1.{index + 10}", None)
+    error = prepare(GRAPH, mapping).failure()
+    text = render(error)
+    assert len(calls) <= 20
+    assert text.count("did you mean") == 20
+    assert text.count("fix: there are ") == 80
+    assert all(f"'layer1.{index + 10}'" in text for index in range(100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -36,8 +37,11 @@ from qfunc import (
     trace,
     unwrap,
 )
+from qfunc.config.qconfig_mapping import Selector
+from qfunc.config.resolve import ancestors, places_of
+from qfunc.config.selectors import first_layer, last_layer, layers
 from qfunc.errors import BadConfig, UnknownName, problems
-from qfunc.ir import Graph
+from qfunc.ir import Graph, users, verify
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.passes.regions import region_notes, regions
 from qfunc.testing import ModelCase, models, oracle, relative_error, sqnr
@@ -287,6 +291,119 @@ def test_a_node_is_named_in_the_configuration_of_the_part_that_it_is_in() -> Non
     ):
         found = prepare(graph, mapping, custom=custom).failure()
         assert isinstance(found, BadConfig) and found.node == place and "standalone module" in found.reason
+
+
+# Notes
+
+
+class Mixed(nn.Module):
+    """A layer behind two standalone modules, the second of which has a layer of another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = Block(conv()), Block(nn.ReLU6(), nn.Linear(8, 8)), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.two(self.one(x)))
+
+
+BLOCKS = CustomConfig(standalone_types={Block: Standalone()})
+
+
+def prepared_mixed(custom: CustomConfig, mapping: QConfigMapping | None = None) -> Prepared:
+    return unwrap(prepare(unwrap(fuse(unwrap(trace(Mixed().eval(), X)), custom=custom)), mapping, custom=custom))
+
+
+def test_an_entry_of_the_parent_s_mapping_that_holds_inside_is_not_told_of() -> None:
+    default = CPU.qconfig_mapping
+    prepared = prepared_mixed(BLOCKS, default.set_object_type(nn.Linear, None))
+    assert (prepared.notes, quantized_places(prepared)) == ((), {"one.0", "last"})
+    assert prepared_mixed(BLOCKS, default.set_module_name_regex(r"two\.1", None)).notes == ()
+    (first,) = (edge for edge in prepared_mixed(BLOCKS).inputs if edge.user == "one_0")
+    for mapping in (default.set_output("x", None), default.set_edge(first, None)):
+        prepared = prepared_mixed(BLOCKS, mapping)
+        assert (prepared.notes, first in prepared.inputs) == ((), False)
+    own = CustomConfig(standalone_types={Block: Standalone(replace(default))})
+    assert [note.node for note in prepared_mixed(own, default.set_object_type(nn.Linear, None)).notes] == [
+        "object_types['torch.nn.Linear']"
+    ]
+    assert [note.node for note in prepared_mixed(own, default.set_output("x", None)).notes] == ["outputs['x']"]
+
+
+def test_an_entry_of_a_mapping_of_several_modules_is_told_of_once_where_it_holds_in_none() -> None:
+    default = CPU.qconfig_mapping
+    for form, told in ((nn.Linear, []), (nn.Tanh, ["torch.nn.Tanh"])):
+        custom = CustomConfig(standalone_types={Block: Standalone(default.set_object_type(form, None))})
+        notes = [note.node for note in prepared_mixed(custom).notes]
+        assert notes == [f"standalone modules 'one', 'two': object_types[{name!r}]" for name in told]
+
+
+# Selectors
+
+
+def test_a_selector_sees_the_part_that_its_mapping_is_for() -> None:
+    def own(selector: Selector) -> CustomConfig:
+        return CustomConfig(standalone_names={"sub": Standalone(CPU.qconfig_mapping.set_selected(selector, None))})
+
+    assert quantized_places(prepared_with(own(first_layer))) == ALL - {"sub.0"}
+    assert quantized_places(prepared_with(own(last_layer))) == ALL - {"sub.2"}
+    of_each = CustomConfig(standalone_types={Block: Standalone(CPU.qconfig_mapping.set_selected(layers, None))})
+    assert quantized_places(prepared_mixed(of_each)) == {"last"}
+    outside = CPU.qconfig_mapping.set_selected(first_layer, None)
+    assert quantized_places(prepared_with(names("sub"), outside)) == ALL - {"first"}
+
+    def of_another(graph: Graph) -> frozenset[str]:
+        return frozenset({"last"})
+
+    prepared = prepared_with(own(of_another))
+    (note,) = prepared.notes
+    assert quantized_places(prepared) == ALL
+    assert note.node.startswith("standalone module 'sub': selections[") and note.text.startswith("selects no node")
+
+
+def test_a_selector_runs_once_for_each_mapping_on_a_whole_graph() -> None:
+    seen: list[Graph] = []
+
+    def everything(graph: Graph) -> frozenset[str]:
+        seen.append(unwrap(verify(graph)))
+        assert users(graph).keys() == graph.nodes.keys()
+        return frozenset(graph.order)
+
+    mapping = CPU.qconfig_mapping.set_selected(everything, None)
+    assert quantized_places(prepared_mixed(BLOCKS, mapping)) == set()
+    assert len(seen) == 1
+    own = CustomConfig(standalone_names={"two": Standalone(mapping)})
+    assert quantized_places(prepared_mixed(own)) == {"one.0", "last"}
+    assert [node.kind for node in seen[-1]] == ["placeholder", "clamp", "linear", "output"]
+
+
+# Work
+
+
+def test_entries_are_looked_through_once_whatever_the_number_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"places": 0, "ancestors": 0}
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    model = sequential(*(Block(nn.Sequential(conv(), nn.ReLU())) for _ in range(8)))
+    graph = graph_of(model)
+    monkeypatch.setattr("qfunc.passes.annotate.places_of", counted("places", places_of))
+    monkeypatch.setattr("qfunc.passes.regions.ancestors", counted("ancestors", ancestors))
+    table = {str(i): Standalone(CPU.qconfig_mapping.set_module_name("0", None)) for i in range(8)}
+    for custom, mappings in ((BLOCKS, 1), (CustomConfig(standalone_names=table), 9)):
+        calls.update(places=0, ancestors=0)
+        unwrap(annotate(graph, custom=custom))
+        assert calls["places"] == mappings
+        assert calls["ancestors"] <= len(graph.modules)
+
+
+# Any entry, any backend
 
 
 def test_an_entry_that_suits_an_operator_in_some_region_is_no_error() -> None:
