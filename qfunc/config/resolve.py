@@ -251,10 +251,10 @@ def places_of(mapping: QConfigMapping, graph: Graph) -> Iterator[Problem]:
         if not isinstance(way, KeepFloat):
             ways.setdefault(id, []).append(way)
     for id in (id for id in graph.order if id in ways):
-        yield from _unfit(graph[id], ways[id])
+        yield from unfit(graph[id], ways[id])
 
 
-def _unfit(node: Node, ways: list[Quantization]) -> Iterator[Problem]:
+def unfit(node: Node, ways: list[Quantization]) -> Iterator[Problem]:
     """Why a value cannot be quantized: not at all, or not in one of these ways."""
     fact, remedy = node.fact, "leave it out: only tensors of float32 are quantized"
     if node.kind == "output":
