@@ -65,11 +65,12 @@ def prepare(
 
 def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Selector | None) -> R[Prepared]:
     sharing = _Sharing(graph, annotations)
-    scaled, notes, problems = equalizations(graph, annotations, equalize)
-    problems += sharing.problems()
+    wrong = list(sharing.problems())
+    sites, outputs, inputs = ({}, {}, {}) if wrong else sharing.sites()
+    scaled, notes, problems = equalizations(graph, annotations, equalize, sites)
+    problems += wrong
     if problems:
         return Failure(several(problems))
-    sites, outputs, inputs = sharing.sites()
     prepared = Prepared(
         graph,
         pmap(sites),
