@@ -74,10 +74,10 @@ class Annotations:
     `swapped` are the calls of custom modules, which quantize inside themselves.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
-    than the value's own quantizes the value anew, save that a known range of the value (`FixedQParams`) also does for a
-    use of the same dtype with the same codes, or with a bit less, and that such a use is for itself. What measures for
-    points that share qparams is the observer of the first one in the graph. `quantized_inputs` and `quantized_outputs` are inputs and positions
-    of the output whose codes are taken and given, instead of floats.
+    than the value's own quantizes the value anew. A known range (`FixedQParams`) of the value also does for uses of its
+    dtype with the same codes or a bit less; that of a use is kept. Points that share qparams are measured with the
+    observer of the first one in the graph. `quantized_inputs` and `quantized_outputs` are inputs and positions of the
+    output whose codes are taken and given, instead of floats.
     """
 
     inputs: PMap[Edge, Spec] = pmap()
