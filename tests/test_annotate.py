@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyrsistent import pmap
+from returns.result import Failure
 from torch import Tensor, nn
 
 from qfunc import (
@@ -15,7 +24,9 @@ from qfunc import (
     QNNPACK,
     X86,
     FixedQParams,
+    Histogram,
     MinMax,
+    MovingAverageMinMax,
     PerChannelMinMax,
     QConfig,
     QConfigMapping,
@@ -38,13 +49,14 @@ from qfunc import (
 )
 from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared
 from qfunc.config.point import Edge
-from qfunc.errors import BadConfig, UnknownName, UnsupportedDType, WrongStage, problems
-from qfunc.numerics.fake_quantize import is_fixed
+from qfunc.errors import BadConfig, Problem, UnknownName, UnsupportedDType, WrongStage, problems
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED
-from qfunc.numerics.unmeasured import Dynamic, KeepFloat
+from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.testing import cases, sqnr, walk
 from tests.zoo import ZOO
 
+ROOT = Path(__file__).resolve().parents[1]
 X = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -173,6 +185,20 @@ def test_quantizers_compose_and_conflicts_name_both():
     assert "tanh" not in freed.floats
 
 
+class Unhashable(MinMax):
+    """An observer of the user's."""
+
+    __hash__ = None
+
+
+def sharing_weight(spec, point="right"):
+    """Annotations with a weight, and a point that is quantized by `spec`."""
+    table = pmap({point: spec})
+    weights = pmap({"left": MinMax(INT8_SYMMETRIC)})
+    return Annotations(weights=weights, **{"outputs" if isinstance(point, str) else "inputs": table})
+
+
+PER_CHANNEL_4 = PerChannelMinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=4))
 WRONG = (
     (Annotations(outputs=Annotations().outputs.set("lft", MinMax())), UnknownName, "lft"),
     (Annotations(inputs=Annotations().inputs.set(Edge("left", "weight"), MinMax())), BadConfig, "left"),
@@ -188,6 +214,32 @@ WRONG = (
     (Annotations(outputs=Annotations().outputs.set("left", Derived((), sum, UINT8))), BadConfig, "Derived"),
     (Annotations(biases=Annotations().biases.set("cat", MinMax(INT8_SYMMETRIC))), BadConfig, "cat"),
     (Annotations(outputs=Annotations().outputs.set("left", SharedWith("right"))), BadConfig, "right"),
+    (sharing_weight(SharedWith(Edge("left", "weight"))), BadConfig, "left"),
+    (Annotations(weights=pmap({"left": Dynamic()})), BadConfig, "left"),
+    (Annotations(weights=pmap({"left": Unshared(MinMax())})), BadConfig, "left"),
+    (Annotations(weights=pmap({"left": SharedWith("right")})), BadConfig, "left"),
+    (Annotations(biases=pmap({"left": Dynamic()})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": Unshared(KeepFloat())})), BadConfig, "KeepFloat"),
+    (Annotations(outputs=pmap({"left": Unshared(ReuseInput())})), BadConfig, "ReuseInput"),
+    (Annotations(outputs=pmap({"left": Unshared(FakeQuantize(Dynamic()))})), BadConfig, "FakeQuantize"),
+    (Annotations(outputs=pmap({"left": Unhashable()})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": SharedWith(3)})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": Cast(3)})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": Dynamic(3)})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": MinMax(QuantSpec(qscheme=3))})), UnknownName, "3"),
+    (Annotations(inputs=pmap({"left": MinMax()})), BadConfig, "inputs"),
+    (Annotations(inputs=pmap({Edge("x", "input"): MinMax()})), BadConfig, "x"),
+    (Annotations(inputs=pmap({Edge("x", "default"): MinMax()})), BadConfig, "x"),
+    (sharing_weight(MinMax(), Edge("left", "weight")), BadConfig, "left"),
+    (Annotations(outputs=pmap({"output": MinMax()})), BadConfig, "output"),
+    (Annotations(inputs=pmap({Edge("output", "0", 3): MinMax()})), BadConfig, "output"),
+    (Annotations(outputs={"left": MinMax()}), BadConfig, "outputs"),
+    (Annotations(taps=frozenset({"left"})), BadConfig, "left"),
+    (Annotations(groups=frozenset({()})), BadConfig, "groups"),
+    (Annotations(groups=frozenset({"left"})), BadConfig, "groups"),
+    (Annotations(quantized_outputs=frozenset({"left"})), BadConfig, "quantized_outputs"),
+    (Annotations(swapped=pmap({"left": MinMax()})), BadConfig, "left"),
+    (Annotations(outputs=pmap({"left": PER_CHANNEL_4})), BadConfig, "left"),
 )
 
 
@@ -246,7 +298,8 @@ def test_observers_that_hold_what_is_not_hashable_are_errors():
     annotations = Annotations(outputs=Annotations().outputs.set(graph.order[1], holding))
     for configuration in (mapping, annotations):
         (problem,) = problems(prepare(graph, configuration).failure())
-        assert isinstance(problem, BadConfig) and problem.node == "Holding" and "not hashable" in problem.reason
+        assert isinstance(problem, BadConfig) and "hash" in problem.reason
+        assert problem.node == ("Holding" if configuration is mapping else graph.order[1])
 
 
 class Gate(nn.Module):
@@ -331,3 +384,124 @@ def test_training_and_calibration_have_the_same_sites(model, backend):
     plain = layout(graph, unwrap(get_default_qconfig_mapping(backend.name)), backend)
     assert layout(graph, unwrap(get_default_qat_qconfig_mapping(backend.name)), backend) == plain
     assert any(fixed for _, fixed, _ in plain[0].values()) == (model is Chain)
+
+
+class Triple(nn.Module):
+    """Three branches of one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + self.c(x)
+
+
+OBSERVERS = {"a": Histogram(), "b": MovingAverageMinMax(), "c": MinMax()}
+
+
+@pytest.mark.parametrize("fixed", [(), ("a",), ("a", "b")])
+def test_the_first_observer_in_the_graph_measures_for_all_that_share(fixed):
+    """However the groups are written: a set of them has no order."""
+    graph = unwrap(fuse(unwrap(trace(Triple().eval(), X))))
+    observers = {**OBSERVERS, **dict.fromkeys(fixed, FixedQParams(UINT8, 1 / 256, 0))}
+    found = set()
+    for first in itertools.permutations("ab"):
+        for second in itertools.permutations("bc"):
+            for groups in itertools.permutations([first, second]):
+                annotations = Annotations(outputs=pmap(observers), groups=_Ordered(groups))
+                prepared = unwrap(prepare(graph, annotations))
+                (site,) = prepared.sites.values()
+                found.add((site.id, site.observer, site.taps))
+    assert found == {("a", observers["abc"[len(fixed)]], ("a", "b", "c"))}
+
+
+class _Ordered(frozenset):
+    """A set that is read in the order in which it was written, as another hash seed might have it."""
+
+    __slots__ = ("written",)
+
+    def __init__(self, written):
+        self.written = written
+
+    def __iter__(self):
+        return iter(self.written)
+
+
+_SEEDED = """
+from torch import nn
+from pyrsistent import pmap
+from qfunc import Histogram, MinMax, prepare, trace, unwrap
+from qfunc.config.annotation import Annotations, SharedWith
+from qfunc.errors import problems
+from tests.test_annotate import Triple
+graph = unwrap(trace(Triple().eval()))
+given = Annotations(outputs=pmap({"a": Histogram(), "b": MinMax(), "c": MinMax()}))
+groups = frozenset({("a", "b"), ("c", "b")})
+print(unwrap(prepare(graph, Annotations(outputs=given.outputs, groups=groups))).sites["a"])
+wrong = Annotations(
+    outputs=pmap({id: MinMax() for id in ("p", "q", "r", "s")}),
+    weights=pmap({id: MinMax() for id in ("add", "x")}),
+    groups=frozenset({("t", "u"), ("v", "u")}),
+    taps=frozenset({"a", "b", "c"}),
+)
+for problem in problems(prepare(graph, wrong).failure()):
+    print(problem)
+"""
+
+
+def test_sites_and_problems_do_not_depend_on_the_hash_seed():
+    outputs = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", _SEEDED]
+        done = subprocess.run(command, env=environment, check=True, cwd=ROOT, capture_output=True, text=True)
+        outputs.add(done.stdout)
+    (text,) = outputs
+    assert len(text.splitlines()) == 13
+
+
+built = cache(fused)
+IDS = st.sampled_from(("x", "left", "right", "cat", "tanh", "head", "output", "none", 3, None))
+SLOTS = st.sampled_from(("input", "weight", "bias", "tensors", "post.0.other", "0", None))
+POINTS = IDS | st.builds(Edge, IDS, SLOTS, st.sampled_from((0, 1, -1, "0", None)))
+QUANTS = st.sampled_from((UINT8, INT16, INT8_SYMMETRIC_PER_CHANNEL, QuantSpec("int17"), QuantSpec(qscheme=None), 3))
+GARBAGE = st.sampled_from((None, 3, "left", (), MinMax, Unhashable(), torch.ones(2), UINT8, object()))
+MEASURED = st.builds(MinMax, QUANTS) | st.builds(PerChannelMinMax, QUANTS) | st.just(FixedQParams(UINT8, 0.1, 0))
+SPECS = st.one_of(
+    MEASURED,
+    GARBAGE,
+    st.builds(FakeQuantize, MEASURED | GARBAGE),
+    st.builds(SharedWith, POINTS | GARBAGE),
+    st.builds(Dynamic, QUANTS),
+    st.builds(Cast, st.sampled_from(("float16", "float", 3, None)), st.sampled_from((True, None))),
+    st.sampled_from((KeepFloat(), ReuseInput(), Unshared(KeepFloat()), Unshared(SharedWith("left")))),
+    st.builds(Unshared, MEASURED | GARBAGE),
+    st.builds(Derived, st.lists(POINTS, max_size=2).map(tuple) | GARBAGE, st.sampled_from((max, 3)), QUANTS),
+)
+KINDS = {
+    "inputs": st.dictionaries(POINTS, SPECS, max_size=2).map(pmap),
+    "groups": st.frozensets(st.lists(POINTS, max_size=3).map(tuple) | POINTS, max_size=2),
+    "quantized_outputs": st.frozensets(st.sampled_from((0, 5, -1, "0", None)), max_size=2),
+    "notes": st.lists(GARBAGE, max_size=1).map(tuple),
+    **{name: st.dictionaries(POINTS, SPECS, max_size=2).map(pmap) for name in ("outputs", "weights", "biases")},
+    **{name: st.dictionaries(IDS, SPECS, max_size=2).map(pmap) for name in ("floats", "swapped")},
+    **{name: st.frozensets(POINTS, max_size=2) for name in ("taps", "refused", "quantized_inputs")},
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), base=st.booleans(), raw=st.booleans())
+def test_garbage_is_told_or_does_something(data, base, raw):
+    """Any values in any of the tables: what `prepare` takes can be calibrated and converted, or that is told."""
+    graph = built()
+    annotations = unwrap(annotate(graph)) if base else Annotations()
+    for name in data.draw(st.lists(st.sampled_from(sorted(KINDS)), max_size=2, unique=True)):
+        given, was = data.draw(KINDS[name]), getattr(annotations, name)
+        given = was.update(given) if isinstance(given, type(pmap())) else was | given if name != "notes" else given
+        annotations = replace(annotations, **{name: data.draw(GARBAGE) if raw else given})
+    found = prepare(graph, annotations).bind(lambda p: calibrate(p, [X], progress=False).bind(convert))
+    for problem in problems(found.failure()) if isinstance(found, Failure) else ():
+        assert isinstance(problem, get_args(Problem))
+        assert all(isinstance(part, str) and part for part in (problem.node, problem.reason, problem.remedy))

@@ -234,7 +234,7 @@ def test_an_input_that_is_no_tensor_of_floats_cannot_be_codes(name, index, examp
     problem = one_problem(prepare(graph, custom=CustomConfig(input_quantized_indexes=(index,))))
     assert problem.node == f"input {name!r}"
     given = Annotations(outputs=pmap({name: MinMax()}), quantized_inputs=frozenset({name}))
-    assert one_problem(prepare(graph, given)).reason == problem.reason
+    assert one_problem(prepare(graph, given)).reason in problem.reason
     assert unwrap(prepare(graph, custom=CustomConfig(input_quantized_indexes=(1,)))).quantized_inputs == {"x"}
 
 

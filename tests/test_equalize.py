@@ -59,6 +59,24 @@ def test_the_channels_of_a_linear_layer_are_its_last_axis():
     assert "trace with example_inputs" in str(unknown.notes[0])
 
 
+class Named(nn.Module):
+    """Layers whose values have the names that sites of equalization have, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_equalization, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.x_equalization(x))
+
+
+def test_sites_have_names_of_their_own():
+    prepared = unwrap(prepare(graph_of(Named()), equalize=layers))
+    assert "x_equalization" in prepared.sites
+    assert not prepared.sites.keys() & prepared.equalizations.keys()
+    assert len(prepared.measured) == len(prepared.sites) + len(prepared.equalizations)
+
+
 def test_what_cannot_be_equalized_is_told():
     graph = graph_of(Branches())
     mapping = CPU.qconfig_mapping.set_module_name("left", None)

@@ -13,12 +13,14 @@ from typing import Any, TypeAlias, TypeVar
 from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
-from qfunc.config.custom_config import Swap
+from qfunc.config.arguments import shown
+from qfunc.config.custom_config import CustomModule, Swap
 from qfunc.config.point import Edge, Point, used
-from qfunc.config.qconfig import WeightQuantization
+from qfunc.config.qconfig import QConfig, WeightQuantization
+from qfunc.config.resolve import unfit
 from qfunc.errors import BadConfig, Problem, UnknownName, several
 from qfunc.ir import Expression, Graph, Node, Note
-from qfunc.numerics.observers import Observer
+from qfunc.numerics.observers import Observer, validate_observer
 from qfunc.numerics.qparams import QParams, QuantSpec, validate
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, told, validate_quantization
 from qfunc.result import R
@@ -72,8 +74,10 @@ class Annotations:
     `swapped` are the calls of custom modules, which quantize inside themselves.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
-    than the value's own quantizes the value anew. `quantized_inputs` and `quantized_outputs` are inputs and positions
-    of the output whose codes are taken and given, instead of floats.
+    than the value's own quantizes the value anew. A known range (`FixedQParams`) of the value also does for uses of its
+    dtype with the same codes or a bit less; that of a use is kept. Points that share qparams are measured with the
+    observer of the first one in the graph. `quantized_inputs` and `quantized_outputs` are inputs and positions of the
+    output whose codes are taken and given, instead of floats.
     """
 
     inputs: PMap[Edge, Spec] = pmap()
@@ -195,29 +199,164 @@ _ONE = "have one quantizer annotate it, or take it from the other with keep_floa
 
 
 def wrong_annotations(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
-    """Nodes, uses and observers that do not exist or cannot be meant."""
-    specs = (*annotations.inputs.values(), *annotations.outputs.values())
-    parameters = (*annotations.weights.values(), *annotations.biases.values())
-    quantized: tuple[Point, ...] = (*annotations.inputs, *annotations.outputs)
-    others = [point for spec in (*specs, *parameters) for point in points_of(spec)]
-    others += [*annotations.taps, *(point for group in annotations.groups for point in group)]
+    """What is not of the declared types, and nodes, uses and observers that do not exist or cannot be meant.
+
+    In graph order where a problem is of a node, the others behind.
+    """
+    found = list(_wrong_fields(annotations)) or list(_wrong_specs(annotations))
+    found = found or [*_wrong_points(annotations, graph), *_wrong_nodes(annotations, graph)]
+    position = {id: index for index, id in enumerate(graph.order)}
+    yield from sorted(found, key=lambda p: (position.get(p.node, len(position)), p.node, p.reason))
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_edge(value: object) -> bool:
+    return isinstance(value, Edge) and all(map(isinstance, (value.user, value.slot, value.index), (str, str, int)))
+
+
+def _is_point(value: object) -> bool:
+    return _is_id(value) or _is_edge(value)
+
+
+def _are_points(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(map(_is_point, value))
+
+
+_FIELDS: tuple[tuple[str, type, Callable[[object], bool], str], ...] = (
+    ("inputs", PMap, _is_edge, "an Edge(user, slot, index)"),
+    *((name, PMap, _is_id, "the id of a node") for name in ("outputs", "weights", "biases", "floats", "swapped")),
+    ("groups", frozenset, _are_points, "a tuple of ids of nodes and of Edges"),
+    *((name, frozenset, _is_id, "the id of a node") for name in ("taps", "refused", "quantized_inputs")),
+    ("quantized_outputs", frozenset, lambda value: isinstance(value, int), "a position in the output"),
+    ("notes", tuple, lambda value: isinstance(value, Note), "a Note"),
+)
+"""The fields of annotations: the container, and what its keys or items are to be."""
+
+
+def _wrong_fields(annotations: Annotations) -> Iterator[Problem]:
+    """Fields that are no such container, or hold something else than they are to."""
+    for name, container, is_item, item in _FIELDS:
+        given = getattr(annotations, name)
+        if not isinstance(given, container):
+            reason = f"expected a {container.__name__}, got {shown(given)}"
+            yield BadConfig(name, reason, f"give it a {container.__name__}, of which each key or item is {item}")
+            continue
+        for one in (one for one in given if not is_item(one)):  # type: ignore[attr-defined]
+            yield BadConfig(name, f"{shown(one)} is not {item}", f"have each key or item be {item}")
+
+
+def _wrong_specs(annotations: Annotations) -> Iterator[Problem]:
+    """What says how points, parameters and custom modules are quantized, and cannot."""
+    for table in (annotations.inputs, annotations.outputs):
+        for point, spec in table.items():
+            yield from _wrong_spec(_node(point), spec)
+    for name, slot in (("weights", "weight"), ("biases", "bias")):
+        for id, spec in getattr(annotations, name).items():
+            if isinstance(spec, (SharedWith, Unshared, Dynamic)):
+                reason = f"its {slot} does not change and has no value to share with, so that it cannot be"
+                remedy = "use an observer such as PerChannelMinMax(spec), a Cast, or Derived"
+                yield BadConfig(id, f"{reason} {type(spec).__name__}", remedy)
+            else:
+                yield from _wrong_spec(id, spec)
+    for id, swap in annotations.swapped.items():
+        if not (isinstance(swap, Swap) and isinstance(swap.module, CustomModule) and isinstance(swap.qconfig, QConfig)):
+            yield BadConfig(id, f"{shown(swap)} is no Swap", "give a Swap of a CustomModule and a QConfig")
+
+
+def _wrong_spec(node: str, spec: Any) -> Iterator[Problem]:
+    if not _can_hash(spec):
+        yield BadConfig(node, f"{shown(spec)} cannot be hashed", "make it a frozen dataclass of hashable fields")
+        return
+    match spec:
+        case SharedWith(other):
+            if not _is_point(other):
+                remedy = "name a value by its id, or a use of one: Edge(user, slot, index)"
+                yield BadConfig(node, f"it shares with {shown(other)}, which is no point", remedy)
+        case Unshared(observer):
+            yield from _wrong_observer(observer) or validate_observer(observer)
+        case Derived(of, function, quant):
+            if not _are_points(of) or not callable(function):
+                remedy = "name the points, and give a function from the tuple of their QParams to QParams"
+                yield BadConfig("Derived", "it derives from no point, or without a function", remedy)
+            yield from _wrong_quant(node, quant)
+        case ReuseInput() | KeepFloat():
+            remedy = "leave the point out, or share with the input: SharedWith(value)"
+            yield BadConfig(type(spec).__name__, "it is for operators, not for single points", remedy)
+        case Dynamic(quant):
+            yield from _wrong_quant(node, quant)
+        case Cast(dtype, dynamic) if not (isinstance(dtype, str) and isinstance(dynamic, bool)):
+            yield BadConfig(node, "its Cast is to no dtype", "give the name of a dtype: Cast('float16')")
+        case _:
+            yield from _wrong_observer(spec)
+
+
+def _wrong_observer(observer: Any) -> tuple[Problem, ...]:
+    """What is wrong with the spec of an observer, or else with the rest of it."""
+    spec = getattr(observer, "spec", None)
+    wrong = validate(spec) if isinstance(spec, QuantSpec) else ()
+    return wrong or tuple(validate_quantization(observer))
+
+
+def _wrong_quant(node: str, spec: object) -> Iterator[Problem]:
+    if isinstance(spec, QuantSpec):
+        yield from validate(spec)
+    else:
+        yield BadConfig(
+            node, f"expected a QuantSpec, got {shown(spec)}", "give one, such as QuantSpec('uint8', 0, 255)"
+        )
+
+
+def _can_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except Exception:  # noqa: BLE001 - a spec may be the user's class
+        return False
+    return True
+
+
+def _wrong_points(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
+    """Values and uses that do not exist or cannot be quantized, and those that others rest on and that are not."""
     weights = {Edge(id, "weight") for id in annotations.weights}
-    for point in dict.fromkeys((*quantized, *annotations.weights, *annotations.biases, *others)):
-        id = point.user if isinstance(point, Edge) else point
-        if id not in graph.nodes:
-            yield UnknownName(str(id), "node", graph.order)
+    specs: dict[Point, Spec] = dict([*annotations.inputs.items(), *annotations.outputs.items()])
+    parameters = (*annotations.weights.values(), *annotations.biases.values())
+    derived = [point for spec in (*specs.values(), *parameters) if isinstance(spec, Derived) for point in spec.of]
+    shared = [spec.other for spec in specs.values() if isinstance(spec, SharedWith)]
+    shared += [point for group in annotations.groups for point in group]
+    ways: dict[str, list[Any]] = {}
+    for point in dict.fromkeys((*specs, *shared, *annotations.taps, *derived)):
+        if _node(point) not in graph.nodes:
+            yield UnknownName(_node(point), "node", graph.order)
+        elif point in specs:
+            ways.setdefault(_value(point, graph) or "", []).append(specs[point])
+            yield from _no_use(point, graph)
         elif point not in weights:
-            yield from _wrong_point(point, graph)
-    for point in dict.fromkeys(others):
-        if point not in annotations.inputs and point not in annotations.outputs and point not in weights:
             yield BadConfig(str(point), "others rest on its qparams, and it is not quantized", "annotate it as well")
+    for id in (id for id in graph.order if id in ways):
+        yield from unfit(graph[id], [getattr(way, "observer", way) for way in ways[id]])
+    for point in dict.fromkeys(point for point in shared if point in weights and point not in specs):
+        remedy = f"derive the qparams from it: Derived(({point!r},), function, spec)"
+        yield BadConfig(_node(point), "its weight is to share with others, and weights do not", remedy)
+
+
+def _wrong_nodes(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
+    """Layers without such a parameter, and calls that are not of custom modules."""
     for table, slot in ((annotations.weights, "weight"), (annotations.biases, "bias")):
         for id in table:
             node = graph.nodes.get(id)
-            if node is not None and not (_has_parameter(node, slot) or (slot == "weight" and _is_unknown_call(node))):
+            if node is None:
+                yield UnknownName(id, "node", graph.order)
+            elif node.aliased:
+                yield BadConfig(id, f"the memory of {id!r} is changed in place", "leave it float")
+            elif not (_has_parameter(node, slot) or (slot == "weight" and _is_unknown_call(node))):
                 yield BadConfig(id, f"it has no {slot} that is a parameter", f"annotate the {slot} of layers only")
-    yield from _wrong_swaps(annotations, graph)
-    yield from _wrong_specs((*specs, *parameters))
+            elif id in annotations.swapped:
+                yield BadConfig(id, f"its custom module quantizes its {slot} itself", f"leave the {slot} out")
+    for id in annotations.swapped:
+        if id not in graph.nodes or not _is_unknown_call(graph[id]):
+            yield BadConfig(id, "it is no call of a module of the graph", "swap calls of modules only")
 
 
 def _has_parameter(node: Node, slot: str) -> bool:
@@ -230,43 +369,16 @@ def _is_unknown_call(node: Node) -> bool:
     return written is not None and written.op == "call_module" and node.kind == node.origin.type
 
 
-def _wrong_swaps(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
-    for id in annotations.swapped:
-        written = graph[id].origin.written if id in graph.nodes else None
-        if written is None or written.op != "call_module":
-            yield BadConfig(str(id), "it is no call of a module of the graph", "swap calls of modules only")
+def _node(point: Point) -> str:
+    return point.user if isinstance(point, Edge) else point
 
 
-def _wrong_specs(specs: tuple[object, ...]) -> Iterator[Problem]:
-    # By identity: a wrong one need not be hashable.
-    for spec in {id(spec): spec for spec in specs}.values():
-        yield from _wrong_spec(spec)
+def _value(point: Point, graph: Graph) -> str | None:
+    """The value that is quantized at a point; None for a use that does not exist."""
+    return used(graph[point.user], point) if isinstance(point, Edge) else point
 
 
-def _wrong_spec(spec: Any) -> Iterator[Problem]:
-    match spec:
-        case SharedWith():
-            return
-        case Unshared(observer):
-            yield from validate_quantization(observer)
-        case Derived(of, function, quant):
-            yield from validate(quant)
-            if not of or not callable(function):
-                remedy = "name the points, and give a function from the tuple of their QParams to QParams"
-                yield BadConfig("Derived", "it derives from no point, or without a function", remedy)
-        case ReuseInput() | KeepFloat():
-            remedy = "leave the point out, or share with the input: SharedWith(value)"
-            yield BadConfig(type(spec).__name__, "it is for operators, not for single points", remedy)
-        case _:
-            yield from validate_quantization(spec)
-
-
-def _wrong_point(point: Point, graph: Graph) -> Iterator[Problem]:
-    id = point.user if isinstance(point, Edge) else point
-    value = used(graph[id], point) if isinstance(point, Edge) else id
-    if value is None:
-        assert isinstance(point, Edge)
+def _no_use(point: Point, graph: Graph) -> Iterator[Problem]:
+    if isinstance(point, Edge) and used(graph[point.user], point) is None:
         reason = f"it has no value no. {point.index} in its argument {point.slot!r}"
-        yield BadConfig(id, reason, "name an argument that holds values, and count them from 0")
-    elif graph[value].aliased:
-        yield BadConfig(id, f"the memory of {value!r} is changed in place", "leave it float")
+        yield BadConfig(point.user, reason, "name an argument that holds values, and count them from 0")

@@ -52,7 +52,7 @@ def with_custom_modules(
     calls = dict(custom_calls(graph, custom))
     swapped: dict[str, Swap] = {}
     outputs: dict[str, Spec] = {}
-    floats, refused = annotations.floats, annotations.refused - calls.keys()
+    floats, refused = annotations.floats, frozenset(annotations.refused.difference(calls))
     for rule in rules:
         for id in (id for id in rule.resolution.chosen if id in calls):
             qconfig = rule.resolution.chosen[id].qconfig

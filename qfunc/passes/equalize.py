@@ -7,7 +7,7 @@ Bias Correction", 2019).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pyrsistent import PMap, pmap
@@ -25,11 +25,12 @@ _SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 
 
 def equalizations(
-    graph: Graph, annotations: Annotations, select: Selector | None
+    graph: Graph, annotations: Annotations, select: Selector | None, sites: Collection[str] = ()
 ) -> tuple[PMap[str, Equalization], tuple[Note, ...], list[Problem]]:
     """The equalizations of the layers that `select` picks, a note for each one picked in vain, and the problems.
 
-    Layers that read one value have one equalization; other uses of the value are not touched by it.
+    Layers that read one value have one equalization; other uses of the value are not touched by it. `sites` are the
+    names that other sites have already.
     """
     problems: list[Problem] = []
     chosen = [] if select is None else list(_selected(graph, select, problems))
@@ -39,9 +40,11 @@ def equalizations(
     for node in (graph[id] for id in chosen if not reasons[id]):
         edges.setdefault(_channels(node, graph), []).append(Edge(node.id, "input"))
     found: dict[str, Equalization] = {}
+    taken = {*graph.order, *sites}
     for (value, axis), uses in edges.items():
         spec = QuantSpec(qscheme="per_channel_affine", ch_axis=axis)
-        site = Site(fresh_id(f"{value}_equalization", found), PerChannelMinMax(spec), (value,))
+        site = Site(fresh_id(f"{value}_equalization", taken), PerChannelMinMax(spec), (value,))
+        taken.add(site.id)
         found[site.id] = Equalization(site, tuple(uses))
     return pmap(found), notes, problems
 

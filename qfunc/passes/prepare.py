@@ -76,11 +76,12 @@ def _with_reasons(graph: Graph, annotations: Annotations) -> Annotations:
 
 def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Selector | None) -> R[Prepared]:
     sharing = _Sharing(graph, annotations)
-    scaled, notes, problems = equalizations(graph, annotations, equalize)
-    problems += sharing.problems()
+    wrong = list(sharing.problems())
+    sites, outputs, inputs = ({}, {}, {}) if wrong else sharing.sites()
+    scaled, notes, problems = equalizations(graph, annotations, equalize, sites)
+    problems += wrong
     if problems:
         return Failure(several(problems))
-    sites, outputs, inputs = sharing.sites()
     prepared = Prepared(
         graph,
         pmap(sites),
@@ -134,8 +135,7 @@ class _Sharing:
             for point, spec in table.items()
             if isinstance(spec, SharedWith)
         ]
-        for group in sorted((*annotations.groups, *shared), key=self._place):
-            self._join(group)
+        self._join([*annotations.groups, *shared])
         for value in sorted(annotations.taps, key=self._order.__getitem__):
             self._taps[self._root(self._points[value])][value] = None
 
@@ -218,22 +218,38 @@ class _Sharing:
             site = self._parent[site]
         return site
 
-    def _join(self, points: tuple[Point, ...]) -> None:
-        """Make sites one. Its observer is that of the first that measures, so that a fixed range clips no other."""
-        roots = list(dict.fromkeys(self._root(self._points[point]) for point in points))
-        measured = [r for r in roots if self._observers[r] is not None]
-        first = next((r for r in measured if not is_fixed(self._observers[r])), (*measured, *roots)[0])
-        ways = dict.fromkeys(self._observers[r] for r in measured)
+    def _join(self, groups: list[tuple[Point, ...]]) -> None:
+        """Make the sites of each group one, whatever the order of the groups.
+
+        The observer is that of the first point in the graph that measures, so that a fixed range clips no other.
+        """
+        for first, *others in groups:
+            for point in others:
+                self._parent[self._root(self._points[point])] = self._root(self._points[first])
+        together: dict[int, list[Point]] = {}
+        for point in sorted({point for group in groups for point in group}, key=self._position):
+            together.setdefault(self._root(self._points[point]), []).append(point)
+        for root, points in together.items():
+            self._lead(root, points)
+
+    def _lead(self, root: int, points: list[Point]) -> None:
+        """Have the site of one of the points, in graph order, be that of all that share with them."""
+        sites = list(dict.fromkeys(self._points[point] for point in points))
+        measured = [site for site in sites if self._observers[site] is not None]
+        first = next((site for site in measured if not is_fixed(self._observers[site])), (*measured, *sites)[0])
+        ways = dict.fromkeys(self._observers[site] for site in measured)
         if len(ways) > 1 and not all(map(measures, ways)):
             reason = f"it shares with points that are quantized in other ways: {' and '.join(map(told, ways))}"
             self._unlike.append(BadConfig(str(points[0]), reason, "quantize all of them alike"))
-        for other in roots:
-            if other != first:
-                self._parent[other] = first
-                self._taps[first].update(self._taps[other])
+        self._parent[first] = self._parent[root] = first
+        for site in sites:
+            self._taps[first].update(self._taps[site])
 
-    def _place(self, points: tuple[Point, ...]) -> int:
-        return max(self._order[point.user if isinstance(point, Edge) else point] for point in points)
+    def _position(self, point: Point) -> tuple[int, bool, str, int]:
+        """Where a point is in graph order: uses are before the value that is computed from them."""
+        if isinstance(point, Edge):
+            return self._order[point.user], False, point.slot, point.index
+        return self._order[point], True, "", 0
 
 
 def _fits(fixed: QuantSpec, wanted: QuantSpec) -> bool:

@@ -309,8 +309,9 @@ def test_nothing_to_measure_needs_no_batches():
 
 def test_an_axis_that_values_do_not_have_is_told():
     graph = unwrap(fuse(unwrap(trace(layer().eval(), X))))
-    spec = QuantSpec("uint8", 0, 255, "per_channel_affine", 2)
-    prepared = unwrap(prepare(graph, annotations(inputs={INPUT: PerChannelMinMax(spec)})))
+    third = annotations(inputs={INPUT: PerChannelMinMax(QuantSpec("uint8", 0, 255, "per_channel_affine", 2))})
+    assert "ch_axis 2 is no axis" in prepare(graph, third).failure().reason
+    prepared = unwrap(prepare(unwrap(fuse(unwrap(trace(layer().eval())))), third))
     (problem,) = problems(calibrate(prepared, [X], progress=False).failure())
     assert isinstance(problem, BadConfig)
     assert "ch_axis 2 is no axis" in problem.reason
