@@ -36,8 +36,13 @@ from qfunc import (
     Standalone,
     Unshared,
     annotate,
+    calibrate,
+    compare,
+    convert,
     describe,
     fuse,
+    lower,
+    materialize,
     prepare,
     trace,
     unwrap,
@@ -46,6 +51,7 @@ from qfunc.backends import qconfigs
 from qfunc.config.point import values_in
 from qfunc.errors import BadConfig, UnsupportedDType, problems
 from qfunc.numerics.qparams import INT8, INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
+from qfunc.testing import sqnr
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[1, 2], [3, 4]])
@@ -435,3 +441,41 @@ def test_what_only_a_dynamic_layer_reads_is_not_rounded_before():
     prepared = unwrap(prepare(graph, CPU.qconfig_mapping.set_node(layer, QConfig(Dynamic(), weight))))
     assert prepared.outputs == {}
     assert {edge.user for edge in prepared.inputs} == {graph.order[1], layer}
+
+
+@pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
+def test_one_use_may_be_float_where_others_are_quantized(backend):
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two, self.three = (nn.Conv1d(6, 6, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.one(x))
+            return self.three(torch.tanh(self.two(y)) + y)
+
+    graph = graph_of(Residual, backend=backend)
+    value = next(id for id in graph["add"].uses() if id != "tanh")
+    edge = Edge("add", "other")
+    mapping = backend.qconfig_mapping.set_edge(edge, None)
+    prepared = unwrap(prepare(graph, mapping, backend=backend))
+    assert prepared.unrounded == {edge}
+    assert value in prepared.outputs
+    assert not [note for note in prepared.notes if "edges" in note.node]
+    assert "unrounded: other[0] of add (add)" in str(unwrap(describe(prepared)))
+    plain = unwrap(prepare(graph, backend=backend))
+    assert ("other[0] of add", "unrounded") in {
+        (d.what, d.second) for d in unwrap(compare(plain, prepared)).differences
+    }
+    calibrated = unwrap(calibrate(prepared, [X], progress=False))
+    converted = unwrap(convert(calibrated))
+    assert list(converted.graph["add"].uses())[1] == value
+    with torch.no_grad():
+        reference, lowered = (unwrap(materialize(s))(X) for s in (converted, unwrap(lower(converted))))
+        assert sqnr(Residual().eval()(X), reference) > 25
+        assert sqnr(reference, lowered) > 25
+    annotations = unwrap(annotate(graph, mapping, backend=backend))
+    assert unwrap(prepare(graph, annotations, backend=backend)) == prepared
+    both = replace(annotations, inputs=annotations.inputs.set(edge, MinMax()))
+    assert "both quantized and unrounded" in problems(prepare(graph, both).failure())[0].reason

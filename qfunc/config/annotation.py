@@ -71,7 +71,8 @@ class Annotations:
     these parameters of theirs are. All points of one of the `groups` have the same qparams. `taps` are values that the
     observer of their own output sees as well, where that is another's. `floats` says of nodes that stay float why;
     those in `refused` are layers that were meant to be quantized. `notes` tell what deserves telling and is no error.
-    `swapped` are the calls of custom modules, which quantize inside themselves.
+    `swapped` are the calls of custom modules, which quantize inside themselves. `unrounded` are uses that read a value
+    in float although it is quantized for others.
 
     A value is quantized once for all uses that are quantized alike; a use whose observer is for another `QuantSpec`
     than the value's own quantizes the value anew. A known range (`FixedQParams`) of the value also does for uses of its
@@ -92,6 +93,7 @@ class Annotations:
     quantized_inputs: frozenset[str] = frozenset()
     quantized_outputs: frozenset[int] = frozenset()
     swapped: PMap[str, Swap] = pmap()
+    unrounded: frozenset[Edge] = frozenset()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -111,6 +113,7 @@ class Annotations:
             refused=self.refused - {node},
             biases=pmap(biases),
             swapped=self.swapped.discard(node),
+            unrounded=frozenset(edge for edge in self.unrounded if edge.user != node),
         )
 
 
@@ -166,6 +169,7 @@ def combine(*annotations: Annotations) -> R[Annotations]:
             frozenset().union(*(given.quantized_inputs for given in annotations)),
             frozenset().union(*(given.quantized_outputs for given in annotations)),
             swapped,
+            frozenset(edge for given in annotations for edge in given.unrounded if edge not in inputs),
         )
     )
 
@@ -230,6 +234,7 @@ _FIELDS: tuple[tuple[str, type, Callable[[object], bool], str], ...] = (
     *((name, PMap, _is_id, "the id of a node") for name in ("outputs", "weights", "biases", "floats", "swapped")),
     ("groups", frozenset, _are_points, "a tuple of ids of nodes and of Edges"),
     *((name, frozenset, _is_id, "the id of a node") for name in ("taps", "refused", "quantized_inputs")),
+    ("unrounded", frozenset, _is_edge, "an Edge(user, slot, index)"),
     ("quantized_outputs", frozenset, lambda value: isinstance(value, int), "a position in the output"),
     ("notes", tuple, lambda value: isinstance(value, Note), "a Note"),
 )
@@ -334,6 +339,13 @@ def _wrong_points(annotations: Annotations, graph: Graph) -> Iterator[Problem]:
             yield from _no_use(point, graph)
         elif point not in weights:
             yield BadConfig(str(point), "others rest on its qparams, and it is not quantized", "annotate it as well")
+    for edge in annotations.unrounded:
+        if edge.user not in graph.nodes:
+            yield UnknownName(edge.user, "node", graph.order)
+        elif edge in specs:
+            yield BadConfig(edge.user, f"{edge} is both quantized and unrounded", "have it be one of the two")
+        else:
+            yield from _no_use(edge, graph)
     for id in (id for id in graph.order if id in ways):
         yield from unfit(graph[id], [getattr(way, "observer", way) for way in ways[id]])
     for point in dict.fromkeys(point for point in shared if point in weights and point not in specs):

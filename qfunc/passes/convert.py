@@ -10,6 +10,7 @@ from returns.result import Failure, Success
 
 from qfunc.config.annotation import ParameterSpec
 from qfunc.config.point import Edge, edges_by_slot, values_in
+from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
@@ -197,9 +198,19 @@ def _insert(
         draft.put(custom_node(draft[id]))
     for id, given in parameters.items():
         draft.put(draft[id].with_args(**given))
-    made = with_codes_given(draft.commit(), prepared.quantized_outputs)
+    made = with_codes_given(_unrounded(prepared, draft.commit()), prepared.quantized_outputs)
     made = replace(made, objects=made.objects.update(custom)) if custom else made
     return recorded(graph, made, "convert", f"backend={prepared.backend}")
+
+
+def _unrounded(prepared: Prepared, graph: Graph) -> Graph:
+    """The graph in which some uses read the values that others read quantized."""
+    draft, turned = Draft(graph), dict[str, dict[Edge, str]]()
+    for edge, value in values_of(prepared.unrounded, prepared.graph).items():
+        turned.setdefault(edge.user, {})[edge] = value
+    for user, edges in turned.items():
+        draft.put(_turn(graph[user], edges))
+    return draft.commit()
 
 
 def _quantized(draft: Draft, node: Node, how: How, floats: str = "") -> str:

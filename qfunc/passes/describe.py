@@ -73,6 +73,8 @@ class Description:
     equalizations: tuple[EqualizationRow, ...] = ()
     codes: tuple[str, ...] = ()
     """The inputs and outputs of the converted model that are codes."""
+    unrounded: tuple[str, ...] = ()
+    """The uses that read in float a value which others read quantized."""
 
     def __str__(self) -> str:
         head = f"{self.backend}: {len(self.sites)} sites, {len(self.weights)} weights, {len(self.floats)} left float"
@@ -92,6 +94,7 @@ class Description:
             [
                 head,
                 *(f"codes: {name}" for name in self.codes),
+                *(f"unrounded: {name}" for name in self.unrounded),
                 *(line for table in tables for line in aligned(table)),
                 *map(str, self.notes),
             ]
@@ -154,6 +157,7 @@ def describe(prepared: Prepared) -> R[Description]:
                 for _, e in sorted(prepared.equalizations.items())
             ),
             tuple(_codes(prepared)),
+            tuple(f"{e.slot}[{e.index}] of {_named(graph, e.user)}" for e in sorted(prepared.unrounded, key=str)),
         )
     )
 
@@ -229,11 +233,11 @@ def _decisions(prepared: Prepared) -> dict[str, str]:
 def _each_decision(prepared: Prepared) -> Iterator[tuple[str, str]]:
     graph, outputs = prepared.graph, prepared.outputs
     edges: dict[str, list[tuple[str, str]]] = {}
-    for edge, site in prepared.inputs.items():
+    for edge, site in (*prepared.inputs.items(), *((edge, "") for edge in prepared.unrounded)):
         edges.setdefault(edge.user, []).append((f"{edge.slot}[{edge.index}] of {edge.user}", site))
     for id in graph.order:
         for name, site in sorted(edges.get(id, ())):
-            yield name, _observed(prepared, site)
+            yield name, _observed(prepared, site) if site else "unrounded"
         if id in outputs:
             yield f"result of {id}", _observed(prepared, outputs[id])
         if id in prepared.weights:

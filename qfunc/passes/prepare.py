@@ -15,6 +15,7 @@ from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
 from qfunc.config.point import Edge, Point, edges_by_slot, values_in
 from qfunc.config.qconfig_mapping import QConfigMapping, Selector
+from qfunc.config.resolve import values_of
 from qfunc.errors import BadConfig, Problem, WrongStage, several
 from qfunc.ir import Graph, fresh_id
 from qfunc.numerics.fake_quantize import is_fixed
@@ -97,9 +98,17 @@ def _prepared(graph: Graph, annotations: Annotations, backend: str, equalize: Se
         annotations.quantized_outputs,
         scaled,
         swapped=annotations.swapped,
+        unrounded=_unrounded(graph, annotations),
     )
     problems += wrong_derived(prepared)
     return Failure(several(problems)) if problems else Success(prepared)
+
+
+def _unrounded(graph: Graph, annotations: Annotations) -> frozenset[Edge]:
+    """The uses that read in float a value that is quantized; of an input that is codes there are no other floats."""
+    carried = values_of(annotations.unrounded, graph)
+    codes, rounded = annotations.quantized_inputs, annotations.outputs
+    return frozenset(edge for edge, value in carried.items() if value in rounded and value not in codes)
 
 
 class _Sharing:

@@ -341,7 +341,9 @@ def with_places(annotations: Annotations, mapping: QConfigMapping) -> Annotation
         outputs.pop(id, None)
         outputs.update(_at(id, spec))
     taps = frozenset(tap for tap in annotations.taps if tap not in mapping.outputs)
-    return replace(annotations, inputs=pmap(inputs), outputs=pmap(outputs), taps=taps)
+    kept = frozenset(edge for edge, spec in mapping.edges.items() if isinstance(spec, KeepFloat))
+    unrounded = annotations.unrounded | kept
+    return replace(annotations, inputs=pmap(inputs), outputs=pmap(outputs), taps=taps, unrounded=unrounded)
 
 
 def with_reused(

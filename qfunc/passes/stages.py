@@ -56,7 +56,8 @@ class Prepared:
     `outputs` maps a value to the site it is quantized with for all its users; `inputs` maps single edges of values that
     are float otherwise; `weights` and `biases` map nodes to how these parameters of theirs are quantized; `floats` says
     of each node that stays float why; those of them in `refused` are layers that the configuration meant to quantize.
-    `swapped` are the calls of custom modules. `notes` tell of entries of the configuration that match nothing.
+    `swapped` are the calls of custom modules, `unrounded` the uses that read a quantized value in float.
+    `notes` tell of entries of the configuration that match nothing.
     `quantized_inputs` and `quantized_outputs` are the inputs and the positions of the output that the converted model
     takes and gives as codes. `equalizations` are by the ids of their sites.
     """
@@ -75,6 +76,7 @@ class Prepared:
     quantized_outputs: frozenset[int] = frozenset()
     equalizations: PMap[str, Equalization] = pmap()
     swapped: PMap[str, Swap] = pmap()
+    unrounded: frozenset[Edge] = frozenset()
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -76,23 +76,11 @@ def without_effect(mapping: QConfigMapping, rules: Sequence[Rules], bare: Annota
     idle = outputs.difference(bare.outputs, read.values())
     for id in (id for id in graph.order if id in idle):
         yield Note(f"outputs[{id!r}]", "changes nothing; no operator that is quantized here makes or reads this value")
-    floats = {id for id, way in mapping.outputs.items() if isinstance(way, KeepFloat)}
-    rounded = {*bare.outputs, *mapping.outputs} - floats
-    carried = values_of(edges, graph)
+    rounded, carried = {*bare.outputs, *mapping.outputs} - outputs, values_of(edges, graph)
     for edge in sorted(edges, key=lambda edge: (edge.user, edge.slot, edge.index)):
         value = carried[edge]
-        if edge in bare.inputs and value in rounded:
-            yield Note(
-                f"edges[{edge}]",
-                f"changes nothing; {value!r} is quantized for all its uses; "
-                f"to read it unrounded, keep it float for them all: set_output({value!r}, None)",
-            )
-        elif edge not in bare.inputs and bare.outputs.get(edge.user) != SharedWith(value):
-            hint = f"to read {value!r} unrounded, keep it float for all uses: set_output({value!r}, None)"
-            yield Note(
-                f"edges[{edge}]",
-                f"changes nothing; the use is not quantized{f'; {hint}' if value in bare.outputs else ''}",
-            )
+        if edge not in bare.inputs and value not in rounded and bare.outputs.get(edge.user) != SharedWith(value):
+            yield Note(f"edges[{edge}]", "changes nothing; the use is not quantized")
 
 
 _PLUMBING = ("placeholder", "get_attr", "output")

@@ -78,9 +78,8 @@ def notes(mapping, graph=GRAPH, backend=CPU):
         (QConfigMapping().set_module_name("unused", None),
          ("module_names['unused'] names a module without an operator: "
          "what it does is removed, or is never called on its own")),
-        (CPU.qconfig_mapping.set_edge(Edge("head", "input"), None).set_output("mean", MinMax()),
-         (f"edges[{Edge('head', 'input')}] changes nothing; 'mean' is quantized for all its uses; "
-         "to read it unrounded, keep it float for them all: set_output('mean', None)")),
+        (QConfigMapping().set_edge(Edge("head", "input"), None),
+         f"edges[{Edge('head', 'input')}] changes nothing; the use is not quantized"),
         (QConfigMapping().set_module_name_regex(r"layers1\..*", None),
          (r"module_name_regexes['layers1\\..*'] matches the path of no module with an operator; "
          "the closest there: layer1.0")),

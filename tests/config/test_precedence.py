@@ -414,13 +414,14 @@ def test_values_are_told_of_that_stay_float_anyway():
     assert f"note: outputs[{SUM!r}] changes nothing; " in described[-2]
 
 
-def test_a_use_of_a_value_that_is_quantized_where_it_is_made_is_told_of_with_the_remedy():
+def test_a_use_of_a_value_that_is_quantized_where_it_is_made_may_be_unrounded():
     edge = Edge(SUM, "other")
     mapping = QConfigMapping().set_object_type(nn.Linear, Q).set_edge(edge, None)
-    (note,) = unwrap(prepare(GRAPH, mapping, backend=X86)).notes
-    assert note.node == f"edges[{edge}]"
-    assert f"set_output({FIRST!r}, None)" in note.text
-    assert not unwrap(prepare(GRAPH, mapping.set_edge(edge, INT16), backend=X86)).notes
+    prepared = unwrap(prepare(GRAPH, mapping, backend=X86))
+    assert prepared.unrounded == {edge}
+    assert FIRST in prepared.outputs
+    for one in (prepared, unwrap(prepare(GRAPH, mapping.set_edge(edge, INT16), backend=X86))):
+        assert not one.notes
 
 
 def _nothing(graph):
