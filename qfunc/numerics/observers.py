@@ -7,8 +7,9 @@ observers with equal `statistic` can read one and the same state. A user's own o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Protocol
 
 import torch
@@ -235,7 +236,8 @@ def validate_observer(observer: Observer[Any]) -> tuple[Problem, ...]:
     ['MinMax measures whole tensors, the qscheme per_channel_affine is per channel']
     """
     broken = tuple(_protocol_problems(observer))
-    return broken or (*validate(observer.spec), *_scheme_problems(observer), *_parameter_problems(observer))
+    wrong = broken or validate(observer.spec)
+    return wrong or (*_scheme_problems(observer), *_parameter_problems(observer))
 
 
 def _protocol_problems(observer: Any) -> Iterator[Problem]:
@@ -274,9 +276,24 @@ def _scheme_problems(observer: object) -> Iterator[Problem]:
             yield BadConfig(name, reason, "use a per-channel qscheme with ch_axis, or a per-tensor observer")
 
 
+_PARAMETERS: Mapping[str, tuple[tuple[str, type | tuple[type, ...]], ...]] = MappingProxyType(
+    {
+        "MovingAverageMinMax": (("averaging_constant", (int, float)),),
+        "MovingAveragePerChannelMinMax": (("averaging_constant", (int, float)),),
+        "Histogram": (("bins", int), ("upsample_rate", int)),
+        "FixedQParams": (("scale", (int, float)), ("zero_point", int)),
+    }
+)
+
+
 def _parameter_problems(observer: object) -> Iterator[Problem]:
     name = type(observer).__name__
     limits = torch.finfo(torch.float32)
+    for field, kind in _PARAMETERS.get(name, ()) if is_own(observer) else ():
+        value = getattr(observer, field)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield BadConfig(name, f"its {field} is {value!r:.40}, no number", f"give it a number as its {field}")
+            return
     match observer:
         case MovingAverageMinMax(_, c) | MovingAveragePerChannelMinMax(_, c) if not 0 < c <= 1:
             yield BadConfig(name, f"averaging_constant {c} is not in (0, 1]", "choose a constant such as 0.01")

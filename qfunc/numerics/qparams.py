@@ -96,12 +96,12 @@ class QuantSpec:
     @property
     def per_channel(self) -> bool:
         """Whether each channel has a scale of its own."""
-        return self.qscheme.startswith("per_channel")
+        return str(self.qscheme).startswith("per_channel")
 
     @property
     def symmetric(self) -> bool:
         """Whether the zero point is fixed in the middle."""
-        return self.qscheme.endswith("symmetric")
+        return str(self.qscheme).endswith("symmetric")
 
 
 UINT8 = QuantSpec()

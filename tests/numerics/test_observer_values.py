@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qfunc.config.qconfig import QConfig, wrong_qconfig
 from qfunc.errors import BadConfig
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
@@ -275,3 +276,23 @@ def test_qparams_of_the_users_are_checked(qparams, reason):
     found = wrong_qparams(qparams, UINT8)
     assert reason in found
     assert bool(reason) == bool(found)
+
+
+@pytest.mark.parametrize(
+    "observer",
+    [
+        o.FixedQParams(UINT8, "a", 0),
+        o.FixedQParams(UINT8, 0.5, None),
+        o.FixedQParams(UINT8, 0.5, True),
+        o.MovingAverageMinMax(UINT8, "a"),
+        o.MovingAveragePerChannelMinMax(q.INT8_SYMMETRIC_PER_CHANNEL, None),
+        o.Histogram(UINT8, None),
+        o.Histogram(UINT8, 2.5),
+        o.MinMax(QuantSpec(qscheme=None)),
+    ],
+)
+def test_parameters_of_wrong_types_are_told(observer):
+    found = o.validate_observer(observer)
+    assert len(found) == 1
+    qconfig = QConfig(observer, o.MinMax(INT8_SYMMETRIC))
+    assert set(found) <= set(wrong_qconfig(qconfig))
