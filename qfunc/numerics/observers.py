@@ -236,8 +236,7 @@ def validate_observer(observer: Observer[Any]) -> tuple[Problem, ...]:
     ['MinMax measures whole tensors, the qscheme per_channel_affine is per channel']
     """
     broken = tuple(_protocol_problems(observer))
-    wrong = broken or validate(observer.spec)
-    return wrong or (*_scheme_problems(observer), *_parameter_problems(observer))
+    return broken or (*validate(observer.spec), *_scheme_problems(observer), *_parameter_problems(observer))
 
 
 def _protocol_problems(observer: Any) -> Iterator[Problem]:
