@@ -121,7 +121,8 @@ def test_engines_agree_and_leave_the_input_as_it_is(backend, engine):
         reference = unwrap(materialize(stage))(codes)[0]
         output = unwrap(materialize(lowered))(given)[0]
     ours = output.int_repr() if output.is_quantized else output
-    assert (ours.int() - reference.int()).abs().max() <= 1
+    # Weights are limited on hosts whose kernels add two products in 16 bits.
+    assert (ours.int() - reference.int()).abs().max() <= (4 if lowered.certificate.limited else 1)
     assert torch.equal(before, given)
 
 

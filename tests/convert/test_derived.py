@@ -86,7 +86,8 @@ def test_a_bias_on_the_grid_of_the_sums(per_channel):
     assert same_bits(run(pickle.loads(pickle.dumps(module)), X), run(module, X))
     for engine in ("reference", "onednn", "quantized"):
         lowered = unwrap(lower(converted, engine=engine))
-        torch.testing.assert_close(run(unwrap(materialize(lowered)), X), expected, rtol=1e-4, atol=1e-4)
+        near = 1e-2 if lowered.certificate.limited else 1e-4  # on hosts whose kernels add two products in 16 bits
+        torch.testing.assert_close(run(unwrap(materialize(lowered)), X), expected, rtol=1e-4, atol=near)
     assert unwrap(lower(converted)).certificate.in_int8 == 1
 
 
