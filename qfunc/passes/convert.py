@@ -18,7 +18,7 @@ from qfunc.ir.node import NamedArgs, Written, fact_in
 from qfunc.ir.value import Name
 from qfunc.numerics.derive import plain, wrong_qparams
 from qfunc.numerics.grid import Grid, literals
-from qfunc.numerics.observers import finished
+from qfunc.numerics.observers import finished, is_own
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, QuantizeWeight
@@ -89,6 +89,9 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
         qparams = finished(observer, states[key]) if key is not None and key in states else None
         if qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
+            continue
+        if is_own(observer) and isinstance(qparams, QParams):
+            found[id] = qparams  # right by construction
             continue
         wrong = wrong_qparams(qparams, observer.spec) if isinstance(qparams, QParams) else qparams
         if isinstance(qparams, QParams) and not wrong:
