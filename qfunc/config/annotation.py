@@ -20,7 +20,7 @@ from qfunc.config.qconfig import QConfig, WeightQuantization
 from qfunc.config.resolve import unfit
 from qfunc.errors import BadConfig, Problem, UnknownName, several
 from qfunc.ir import Expression, Graph, Node, Note
-from qfunc.numerics.observers import Observer, validate_observer
+from qfunc.numerics.observers import Observer, is_hashable, validate_observer
 from qfunc.numerics.qparams import QParams, QuantSpec, validate
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput, told, validate_quantization
 from qfunc.result import R
@@ -272,7 +272,7 @@ def _wrong_specs(annotations: Annotations) -> Iterator[Problem]:
 
 
 def _wrong_spec(node: str, spec: Any) -> Iterator[Problem]:
-    if not _can_hash(spec):
+    if not is_hashable(spec):
         yield BadConfig(node, f"{shown(spec)} cannot be hashed", "make it a frozen dataclass of hashable fields")
         return
     match spec:
@@ -312,14 +312,6 @@ def _wrong_quant(node: str, spec: object) -> Iterator[Problem]:
         yield BadConfig(
             node, f"expected a QuantSpec, got {shown(spec)}", "give one, such as QuantSpec('uint8', 0, 255)"
         )
-
-
-def _can_hash(value: object) -> bool:
-    try:
-        hash(value)
-    except Exception:  # noqa: BLE001 - a spec may be the user's class
-        return False
-    return True
 
 
 def _wrong_points(annotations: Annotations, graph: Graph) -> Iterator[Problem]:

@@ -251,11 +251,11 @@ def _protocol_problems(observer: Any) -> Iterator[Problem]:
         yield BadConfig(name, "its spec is no QuantSpec", "give it a spec, for example QuantSpec('uint8', 0, 255)")
     elif not hasattr(observer, "statistic"):
         yield BadConfig(name, "it does not name its statistic", "give it a hashable value that says what it measures")
-    elif not all(map(_is_hashable, (observer, observer.statistic))):
+    elif not all(map(is_hashable, (observer, observer.statistic))):
         yield BadConfig(name, "it or its statistic is not hashable", "make it a frozen dataclass of hashable fields")
 
 
-def _is_hashable(value: object) -> bool:
+def is_hashable(value: object) -> bool:
     """Whether it is, with all that is in it: a frozen dataclass that holds a list only seems to be."""
     try:
         hash(value)
