@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeAlias
 
 from pyrsistent import pmap
 
 from qfunc.config.annotation import Annotations, SharedWith, Spec
 from qfunc.config.custom_config import CustomConfig
-from qfunc.config.point import Edge, Point, used
+from qfunc.config.point import Edge, Point
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import unfit
+from qfunc.config.resolve import unfit, values_of
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.ir import Arg, DictArg, Graph, ListArg, RecordArg, Ref, refs
 from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput, told
 from qfunc.passes.numbers import non_tensors
+
+Shared: TypeAlias = Mapping[Point, Sequence[Point]]
 
 
 def quantized_outputs(graph: Graph, custom: CustomConfig) -> dict[int, str]:
@@ -64,8 +67,7 @@ def with_borders(
         leave_out="leave its index out of input_quantized_indexes",
         observe="give it an observer: set_output({!r}, Histogram())",
     )
-    for id in dict.fromkeys(chosen):
-        problems += borders.wrong_input(id)
+    problems += borders.wrong_inputs(dict.fromkeys(chosen))
     problems += borders.wrong_outputs()
     return found, problems
 
@@ -74,11 +76,11 @@ def wrong_borders(graph: Graph, annotations: Annotations) -> Iterator[Problem]:
     """Inputs and outputs that annotations make codes and that cannot be."""
     leave_out = "leave it out of quantized_inputs"
     borders = _Borders(graph, annotations, leave_out, observe="give it an observer: outputs.set({!r}, Histogram())")
-    for id in sorted(annotations.quantized_inputs):
-        if id not in graph.nodes or graph[id].kind != "placeholder":
-            yield UnknownName(str(id), "input", tuple(node.id for node in graph if node.kind == "placeholder"))
-        else:
-            yield from borders.wrong_input(id)
+    inputs = tuple(node.id for node in graph if node.kind == "placeholder")
+    known = frozenset(inputs)
+    for id in sorted(annotations.quantized_inputs - known):
+        yield UnknownName(str(id), "input", inputs)
+    yield from borders.wrong_inputs(sorted(annotations.quantized_inputs & known))
     yield from _no_such("output", tuple(sorted(annotations.quantized_outputs)), len(output_elements(graph)))
     yield from borders.wrong_outputs()
 
@@ -96,8 +98,9 @@ def _specs(graph: Graph, annotations: Annotations, mapping: QConfigMapping, inpu
     chosen = mapping.global_qconfig
     default: list[Spec | Quantization] = [] if chosen is None else [chosen.of_inputs]
     given: dict[str, list[Spec | Quantization]] = {id: [] for id in wanted}
-    for edge in sorted(annotations.inputs, key=lambda edge: (position[edge.user], edge.slot, edge.index)):
-        value = used(graph[edge.user], edge)
+    carried = values_of(annotations.inputs, graph)
+    for edge in sorted(carried, key=lambda edge: (position[edge.user], edge.slot, edge.index)):
+        value = carried[edge]
         if value in wanted:
             given[value].append(annotations.inputs[edge])
     found: dict[str, Spec] = {}
@@ -122,17 +125,22 @@ class _Borders:
     edges: frozenset[Edge] = frozenset()
     """The uses that the mapping has entries for."""
 
-    def wrong_input(self, id: str) -> Iterator[Problem]:
-        """Why an input cannot be codes."""
+    def wrong_inputs(self, ids: Iterable[str]) -> Iterator[Problem]:
+        """Inputs that cannot be codes."""
+        chosen = tuple(ids)
+        if chosen:
+            numbers, indexes, shared = non_tensors(self.graph), _indexes(self.graph), _shared(self.annotations)
+            for id in chosen:
+                hindrance = "is no tensor" if id in numbers else "is the index of an embedding" if id in indexes else ""
+                yield from self._wrong_input(id, hindrance and f"{id!r} {hindrance}", shared)
+
+    def _wrong_input(self, id: str, hindrance: str, shared: Shared) -> Iterator[Problem]:
         node, spec = self.graph[id], self.annotations.outputs.get(id)
         reason = next((problem.reason for problem in unfit(node, () if spec is None else (spec,))), "")
-        if not reason and id in non_tensors(self.graph):
-            reason = f"{id!r} is no tensor"
-        if not reason and _is_index(id, self.graph):
-            reason = f"{id!r} is the index of an embedding"
+        reason = reason or hindrance
         if not reason and id in self.kept:
             reason = f"set_output({id!r}, None) keeps it float"
-        unmeasured = [] if reason else _without_qparams(id, self.annotations)
+        unmeasured = [] if reason else _without_qparams(id, self.annotations, shared)
         if reason:
             yield BadConfig(node.place, f"it is to be codes: {reason}", self.leave_out)
         elif spec is None:
@@ -145,16 +153,16 @@ class _Borders:
     def wrong_outputs(self) -> Iterator[Problem]:
         """Outputs that are wanted as codes and are not quantized, or leave in another way than the value is."""
         wanted = self.annotations.quantized_outputs
-        edges = _output_edges(self.graph) if wanted else ()
+        edges, shared = (_output_edges(self.graph), _shared(self.annotations)) if wanted else ((), {})
         for index, element in enumerate(output_elements(self.graph) if wanted else ()):
             if index in wanted and isinstance(element, Ref):
-                yield from self._wrong_output(index, element.id, edges[index])
+                yield from self._wrong_output(index, element.id, edges[index], shared)
             elif index in wanted:
                 reason = f"output {index} is no tensor but {element!r:.40}"
                 yield BadConfig("output_quantized_indexes", reason, "leave the index out")
 
-    def _wrong_output(self, index: int, id: str, edge: Edge) -> Iterator[Problem]:
-        node, unmeasured = self.graph[id], _without_qparams(id, self.annotations)
+    def _wrong_output(self, index: int, id: str, edge: Edge, shared: Shared) -> Iterator[Problem]:
+        node, unmeasured = self.graph[id], _without_qparams(id, self.annotations, shared)
         if id not in self.annotations.outputs or unmeasured:
             why = self.annotations.floats.get(id, "its operator writes float")
             if unmeasured:
@@ -169,10 +177,11 @@ class _Borders:
             yield BadConfig(node.place, reason, remedy)
 
 
-def _is_index(id: str, graph: Graph) -> bool:
-    """Whether an embedding looks its rows up by this value: where no example was given, nothing else tells."""
+def _indexes(graph: Graph) -> frozenset[str]:
+    """The values that embeddings look their rows up by: where no example was given, nothing else tells."""
     users = (node for node in graph if node.kind in ("embedding", "embedding_bag"))
-    return any(id in refs(value) for node in users for name, value in node.args if name in ("input", "offsets"))
+    given = (value for node in users for name, value in node.args if name in ("input", "offsets"))
+    return frozenset(id for value in given for id in refs(value))
 
 
 def _output_edges(graph: Graph) -> tuple[Edge, ...]:
@@ -186,8 +195,8 @@ def _output_edges(graph: Graph) -> tuple[Edge, ...]:
     return tuple(reversed(edges))
 
 
-def _without_qparams(value: str, annotations: Annotations) -> list[Dynamic | Cast]:
-    """The ways without qparams among those of a value and of all the points that share with it."""
+def _shared(annotations: Annotations) -> Shared:
+    """The points that share qparams, from each to its neighbours."""
     shared: dict[Point, list[Point]] = {}
     links = [
         (point, spec.other)
@@ -199,6 +208,11 @@ def _without_qparams(value: str, annotations: Annotations) -> list[Dynamic | Cas
         for point, other in pairwise(group):
             shared.setdefault(point, []).append(other)
             shared.setdefault(other, []).append(point)
+    return shared
+
+
+def _without_qparams(value: str, annotations: Annotations, shared: Shared) -> list[Dynamic | Cast]:
+    """The ways without qparams among those of a value and of all the points that share with it."""
     seen: dict[Point, None] = {value: None}
     queue: list[Point] = [value]
     while queue:
