@@ -23,11 +23,13 @@ def code_dtype(how: How) -> str:
     return how.dtype if isinstance(how, Affine) else str(how.spec.torch_dtype).removeprefix("torch.")
 
 
-def insert_behind(draft: Draft, node: Node, suffix: str, kind: str, args: NamedArgs, dtype: str = "") -> str:
+def insert_behind(
+    draft: Draft, node: Node, suffix: str, kind: str, args: NamedArgs, dtype: str = "", origin: Origin | None = None
+) -> str:
     """Put a node behind a value and what was put there before; gives its id."""
     id = draft.fresh(f"{node.id}_{suffix}")
     fact = fact_in(node.fact, dtype) if dtype else node.fact
-    draft.insert_after(node.id, Node(id, kind, args, fact=fact, origin=Origin(id)))
+    draft.insert_after(node.id, Node(id, kind, args, fact=fact, origin=origin or Origin(id)))
     return id
 
 

@@ -14,7 +14,7 @@ from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
-from qfunc.ir.node import NamedArgs, Written, fact_in
+from qfunc.ir.node import NamedArgs, Written
 from qfunc.ir.value import Name
 from qfunc.numerics.derive import plain, wrong_qparams
 from qfunc.numerics.grid import Grid, literals
@@ -235,11 +235,9 @@ def _quantized(draft: Draft, node: Node, how: How, floats: str = "") -> str:
 
 def _cast(draft: Draft, node: Node, value: str, dtype: str, suffix: str) -> str:
     """A conversion written as `value.to(dtype)`."""
-    id = draft.fresh(f"{node.id}_{suffix}")
     args: NamedArgs = (("input", Ref(value)), ("dtype", Name(f"torch.{dtype}")))
     origin = Origin(written=Written("call_method", "to", ("input", "dtype")))
-    draft.insert_after(node.id, Node(id, "cast", args, origin=origin, fact=fact_in(node.fact, dtype)))
-    return id
+    return insert_behind(draft, node, suffix, "cast", args, dtype, origin)
 
 
 def _turn(node: Node, edges: dict[Edge, str]) -> Node:
