@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -69,10 +70,9 @@ class Lookup:
         problems: list[Problem] = []
         for selector in sorted(mapping.selections, key=selector_name):
             choice, name = mapping.selections[selector], selector_name(selector)
-            try:
-                ids = tuple(selector(seen))
-            except Exception as error:  # noqa: BLE001 - the selector is the user's code
-                problems.append(UserFunctionFailed(name, f"it raised {told(error)}"))
+            ids = picked_by(selector, seen)
+            if isinstance(ids, UserFunctionFailed):
+                problems.append(ids)
                 continue
             wrong = [id for id in ids if not isinstance(id, str) or not (id in graph.nodes or id in seen.nodes)]
             problems += [UnknownName(str(id), f"node (selected by {name})", graph.order) for id in wrong]
@@ -85,6 +85,14 @@ class Lookup:
                     remedy = f"let one of them leave it out, or say which holds with set_node({id!r}, qconfig)"
                     problems.append(BadConfig(graph[id].place, reason, remedy))
         return Lookup(mapping, patterns, found, tuple(unused), tuple(problems))
+
+
+def picked_by(selector: Selector, graph: Graph) -> tuple[Any, ...] | UserFunctionFailed:
+    """What a selector picks, which need not be ids of nodes, or how it failed."""
+    try:
+        return tuple(selector(graph))
+    except Exception as error:  # noqa: BLE001 - the selector is the user's code
+        return UserFunctionFailed(selector_name(selector), f"it raised {told(error)}")
 
 
 def _part(graph: Graph, own: tuple[str, ...]) -> Graph:
@@ -256,12 +264,13 @@ def problems_of(mapping: QConfigMapping, modules: Collection[str]) -> list[Probl
         elif choice is not None:
             reason = f"expected a QConfig or None, got a {kind_shown(choice)}"
             found.append(BadConfig(place, reason, "pass QConfig(activation=observer, weight=observer), or None"))
-    for table in (mapping.outputs, mapping.edges):
-        for key in sorted(table, key=str):
-            found += validate_quantization(table[key])  # type: ignore[index]
-            if isinstance(table[key], ReuseInput):  # type: ignore[index]
-                remedy = "configure the operator: set_node(id, QConfig(ReuseInput(), weight))"
-                found.append(BadConfig(str(key), "a single place has no input whose qparams to reuse", remedy))
+    outputs = [(str(id), mapping.outputs[id]) for id in sorted(mapping.outputs, key=str)]
+    edges = [(str(edge), mapping.edges[edge]) for edge in sorted(mapping.edges, key=str)]
+    for place, way in (*outputs, *edges):
+        found += validate_quantization(way)
+        if isinstance(way, ReuseInput):
+            remedy = "configure the operator: set_node(id, QConfig(ReuseInput(), weight))"
+            found.append(BadConfig(place, "a single place has no input whose qparams to reuse", remedy))
     return list(dict.fromkeys(found))
 
 
@@ -341,7 +350,7 @@ def _name_problems(mapping: QConfigMapping, modules: Collection[str]) -> Iterato
 
 def _pattern_problems(mapping: QConfigMapping) -> Iterator[Problem]:
     texts = [text for text, _ in mapping.module_name_regexes]
-    for text in dict.fromkeys(text for text in texts if texts.count(text) > 1):
+    for text in (text for text, times in Counter(texts).items() if times > 1):
         yield BadConfig(str(text), "the regular expression stands there twice", "set it once: set_module_name_regex")
     for text in texts:
         try:

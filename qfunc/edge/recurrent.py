@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from qfunc.config.custom_config import CustomModule
 from qfunc.config.qconfig import QConfig
 from qfunc.edge.kernels.base import Kernel
+from qfunc.edge.kernels.grid import DequantizeGrid, QuantizeGrid
 from qfunc.edge.observer import ObserverError, guarded, observe_once
 from qfunc.errors import Unobserved, UserFunctionFailed
-from qfunc.numerics.affine import dequantize, fake_quantize, quantize
-from qfunc.numerics.grid import CODE_RANGE, Affine, Grid, literals
+from qfunc.numerics.affine import dequantize, quantize
+from qfunc.numerics.grid import CODE_RANGE, Affine, literals
 from qfunc.numerics.observers import Observer, finished
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.statistic import finite, state_is_finite
@@ -231,21 +232,19 @@ class Observe(nn.Module):
 class Round(Kernel):
     """Real values rounded to those that codes stand for."""
 
-    def __init__(self, qparams: Affine | Grid) -> None:
+    def __init__(self, affine: Affine) -> None:
         super().__init__()
-        self.qparams = qparams
+        self.affine = affine
 
     def forward(self, x: Tensor) -> Tensor:
         """`dequantize(quantize(x))`, in float32."""
-        floats, given = x.to(torch.float32), self.qparams
-        if isinstance(given, Affine):
-            return torch.fake_quantize_per_tensor_affine(floats, given.scale, given.zero_point, *given.bounds)
-        spec, exact = given.spec, given.qparams()
-        return fake_quantize(floats, exact.scale, exact.zero_point, spec.quant_min, spec.quant_max, spec.ch_axis)
+        low, high = self.affine.bounds
+        floats = x.to(torch.float32)
+        return torch.fake_quantize_per_tensor_affine(floats, self.affine.scale, self.affine.zero_point, low, high)
 
     def extra_repr(self) -> str:
         """The qparams."""
-        return str(self.qparams)
+        return str(self.affine)
 
 
 def _suffixes(module: nn.LSTM) -> Iterator[str]:
@@ -271,7 +270,12 @@ def _point(quantization: Quantization, name: str) -> nn.Module:
 
 
 def _rounding(point: nn.Module) -> nn.Module:
-    return Round(literals(point.qparams())) if isinstance(point, Observe) else nn.Identity()
+    if not isinstance(point, Observe):
+        return nn.Identity()
+    qparams = literals(point.qparams())
+    if isinstance(qparams, Affine):
+        return Round(qparams)
+    return nn.Sequential(QuantizeGrid(qparams), DequantizeGrid(qparams))
 
 
 def _fixed(quantization: Quantization) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from qfunc.config.qconfig import QConfig
 from qfunc.errors import BadConfig, Problem, Unobserved
 from qfunc.ir import Graph, Node, Note, Opaque, Origin, Token
 from qfunc.ir.node import NamedArgs
-from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
+from qfunc.numerics.unmeasured import UNMEASURED
 from qfunc.ops import type_name
 from qfunc.passes.rules import Rules
 from qfunc.passes.stages import Calibrated, Prepared
@@ -66,7 +66,7 @@ def with_custom_modules(
             swapped[id] = Swap(calls[id], qconfig)
             floats = floats.set(id, _INSIDE)
             whole = calls[id].tensor_output and not isinstance(graph[id].fact, tuple) and not graph[id].aliased
-            unmeasured = isinstance(qconfig.of_output, (KeepFloat, ReuseInput, Dynamic, Cast))
+            unmeasured = isinstance(qconfig.of_output, UNMEASURED)
             if whole and not unmeasured and rule.reads_quantized(id) and id not in rule.mapping.outputs:
                 outputs[id] = qconfig.of_output  # type: ignore[assignment]
     found = replace(

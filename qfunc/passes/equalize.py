@@ -8,14 +8,14 @@ Bias Correction", 2019).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from pyrsistent import PMap, pmap
 
 from qfunc.config.annotation import Annotations
 from qfunc.config.point import Edge
-from qfunc.config.qconfig_mapping import Selector, selector_name
-from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, told
+from qfunc.config.qconfig_mapping import Selector
+from qfunc.config.resolve import picked_by
+from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed
 from qfunc.ir import Graph, Node, Note, Ref, TensorFact, fresh_id
 from qfunc.numerics.observers import PerChannelMinMax
 from qfunc.numerics.qparams import QuantSpec
@@ -55,12 +55,13 @@ def _selected(graph: Graph, select: Selector, problems: list[Problem]) -> Iterat
         remedy = "pass a function from a graph to the ids of its nodes, such as layers"
         problems.append(BadConfig("equalize", f"{select!r} is no function", remedy))
         return
-    try:
-        ids: frozenset[Any] = frozenset(select(graph))
-    except Exception as error:  # noqa: BLE001 - the selector is the user's code
-        problems.append(UserFunctionFailed(selector_name(select), f"it raised {told(error)}"))
+    picked = picked_by(select, graph)
+    if isinstance(picked, UserFunctionFailed):
+        problems.append(picked)
         return
-    problems += [UnknownName(str(id), "node", graph.order) for id in sorted(ids - set(graph.order), key=str)]
+    ids = {id for id in picked if isinstance(id, str)}
+    unknown = {str(id) for id in picked if not isinstance(id, str) or id not in graph.nodes}
+    problems += [UnknownName(id, "node", graph.order) for id in sorted(unknown)]
     yield from (id for id in graph.order if id in ids)
 
 

@@ -22,7 +22,7 @@ from qfunc.errors import Problem, UnsupportedDType
 from qfunc.ir import Expression, Graph, Node, Ref, refs, users
 from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.observers import MinMax
-from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, Quantization, ReuseInput
+from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, Quantization, ReuseInput
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.roles import (
@@ -376,7 +376,7 @@ def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
 
 
 def _has_qparams(quantization: Quantization | None) -> bool:
-    return not isinstance(quantization, (Cast, Dynamic, KeepFloat, ReuseInput, type(None)))
+    return not isinstance(quantization, (*UNMEASURED, type(None)))
 
 
 def _quantizes(qconfig: QConfig) -> bool:
