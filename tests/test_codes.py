@@ -36,6 +36,7 @@ from qfunc.config.point import values_in
 from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8, QuantSpec
 from qfunc.numerics.unmeasured import told
+from qfunc.passes.numbers import non_tensors
 from qfunc.testing import oracle
 from tests.test_in_place import model as written
 
@@ -284,3 +285,21 @@ def test_the_reference_gives_the_same_codes():
     assert output.dtype == torch.quint8
     (how,) = stage.output_qparams.values()
     assert (output.dequantize() - decoded(ours, how)).abs().max() <= 2 * how.scale
+
+
+def test_the_graph_is_looked_over_once_for_all_inputs(monkeypatch):
+    class Many(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+            return torch.cat([a, b, c, d])
+
+    calls = []
+
+    def counted(graph):
+        calls.append(graph)
+        return non_tensors(graph)
+
+    monkeypatch.setattr("qfunc.passes.borders.non_tensors", counted)
+    graph = unwrap(trace(Many().eval(), (X,) * 4))
+    prepared = unwrap(prepare(graph, backend=X86, custom=CustomConfig(input_quantized_indexes=(0, 1, 2, 3))))
+    assert prepared.quantized_inputs == {"a", "b", "c", "d"}
+    assert len(calls) == 1
