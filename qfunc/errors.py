@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os.path import basename
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,60 @@ class BadBatch:
     @property
     def node(self) -> str:
         return f"batch {self.index}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Interrupted:
+    """Calibration ended before its batches did; `statistics` are of the `batches` that it had measured."""
+
+    batches: int
+    statistics: Any
+    cause: str
+
+    @property
+    def node(self) -> str:
+        return f"batch {self.batches}"
+
+    @property
+    def reason(self) -> str:
+        return f"calibration ended here: {self.cause}; what was measured before is kept in the error"
+
+    @property
+    def remedy(self) -> str:
+        return "go on with the batches that are left: calibrate(prepared, batches, statistics=error.statistics)"
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantValue:
+    """Nothing but one number was seen at a value that is to be quantized."""
+
+    node: str
+    value: float
+    batches: int
+    elements: int
+    remedy: str = "calibrate with data in which it varies, or leave it so if it is meant to be constant"
+
+    @property
+    def reason(self) -> str:
+        return f"all it held was {self.value:.6g}, in batches 0..{self.batches - 1} ({self.elements} elements)"
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A file cannot be written, or does not hold what it is read for; `node` is its path."""
+
+    node: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A process or machine that calibrated a part of the data ended before it was done; `node` names the part."""
+
+    node: str
+    reason: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +330,10 @@ Problem: TypeAlias = (
     | BadExampleInputs
     | NoBatches
     | BadBatch
+    | Interrupted
+    | ConstantValue
+    | BadFile
+    | WorkerLost
     | NonFinite
     | Unobserved
     | UnknownName

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from operator import length_hint
 from typing import Any
 
+import torch
 from returns.result import Failure, Success
 from torch import Tensor, nn
 
-from qfunc.errors import BadConfig, Problem, UserFunctionFailed, told
+from qfunc.errors import BadBatch, BadConfig, Problem, UserFunctionFailed, told
 from qfunc.result import R
 
 
@@ -35,11 +36,37 @@ def read(batches: Iterable[Any]) -> Iterator[R[Any]]:
     index = 0
     try:
         for batch in batches:
-            yield Success(batch)
+            yield as_tensors(batch, index)
             index += 1
     except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
         remedy = "mend the iterable of batches, which raised this when it was asked for its next one"
         yield Failure(UserFunctionFailed(f"batch {index}", told(error), remedy))
+
+
+def as_tensors(batch: Any, index: int) -> R[Any]:
+    """A batch with tensors for its numpy arrays, in new memory where theirs may not be written to."""
+    try:
+        return Success(_converted(batch))
+    except (TypeError, ValueError) as error:
+        return Failure(BadBatch(index, told(error), "give arrays of numbers, in the machine's byte order"))
+
+
+def _converted(value: Any) -> Any:
+    match value:
+        case Tensor():
+            return value
+        case dict():
+            return {key: _converted(item) for key, item in value.items()}
+        case list():
+            return [_converted(item) for item in value]
+        case tuple() if type(value) is tuple:
+            return tuple(_converted(item) for item in value)
+        case _ if hasattr(value, "__array_interface__"):
+            import numpy as np  # whose arrays these are
+
+            return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        case _:
+            return value
 
 
 def length(batches: Iterable[Any]) -> int | None:

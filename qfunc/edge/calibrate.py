@@ -2,88 +2,246 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
 from typing import Any
 
-import torch
-from pyrsistent import pmap
 from returns.result import Failure, Success
-from torch import Tensor, fx
+from torch import fx
 
 from qfunc.config.weights import weights_of
 from qfunc.edge.batches import length, not_batches, read
+from qfunc.edge.checkpoint import resumed, save
+from qfunc.edge.content import weights_digest
 from qfunc.edge.custom_modules import calibrated_modules
 from qfunc.edge.evaluate import unquantizable
-from qfunc.edge.facts import bind_inputs
 from qfunc.edge.materialize import materialize
-from qfunc.edge.observer import ObserverError, ObserverModule
 from qfunc.edge.progress import tracked
-from qfunc.errors import BadBatch, NoBatches, NonFinite, Problem, QuantError, WrongStage, several, told
-from qfunc.ir import Graph, Node, TensorFact, digest
-from qfunc.numerics.statistic import finite, state_is_finite
+from qfunc.edge.run import POLICIES, Point, Policy, Run, constants
+from qfunc.errors import (
+    BadConfig,
+    BadFile,
+    Interrupted,
+    NoBatches,
+    Problem,
+    QuantError,
+    UserFunctionFailed,
+    WrongStage,
+    several,
+    told,
+)
+from qfunc.ir import structure_digest
 from qfunc.params import loads
-from qfunc.passes.stages import Calibrated, Prepared, Statistics
+from qfunc.passes.stages import Calibrated, Prepared
+from qfunc.passes.statistics import MODULUS, Statistics, differences
 from qfunc.result import R
 
 
-def calibrate(prepared: Prepared, batches: Iterable[Any], *, progress: bool | None = None) -> R[Calibrated]:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far calibration has come: batches read, of how many if that is known, seconds since it began."""
+
+    batches: int
+    total: int | None
+    seconds: float
+    statistics: Statistics
+    """What has been measured so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The keyword arguments of `calibrate`."""
+
+    statistics: Statistics | None = None
+    limit: int | None = None
+    policy: Policy = "fail"
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_every: int = 100
+    callback: Callable[[Progress], object] | None = None
+    progress: bool | None = None
+
+
+def calibrate(
+    prepared: Prepared,
+    batches: Iterable[Any],
+    *,
+    statistics: Statistics | None = None,
+    limit: int | None = None,
+    policy: Policy = "fail",
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    callback: Callable[[Progress], object] | None = None,
+    progress: bool | None = None,
+) -> R[Calibrated]:
     """The prepared graph together with the statistics of `batches`, a fold over them in order.
 
     Args:
         prepared: what to observe.
-        batches: an iterable of batches, each a tensor, a tuple or list of positional inputs, or a dict of keyword
-            inputs. It is read once. There may be none where nothing is measured.
+        batches: an iterable of batches, each a tensor or numpy array, a tuple or list of positional inputs, or a dict
+            of keyword inputs. It is read once. There may be none where nothing is measured.
+        statistics: earlier ones of this graph with these weights, to go on from.
+        limit: the most batches to read.
+        policy: what to do about NaN and infinity, in a batch or in what is computed from it, and about empty batches:
+            `"fail"`; `"skip"`, to leave the batch out; or `"clip"`, to measure infinities as the largest finite values
+            of their tensor and NaN as zero (empty batches are left out). What was done is in the `warnings`.
+        checkpoint: a file that keeps what was measured, written every `checkpoint_every` batches and at the end,
+            whatever ends it. Where it exists already, calibration goes on behind the batches that it holds: `batches`
+            must give these again first, and are checked to.
+        callback: called with a `Progress` after each batch.
         progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:
-        The calibrated stage, or `NoBatches`, `BadConfig` for what is no iterable of batches, `BadBatch` for a batch
-        whose structure, shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight to quantize,
-        in a batch or in a value computed from it, `UserFunctionFailed` for an iterable or observer that raises,
-        `UnsupportedDType` for an observed value that is no floating-point tensor, `WrongStage`, or what `materialize`
-        reports. Nothing is kept of a run that fails.
+        The calibrated stage, or `NoBatches`, `BadConfig` for wrong arguments, `BadBatch` for a batch whose structure,
+        shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight to quantize, in a batch or in
+        a value computed from it, `UserFunctionFailed` for an iterable, observer or callback that raises,
+        `UnsupportedDType` for an observed value that is no floating-point tensor, `BadFile` for a checkpoint that is
+        not of this run, `WrongStage`, or what `materialize` reports. An error after the first batch, and Ctrl-C at any
+        time, come with an `Interrupted` that holds the statistics so far.
 
+    >>> import torch
     >>> from torch import nn
     >>> from qfunc import prepare, trace
     >>> prepared = trace(nn.Sequential(nn.Linear(2, 2)).eval()).bind(prepare).unwrap()
     >>> calibrate(prepared, [torch.ones(1, 2), torch.zeros(1, 2)]).unwrap().statistics.batches
     2
     """
-    if not isinstance(prepared, Prepared):
-        return Failure(WrongStage(type(prepared).__name__, "Prepared"))
-    problems = not_batches(batches)
+    options = Options(statistics, limit, policy, checkpoint, checkpoint_every, callback, progress)
+    wrong = [WrongStage(type(prepared).__name__, "Prepared")] if not isinstance(prepared, Prepared) else []
+    problems = [*wrong, *not_batches(batches), *wrong_options(options)]
     if problems:
         return Failure(several(problems))
-    return calibrate_on(prepared, read(batches), total=length(batches), progress=progress)
+    return calibrate_on(prepared, read(batches), options, total=length(batches))
 
 
-def calibrate_on(
-    prepared: Prepared, batches: Iterator[R[Any]], *, total: int | None, progress: bool | None
-) -> R[Calibrated]:
+def wrong_options(options: Options) -> Iterator[Problem]:
+    """What is impossible about the arguments of `calibrate`."""
+    if not (options.statistics is None or isinstance(options.statistics, Statistics)):
+        yield WrongStage(type(options.statistics).__name__, "Statistics")
+    if options.policy not in POLICIES:
+        yield BadConfig("policy", f"there is no policy {options.policy!r:.40}", f"choose one of {', '.join(POLICIES)}")
+    for name, value in (("limit", options.limit), ("checkpoint_every", options.checkpoint_every)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            yield BadConfig(name, f"{value!r:.40} is no number of batches", f"give a positive {name}")
+    if not isinstance(options.checkpoint, (str, PathLike, type(None))):
+        yield BadConfig("checkpoint", f"{options.checkpoint!r:.40} is no path", "give the path of a file")
+    if options.callback is not None and not callable(options.callback):
+        yield BadConfig("callback", f"{options.callback!r:.40} cannot be called", "give a function of one argument")
+
+
+def calibrate_on(prepared: Prepared, batches: Iterator[R[Any]], options: Options, *, total: int | None) -> R[Calibrated]:
     """`calibrate` on batches that are read already, or could not be."""
-    problems = list(_nonfinite_weights(prepared))
+    problems = [*_nonfinite_weights(prepared), *_beyond_statistics(prepared, options)]
     if problems:
         return Failure(several(problems))
     made = materialize(prepared)
     if isinstance(made, Failure):
         return made
     module = made.unwrap()
-    observers = [child for child in module.modules() if isinstance(child, ObserverModule)]
-    count = 0
-    with closing(tracked(batches, "calibrating", shown=progress, total=total)) as shown:
-        for batch in shown:
-            if isinstance(batch, Failure):
-                return batch
-            error = _run(prepared.graph, module, observers, batch.unwrap(), count)
-            if error is not None:
-                return Failure(error)
-            count += 1
-    if not count and (prepared.measured or prepared.swapped):
-        return Failure(NoBatches())
-    states = {key: observer.state for observer in observers if (key := observer.site.key) is not None}
-    statistics = Statistics(digest(prepared.graph), pmap(states), count)
-    return Success(Calibrated(prepared, statistics, calibrated_modules(prepared, module)))
+    fresh = Statistics(structure_digest(prepared.graph), weights_digest(prepared.graph))
+    earlier = fresh if options.statistics is None else options.statistics
+    problems += differences(fresh, earlier)
+    if problems:
+        return Failure(several(problems))
+    start = Success(Point(earlier)) if options.checkpoint is None else resumed(options.checkpoint, earlier, prepared)
+    if isinstance(start, Failure):
+        return start
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        point = start.unwrap()
+        run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=lambda inputs: module(*inputs))
+        error = _Loop(run, prepared, point, earlier, options).over(batches, total)
+    if error is not None:
+        return Failure(error)
+    return _finished(prepared, module, run)
+
+
+def _finished(prepared: Prepared, module: fx.GraphModule, run: Run) -> R[Calibrated]:
+    point = run.point()
+    if not point.statistics.batches and (prepared.measured or prepared.swapped):
+        return Failure(several([*point.warnings, NoBatches()]) if point.warnings else NoBatches())
+    warnings = (*point.warnings, *constants(prepared, point.statistics))
+    return Success(Calibrated(prepared, point.statistics, calibrated_modules(prepared, module), warnings))
+
+
+class _Loop:
+    """One pass over the batches, and what goes on beside the run: resuming, checkpoints, the callback."""
+
+    def __init__(self, run: Run, prepared: Prepared, start: Point, earlier: Statistics, options: Options) -> None:
+        self._run, self._prepared, self._start, self._earlier, self._options = run, prepared, start, earlier, options
+        self._read, self._seen, self._total, self._began = 0, 0, options.limit, time.monotonic()
+
+    def over(self, batches: Iterator[R[Any]], total: int | None) -> QuantError | None:
+        """Fold the batches; why that ended too early, if so."""
+        limit = self._options.limit
+        self._total = total if limit is None else limit if total is None else min(limit, total)
+        errors: list[QuantError] = []
+        cause = "it failed"
+        try:
+            shown = tracked(islice(batches, limit), "calibrating", shown=self._options.progress, total=self._total)
+            with closing(shown):
+                errors += islice((error for batch in shown if (error := self._step(batch)) is not None), 1)
+        except KeyboardInterrupt:
+            cause = "Ctrl-C"
+        else:
+            if not errors and self._read < self._start.read:
+                errors.append(self._other_data(f"there are {self._read}"))
+        return self._ended(errors, cause)
+
+    def _ended(self, errors: list[QuantError], cause: str) -> QuantError | None:
+        """Keep what was measured: in the checkpoint, and in the error if there is one."""
+        went_on = self._read >= self._start.read
+        failed = self._save() if went_on else None
+        errors += [] if failed is None else [failed]
+        if cause == "Ctrl-C" or (errors and self._run.batches):
+            point = self._run.point()
+            errors.append(Interrupted(point.read, point.statistics, cause))
+        return several(errors) if errors else None
+
+    def _step(self, batch: R[Any]) -> QuantError | None:
+        if isinstance(batch, Failure):
+            return batch.failure()
+        passes = self._read < self._start.read
+        error = self._pass(batch.unwrap()) if passes else self._run.fold(batch.unwrap())
+        if error is not None:
+            return error
+        self._read += 1
+        if not passes and self._read % self._options.checkpoint_every == 0 and (failed := self._save()) is not None:
+            return failed
+        return self._tell()
+
+    def _pass(self, batch: Any) -> QuantError | None:
+        """Leave a batch out that the checkpoint holds already."""
+        digest = self._run.digest(batch, self._read)
+        if isinstance(digest, Failure):
+            return digest.failure()
+        self._seen = (self._seen + digest.unwrap()) % MODULUS
+        last = self._read + 1 == self._start.read
+        return self._other_data("these are others") if last and self._seen != self._start.seen else None
+
+    def _other_data(self, reason: str) -> QuantError:
+        remedy = "give the same batches as in the run that wrote it, or another path to begin anew"
+        return BadFile(str(self._options.checkpoint), f"it holds {self._start.read} batches, {reason}", remedy)
+
+    def _save(self) -> QuantError | None:
+        if self._options.checkpoint is None:
+            return None
+        saved = save(self._options.checkpoint, self._run.point(), self._earlier, self._prepared)
+        return saved.failure() if isinstance(saved, Failure) else None
+
+    def _tell(self) -> QuantError | None:
+        call = self._options.callback
+        if call is None:
+            return None
+        seconds, statistics = time.monotonic() - self._began, self._run.point().statistics
+        try:
+            call(Progress(self._read, self._total, seconds, statistics))
+        except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
+            return UserFunctionFailed("callback", told(error))
+        return None
 
 
 def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
@@ -96,89 +254,10 @@ def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
                 yield from unquantizable(tensor, load.name, graph[id].place)
 
 
-def _run(
-    graph: Graph, module: fx.GraphModule, observers: list[ObserverModule], batch: Any, index: int
-) -> QuantError | None:
-    """Run one batch through the observers; what is wrong with it, if anything."""
-    inputs = bind_inputs(module.graph, batch)
-    if isinstance(inputs, str):
-        return BadBatch(index, inputs, BINDING)
-    problems = list(_misfits(graph, inputs, index))
-    if problems:
-        return several(problems)
-    try:
-        with torch.no_grad():
-            module(*_kept(graph, inputs))
-    except ObserverError as error:
-        problem = error.problem
-        return replace(problem, node=graph[problem.node].place) if problem.node in graph.nodes else problem
-    except Exception as error:
-        # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
-        if _raised_in(error).startswith("qfunc.numerics"):
-            raise
-        return BadBatch(index, f"the model fails on it: {told(error)}")
-    remedy = "mend the batch or the model, or keep what uses the value float: set_module_name(name, None)"
-    seen = [
-        NonFinite(graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
-        for id in _nonfinite_values(graph, observers)
-    ]
-    return several(seen) if seen else None
-
-
-def _raised_in(error: Exception) -> str:
-    """The module whose Python code an exception came out of."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
-
-
-def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs, copied where the model writes in place to memory that may be theirs: batches stay as they are."""
-    if not any(node.aliased for node in graph):
-        return inputs
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
-
-
-BINDING = (
-    "pass a tensor, a tuple of inputs or a dict of keyword inputs for each batch; of batches (inputs, labels), pass "
-    "the inputs only: [inputs for inputs, _ in loader]"
-)
-
-
-def _nonfinite_values(graph: Graph, observers: list[ObserverModule]) -> list[str]:
-    """The first taps of the observers that saw NaN or infinity, in graph order."""
-    found = {observer.site.taps[0] for observer in observers if not state_is_finite(observer.state)}
-    return [id for id in graph.order if id in found] if found else []
-
-
-def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
-    """Inputs that are not like the example's in kind, rank, dtype or device, and those that are not finite."""
-    placeholders = [node for node in graph if node.kind == "placeholder"]
-    for node, value in zip(placeholders, inputs, strict=True):
-        differs = _differs(node, value)
-        if differs:
-            remedy = "convert it with torch.from_numpy" if hasattr(value, "__array_interface__") else ""
-            yield BadBatch(index, f"{node.place} is {differs}", *([remedy] if remedy else ()))
-        elif isinstance(value, Tensor) and value.layout == torch.strided and not finite(value):
-            yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", "clean the batch or leave it out")
-
-
-def _differs(node: Node, value: Any) -> str:
-    """How an input differs from the example's; empty where it does not, or where there was none."""
-    fact = node.fact
-    if not isinstance(value, Tensor):
-        wanted = isinstance(fact, TensorFact) or hasattr(value, "__array_interface__")
-        return f"of type {type(value).__name__}, not a tensor" if wanted else ""
-    if value.is_meta:
-        return "a tensor without data (device meta)"
-    if not isinstance(fact, TensorFact):
-        return ""
-    dtype, device = str(value.dtype).removeprefix("torch."), str(value.device)
-    if dtype != fact.dtype:
-        return f"{dtype}, the example was {fact.dtype}"
-    if device != fact.device:
-        return f"on {device}, the example was on {fact.device}"
-    if value.dim() != len(fact.shape):
-        return f"of shape {tuple(value.shape)}, the example was of shape {tuple(fact.shape)}"
-    return ""
+def _beyond_statistics(prepared: Prepared, options: Options) -> Iterator[Problem]:
+    """Custom modules, which observe in themselves, where statistics are to be all that a run begins and ends with."""
+    if options.statistics is None and options.checkpoint is None:
+        return
+    for id in (id for id in prepared.graph.order if id in prepared.swapped):
+        reason = "it is a custom module, which keeps what it observes in itself: no statistics or checkpoint hold that"
+        yield BadConfig(prepared.graph[id].place, reason, "calibrate in one run, without statistics and checkpoint")

@@ -38,7 +38,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _observer(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Module:
-    token = node.get("site")
+    token = node.get("fold")
     assert isinstance(token, Token)
     return ObserverModule(objects[token.id].value)
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
 from qfunc.numerics.observers import Observer, finished, is_own
 from qfunc.numerics.qparams import QParams
-from qfunc.numerics.statistic import RangeState
-from qfunc.passes.stages import Site, measures
+from qfunc.numerics.statistic import RangeState, clipped
+from qfunc.passes.statistics import Fold
 
 
 class ObserverError(Exception):
@@ -22,27 +22,36 @@ class ObserverError(Exception):
 
 
 class ObserverModule(nn.Module):
-    """Hands its input on and folds it into the statistic of a site.
+    """Hands its input on and folds it into the state of a fold.
 
-    The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`. Raises
-    `ObserverError` for what is no floating-point tensor, and for a user's observer that fails.
+    The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`. `elements`
+    counts what was folded; while `clips`, NaN and infinity are replaced as `clipped` says. Raises `ObserverError` for
+    what is no floating-point tensor, and for a user's observer that fails.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, fold: Fold) -> None:
         super().__init__()
-        assert measures(site.observer), site
-        self.site, self.observer = site, site.observer
-        self.state: Any = guarded(self.observer, site.id, self.observer.init)
+        self.fold, self.observer = fold, fold.observer
+        self.ch_axis: int | None = fold.observer.spec.ch_axis
+        self.state: Any = guarded(self.observer, self.tap, self.observer.init)
+        self.elements = 0
+        self.clips = False
+
+    @property
+    def tap(self) -> str:
+        """The first value that it observes."""
+        return self.fold.taps[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
-        site = self.site
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ObserverError(UnsupportedDType(site.id, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
-        axis = self.observer.spec.ch_axis
-        if axis is not None:
-            self._check_channels(x, axis)
-        self.state = guarded(self.observer, site.id, self.observer.update, self.state, x.detach())
+            reason = f"{_described(x)} came by, which is not quantized"
+            raise ObserverError(UnsupportedDType(self.tap, reason, _UNKNOWN))
+        if self.ch_axis is not None:
+            self._check_channels(x, self.ch_axis)
+        seen = clipped(x.detach()) if self.clips else x.detach()
+        self.state = guarded(self.observer, self.tap, self.observer.update, self.state, seen)
+        self.elements += x.numel()
         return x
 
     def _check_channels(self, x: Tensor, axis: int) -> None:
@@ -55,11 +64,11 @@ class ObserverModule(nn.Module):
             reason = f"along ch_axis {axis} it has {before.shape[0]} channels in one batch, {shape[axis]} in another"
         else:
             return
-        raise ObserverError(BadConfig(self.site.id, reason, "choose the axis of the channels as ch_axis"))
+        raise ObserverError(BadConfig(self.tap, reason, "choose the axis of the channels as ch_axis"))
 
     def extra_repr(self) -> str:
         """The observer, and what it observes."""
-        return f"{self.observer!r}, taps={', '.join(self.site.taps)}"
+        return f"{self.observer!r}, taps={', '.join(self.fold.taps)}"
 
 
 _UNKNOWN = "trace with example_inputs, so that such values are known and left alone, or keep the module float"

@@ -122,7 +122,9 @@ class Graph:
     history: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     notes: tuple[Note, ...] = field(default=(), compare=False, repr=False)
     _digest: str | None = field(default=None, init=False, compare=False, repr=False)
-    """What `digest` has computed, kept: the one thing that is ever written to a graph, and unobservable."""
+    """What `digest` has computed, kept: it and the next are all that is ever written to a graph, and unobservable."""
+    _structure: str | None = field(default=None, init=False, compare=False, repr=False)
+    """What `structure_digest` has."""
 
     __hash__ = None  # type: ignore[assignment]
 

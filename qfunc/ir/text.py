@@ -13,8 +13,7 @@ from qfunc.numerics.grid import Grid
 
 def to_text(graph: Graph, *, full: bool = False) -> str:
     """One line per node; `full` adds everything that counts for equality, as digests need it."""
-    head = f"graph {graph.title or '?'}" + (" (training)" if graph.training else "")
-    return "\n".join([head, *(_line(node, full) for node in graph)])
+    return "\n".join([_head(graph), *(_line(node, full) for node in graph)])
 
 
 def digest(graph: Graph) -> str:
@@ -25,11 +24,25 @@ def digest(graph: Graph) -> str:
     return graph._digest
 
 
+def structure_digest(graph: Graph) -> str:
+    """The same without what an example showed: equal for graphs of one model traced with examples of other shapes."""
+    if graph._structure is None:
+        bare = "\n".join([_head(graph), *(_line(replace(node, fact=None), full=True) for node in graph)])
+        object.__setattr__(graph, "_structure", hashlib.sha256(bare.encode()).hexdigest())
+    assert graph._structure is not None
+    return graph._structure
+
+
 def with_history(graph: Graph, history: tuple[Step, ...]) -> Graph:
     """The graph with another history, which its digest does not cover, so that it keeps that."""
     changed = replace(graph, history=history)
     object.__setattr__(changed, "_digest", graph._digest)
+    object.__setattr__(changed, "_structure", graph._structure)
     return changed
+
+
+def _head(graph: Graph) -> str:
+    return f"graph {graph.title or '?'}" + (" (training)" if graph.training else "")
 
 
 def _text(value: Arg, full: bool) -> str:

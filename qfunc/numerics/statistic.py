@@ -196,6 +196,24 @@ class NoStatistic:
 _JOIN = MinMaxStatistic()
 
 
+def derived(measured: object, state: object, wanted: object) -> object | None:
+    """What the statistic `wanted` would have found, where the state that `measured` has found tells it; None otherwise.
+
+    >>> of_channels = MinMaxStatistic(0)
+    >>> state = of_channels.update(of_channels.init(), torch.tensor([[1.0], [3.0]]))
+    >>> derived(of_channels, state, MinMaxStatistic()).maximum
+    tensor(3.)
+    """
+    if wanted != MinMaxStatistic():
+        return None
+    found = getattr(state, "range", None)
+    if isinstance(found, RangeState):
+        return found
+    if isinstance(measured, MinMaxStatistic) and isinstance(state, RangeState):
+        return RangeState(state.minimum.amin(), state.maximum.amax())
+    return None
+
+
 def state_is_finite(state: object) -> bool:
     """Whether no NaN or infinity reached a state of this module; True before any tensor and for foreign states.
 
@@ -227,6 +245,19 @@ def finite(tensor: Tensor) -> bool:
     # NaN propagates through the minimum and the maximum, and infinity is one of them
     low, high = torch.aminmax(in_memory_order(tensor.detach()))
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def clipped(tensor: Tensor) -> Tensor:
+    """The tensor in float32, with infinities as its largest and least finite values and NaN as zero; itself if finite.
+
+    >>> clipped(torch.tensor([1.0, math.inf, math.nan, -math.inf]))
+    tensor([1., 1., 0., 0.])
+    """
+    values = tensor.to(torch.float32)
+    if finite(values):
+        return tensor
+    kept = torch.where(torch.isfinite(values), values, 0.0)
+    return torch.nan_to_num(values, nan=0.0, posinf=kept.max().item(), neginf=kept.min().item())
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, digest, map_arg
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, structure_digest, map_arg
 from qfunc.ir.node import NamedArgs, Written
 from qfunc.ir.value import Name
 from qfunc.numerics.derive import plain, wrong_qparams
@@ -26,6 +26,7 @@ from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behi
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
+from qfunc.passes.statistics import Answers
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
 from qfunc.result import R
 
@@ -75,18 +76,20 @@ def convert(calibrated: Calibrated) -> R[Converted]:
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
     """The qparams of each site that is measured, and what is wrong where there are none."""
-    prepared, states = calibrated.prepared, calibrated.statistics.states
-    if prepared.sites and calibrated.statistics.graph != digest(prepared.graph):
+    prepared, statistics = calibrated.prepared, calibrated.statistics
+    if prepared.sites and statistics.graph != structure_digest(prepared.graph):
         reason = "the statistics were measured on another graph"
         remedy = "calibrate this one: calibrate(prepared, batches)"
         return {}, [Unobserved(_place(prepared, id), reason, remedy) for id in _in_order(prepared)]
+    answers = Answers(statistics)
     found: dict[str, QParams] = {}
     problems: list[Problem] = []
     for id in _in_order(prepared):
-        observer, key = prepared.sites[id].observer, prepared.sites[id].key
+        observer = prepared.sites[id].observer
         if not measures(observer):
             continue
-        qparams = finished(observer, states[key]) if key is not None and key in states else None
+        state = answers.state(prepared.sites[id].folds)
+        qparams = None if state is None else finished(observer, state)
         if qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
             continue

@@ -16,18 +16,18 @@ def with_observers(prepared: Prepared, modules: Mapping[str, Opaque] = pmap()) -
     """The graph in which an `observe` node follows every observed value; it hands its input on unchanged.
 
     A call of a custom module becomes one of the module that observes; `modules` are those calibrated already.
-    Observers of one site carry the same module path, so that they are one module.
+    What one fold is of carries one module path, so that it is one module.
     """
     graph = prepared.graph
     draft = Draft(graph)
     objects = graph.objects
-    for index, site in enumerate(prepared.measured):
-        token = Token(f"observer:{site.id}")
-        objects = objects.set(token.id, Opaque(site))
+    for index, fold in enumerate(prepared.folds):
         path = f"activation_post_process_{index}"
-        for tap in site.taps:
+        token = Token(f"observer:{path}")
+        objects = objects.set(token.id, Opaque(fold))
+        for tap in fold.taps:
             id = draft.fresh(f"{tap}_observed")
-            args = (("inputs", (Ref(tap),)), ("site", token))
+            args = (("inputs", (Ref(tap),)), ("fold", token))
             draft.insert_after(tap, Node(id, "observe", args, origin=Origin(path)))
     for id in prepared.swapped:
         draft.put(custom_node(draft[id]))

@@ -10,13 +10,11 @@ from pyrsistent import PMap, pmap
 from qfunc.config.annotation import Derived, ParameterSpec
 from qfunc.config.custom_config import Swap
 from qfunc.config.point import Edge
+from qfunc.errors import Problem
 from qfunc.ir import Graph, Note, Opaque
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
-
-Key: TypeAlias = tuple[tuple[str, ...], Any]
-"""What a statistic is filed under: the values observed, and the kind of statistic."""
-
+from qfunc.passes.statistics import Fold, Statistics, folds_of
 
 SiteObserver: TypeAlias = Observer[Any] | Derived | Dynamic | Cast
 """What says how a site is quantized: an observer, which measures, or what measures nothing."""
@@ -36,9 +34,9 @@ class Site:
     taps: tuple[str, ...]
 
     @property
-    def key(self) -> Key | None:
-        """What its statistic is filed under, equal for observers that measure the same; None where nothing is."""
-        return (self.taps, self.observer.statistic) if measures(self.observer) else None
+    def folds(self) -> tuple[Fold, ...]:
+        """What calibration is to measure for it: nothing, or one fold for all its values or for each."""
+        return folds_of(self.taps, self.observer) if measures(self.observer) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +84,10 @@ class Prepared:
         scaled = {id: equalization.site for id, equalization in self.equalizations.items()}
         return tuple(site for _, site in sorted({**self.sites, **scaled}.items()) if measures(site.observer))
 
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What was measured on the values of one graph, by key; independent of the configuration that asked for it."""
-
-    graph: str
-    """The digest of the fused graph."""
-    states: PMap[Key, Any] = pmap()
-    batches: int = 0
-
-    __hash__ = None  # type: ignore[assignment]
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """What calibration measures, each key once."""
+        return tuple({fold.key: fold for site in self.measured for fold in site.folds}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +98,8 @@ class Calibrated:
     statistics: Statistics
     modules: PMap[str, Opaque] = pmap()
     """The custom modules that were calibrated, by the paths of the modules they stand for."""
+    warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    """What was wrong with the data and could be borne: batches left out, values clipped, values that never change."""
 
     __hash__ = None  # type: ignore[assignment]
 

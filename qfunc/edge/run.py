@@ -1,0 +1,278 @@
+"""A run of calibration: data through a materialized module, batch by batch, and what its observers have found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from returns.result import Failure, Success
+from torch import Tensor, fx
+
+from qfunc.edge.content import batch_digest
+from qfunc.edge.facts import bind_inputs
+from qfunc.edge.observer import ObserverError, ObserverModule
+from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, several, told
+from qfunc.ir import Graph, Node, TensorFact
+from qfunc.numerics.statistic import RangeState, clipped, finite, state_is_finite
+from qfunc.passes.stages import Prepared
+from qfunc.passes.statistics import MODULUS, Measured, Statistics, merge_of
+from qfunc.result import R
+
+Policy: TypeAlias = Literal["fail", "skip", "clip"]
+"""What is done about NaN, infinity and empty batches: an error, leave the batch out, or clip the values."""
+
+POLICIES: tuple[Policy, ...] = ("fail", "skip", "clip")
+
+BINDING = (
+    "pass a tensor, a tuple of inputs or a dict of keyword inputs for each batch; of batches (inputs, labels), pass "
+    "the inputs only: [inputs for inputs, _ in loader]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where a run stands after a whole batch: all that is needed to go on from there.
+
+    `statistics` are of `read` batches, less those that were left out, and of what was measured before the run; `seen` is
+    the sum of the digests of the batches read.
+    """
+
+    statistics: Statistics
+    read: int = 0
+    seen: int = 0
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """What a run has done since it began: the states and element counts of its observers, and the batches."""
+
+    states: tuple[Any, ...]
+    elements: tuple[int, ...]
+    batches: int = 0
+    data: int = 0
+    read: int = 0
+    seen: int = 0
+    warnings: tuple[Problem, ...] = ()
+
+
+class Run:
+    """Observers that go on from a point; it moves on by whole batches, in one assignment, so that it can stop anywhere.
+
+    `execute` runs the module on bound inputs. `pool` has a thread for the digests of batches, which take about as long
+    as reading the data once.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        module: fx.GraphModule,
+        start: Point,
+        *,
+        policy: Policy,
+        pool: Executor,
+        execute: Callable[[tuple[Any, ...]], Any],
+    ) -> None:
+        self._graph, self._inputs = prepared.graph, module.graph
+        # What custom modules have observed cannot be taken back.
+        self._policy: Policy = "fail" if prepared.swapped else policy
+        self._start, self._pool, self._execute = start, pool, execute
+        self._observers = [child for child in module.modules() if isinstance(child, ObserverModule)]
+        for observer in self._observers:
+            if observer.fold.key in start.statistics.measured:
+                observer.state = start.statistics.measured[observer.fold.key].state
+        self._folded = _Folded(*self._found())
+
+    @property
+    def batches(self) -> int:
+        """How many batches were folded."""
+        return self._folded.batches
+
+    def _found(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        return tuple(o.state for o in self._observers), tuple(o.elements for o in self._observers)
+
+    def _take_back(self) -> None:
+        """The observers as they were after the last whole batch."""
+        kept = zip(self._observers, self._folded.states, self._folded.elements, strict=True)
+        for observer, state, elements in kept:
+            observer.state, observer.elements = state, elements
+
+    def digest(self, batch: Any, index: int) -> R[int]:
+        """The digest of a batch that is not to be run."""
+        inputs = bind_inputs(self._inputs, batch)
+        return Failure(BadBatch(index, inputs, BINDING)) if isinstance(inputs, str) else Success(batch_digest(inputs))
+
+    def fold(self, batch: Any) -> QuantError | None:
+        """Run one batch, or leave it out, as the policy says; why the run cannot go on, if so."""
+        index = self._start.read + self._folded.read
+        inputs = bind_inputs(self._inputs, batch)
+        if isinstance(inputs, str):
+            return BadBatch(index, inputs, BINDING)
+        misfits = list(_misfits(self._graph, inputs, index))
+        if misfits:
+            return several(misfits)
+        digest = self._pool.submit(batch_digest, inputs)
+        empty = list(_empty(self._graph, inputs, index))
+        faults = [*empty, *_nonfinite(self._graph, inputs, index)]
+        if faults and self._policy == "fail":
+            return several(faults)
+        if empty or (faults and self._policy == "skip"):
+            self._move_on(digest.result(), faults, folded=False)
+            return None
+        if faults:
+            inputs = tuple(clipped(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        found = self._observe(inputs, index)
+        if isinstance(found, Failure):
+            return found.failure()
+        return self._settle(inputs, index, digest.result(), faults, found.unwrap())
+
+    def _settle(
+        self, inputs: tuple[Any, ...], index: int, digest: int, faults: list[Problem], found: list[Problem]
+    ) -> QuantError | None:
+        """Keep what a batch gave, or not, as the policy says of the values `found` that are not finite."""
+        if found and self._policy == "fail":
+            return several(found)
+        if found:
+            self._take_back()
+        if found and self._policy == "clip":
+            again = self._observe(inputs, index, clips=True)
+            if isinstance(again, Failure):
+                return again.failure()
+        self._move_on(digest, [*faults, *found], folded=not found or self._policy == "clip")
+        return None
+
+    def _move_on(self, digest: int, warnings: list[Problem], *, folded: bool) -> None:
+        before = self._folded
+        self._folded = _Folded(
+            *self._found(),
+            before.batches + folded,
+            (before.data + digest * folded) % MODULUS,
+            before.read + 1,
+            (before.seen + digest) % MODULUS,
+            (*before.warnings, *warnings),
+        )
+
+    def _observe(self, inputs: tuple[Any, ...], index: int, *, clips: bool = False) -> R[list[Problem]]:
+        """Run the observers on one batch; the values that hold NaN or infinity."""
+        for observer in self._observers:
+            observer.clips = clips
+        try:
+            with torch.no_grad():
+                self._execute(_kept(self._graph, inputs))
+        except ObserverError as error:
+            problem = error.problem
+            nodes = self._graph.nodes
+            return Failure(replace(problem, node=nodes[problem.node].place) if problem.node in nodes else problem)
+        except Exception as error:
+            # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
+            if _raised_in(error).startswith("qfunc.numerics"):
+                raise
+            return Failure(BadBatch(index, f"the model fails on it: {told(error)}"))
+        return Success([] if clips else list(self._not_finite(index)))
+
+    def _not_finite(self, index: int) -> Iterator[Problem]:
+        """The values at which an observer saw NaN or infinity, in graph order."""
+        found = {observer.tap for observer in self._observers if not state_is_finite(observer.state)}
+        remedy = "mend the batch or the model, keep what uses the value float, or choose policy='skip' or 'clip'"
+        for id in (id for id in self._graph.order if id in found) if found else ():
+            yield NonFinite(self._graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
+
+    def point(self) -> Point:
+        """Where the run stands, together with what there was before it."""
+        start, folded = self._start, self._folded
+        earlier = start.statistics
+        measured = earlier.measured.evolver()
+        for observer, state, elements in zip(self._observers, folded.states, folded.elements, strict=True):
+            before = earlier.measured.get(observer.fold.key, Measured(None))
+            measured[observer.fold.key] = Measured(
+                state,
+                before.batches + folded.batches,
+                before.elements + elements,
+                (before.data + folded.data) % MODULUS,
+                merge_of(observer.observer),
+            )
+        statistics = replace(
+            earlier,
+            measured=measured.persistent(),
+            batches=earlier.batches + folded.batches,
+            data=(earlier.data + folded.data) % MODULUS,
+        )
+        seen, warnings = (start.seen + folded.seen) % MODULUS, (*start.warnings, *folded.warnings)
+        return Point(statistics, start.read + folded.read, seen, warnings)
+
+
+def constants(prepared: Prepared, statistics: Statistics) -> Iterator[ConstantValue]:
+    """The values to be quantized that never changed: dead channels, masks, or too little data."""
+    for fold in prepared.folds:
+        entry = statistics.measured[fold.key]
+        found = getattr(entry.state, "range", entry.state)
+        if isinstance(found, RangeState) and found.observed and bool((found.minimum == found.maximum).all()):
+            place = prepared.graph[fold.taps[0]].place
+            yield ConstantValue(place, found.minimum.max().item(), entry.batches, entry.elements)
+
+
+def _raised_in(error: Exception) -> str:
+    """The module whose Python code an exception came out of."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
+
+
+def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, copied where the model writes in place to memory that may be theirs: batches stay as they are."""
+    if not any(node.aliased for node in graph):
+        return inputs
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
+def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+    """Inputs that are not like the example's in kind, rank, dtype or device."""
+    for node, value in zip(_placeholders(graph), inputs, strict=True):
+        differs = _differs(node, value)
+        if differs:
+            remedy = "convert it with torch.from_numpy" if hasattr(value, "__array_interface__") else ""
+            yield BadBatch(index, f"{node.place} is {differs}", *([remedy] if remedy else ()))
+
+
+def _empty(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+    """Inputs without elements."""
+    for node, value in zip(_placeholders(graph), inputs, strict=True):
+        if isinstance(value, Tensor) and not value.numel():
+            reason = f"{node.place} has no elements: its shape is {tuple(value.shape)}"
+            yield BadBatch(index, reason, "leave empty batches out, or have policy='skip' do so")
+
+
+def _nonfinite(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+    """Inputs that hold NaN or infinity."""
+    for node, value in zip(_placeholders(graph), inputs, strict=True):
+        if isinstance(value, Tensor) and value.layout == torch.strided and not finite(value):
+            remedy = "clean the batch, or choose policy='skip' or 'clip'"
+            yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", remedy)
+
+
+def _placeholders(graph: Graph) -> list[Node]:
+    return [node for node in graph if node.kind == "placeholder"]
+
+
+def _differs(node: Node, value: Any) -> str:
+    """How an input differs from the example's; empty where it does not, or where there was none."""
+    fact = node.fact
+    if not isinstance(value, Tensor):
+        wanted = isinstance(fact, TensorFact) or hasattr(value, "__array_interface__")
+        return f"of type {type(value).__name__}, not a tensor" if wanted else ""
+    if value.is_meta:
+        return "a tensor without data (device meta)"
+    if not isinstance(fact, TensorFact):
+        return ""
+    dtype, device = str(value.dtype).removeprefix("torch."), str(value.device)
+    if dtype != fact.dtype:
+        return f"{dtype}, the example was {fact.dtype}"
+    if device != fact.device:
+        return f"on {device}, the example was on {fact.device}"
+    if value.dim() != len(fact.shape):
+        return f"of shape {tuple(value.shape)}, the example was of shape {tuple(fact.shape)}"
+    return ""
