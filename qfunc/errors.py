@@ -105,7 +105,7 @@ class Interrupted:
 
     @property
     def reason(self) -> str:
-        return f"calibration ended here: {self.cause}; what was measured before is kept in the error"
+        return f"{self.cause}; what was measured until then is kept in this error"
 
     @property
     def remedy(self) -> str:

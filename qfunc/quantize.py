@@ -19,9 +19,11 @@ from qfunc.config.kernel import KernelRow
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import problems_of
 from qfunc.edge.batches import length, not_batches, read
-from qfunc.edge.calibrate import BINDING, calibrate_on
+from qfunc.edge.calibrate import calibrate_on
 from qfunc.edge.call_fuser import call_fuser
 from qfunc.edge.host import check_host
+from qfunc.edge.measure import Options, wrong_options
+from qfunc.edge.run import BINDING, Policy
 from qfunc.edge.trace import NOTHING, trace
 from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
 from qfunc.errors import problems as problems_in
@@ -72,6 +74,8 @@ def quantize(
     host: HostReport | None = None,
     custom: CustomConfig = NOTHING,
     strict: bool = False,
+    limit: int | None = None,
+    policy: Policy = "fail",
     progress: bool | None = None,
 ) -> R[passes.Lowered]:
     """Static int8 post-training quantization: trace, fuse, prepare, calibrate, convert and lower.
@@ -86,6 +90,8 @@ def quantize(
         host: the machine to lower for; by default this one.
         custom: exceptions for the model.
         strict: whether a fallback to float is an error.
+        limit: the most batches to read.
+        policy: what to do about NaN, infinity and empty batches, see `calibrate`.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -100,9 +106,11 @@ def quantize(
     chosen = _BACKENDS.get(engine, CPU) if backend is None and isinstance(engine, str) else backend
     mapping = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
     report = check_host() if host is None else host
+    options = Options(limit=limit, policy=policy, progress=progress)
     problems = [
         *_wrong_model(model, mapping, custom),
         *not_batches(batches),
+        *wrong_options(options),
         *passes.wrong_engine(engine, report),
         *wrong_arguments(backend=CPU if chosen is None else chosen, qconfig_mapping=mapping, custom=custom),
     ]
@@ -119,7 +127,7 @@ def quantize(
         trace(model, first.unwrap(), custom=custom)
         .lash(_of_first_batch)
         .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen or CPU, custom))
-        .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), total=total, progress=progress))
+        .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), options, total=total))
         .bind(convert)
         .bind(lambda converted: lower(converted, engine=engine, host=report, strict=strict))
     )

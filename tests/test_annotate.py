@@ -78,8 +78,7 @@ def fused():
 
 def qparams_of(prepared, x=X):
     calibrated = unwrap(calibrate(prepared, [x], progress=False))
-    states = calibrated.statistics.states
-    return {id: site.observer.finish(states[site.key]) for id, site in prepared.sites.items()}
+    return {id: site.observer.finish(calibrated.statistics.state(site.folds)) for id, site in prepared.sites.items()}
 
 
 @pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)

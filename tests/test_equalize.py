@@ -46,7 +46,7 @@ def test_calibration_measures_the_channels():
     prepared = unwrap(prepare(graph_of(Branches()), equalize=layers))
     calibrated = unwrap(calibrate(prepared, [X], progress=False))
     (site,) = (e.site for e in prepared.equalizations.values() if e.site.taps == ("x",))
-    state = calibrated.statistics.states[site.key]
+    state = calibrated.statistics.state(site.folds)
     assert torch.equal(state.minimum, X.amin((0, 2, 3)))
     assert torch.equal(state.maximum, X.amax((0, 2, 3)))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from operator import length_hint
 from typing import Any
 
 import torch
-from returns.result import Failure, Success
+from returns.result import Failure, Result, Success
 from torch import Tensor, nn
 
 from qfunc.errors import BadBatch, BadConfig, Problem, UserFunctionFailed, told
@@ -27,6 +28,9 @@ def not_batches(batches: object) -> list[Problem]:
     return []
 
 
+_ARRAYS = "give arrays of numbers, in the byte order of the machine"
+
+
 def read(batches: Iterable[Any]) -> Iterator[R[Any]]:
     """The batches, one after another; an exception of the iterable itself becomes a last `Failure`.
 
@@ -36,19 +40,23 @@ def read(batches: Iterable[Any]) -> Iterator[R[Any]]:
     index = 0
     try:
         for batch in batches:
-            yield as_tensors(batch, index)
+            yield as_tensors(batch).alt(partial(BadBatch, index, remedy=_ARRAYS))
             index += 1
     except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
         remedy = "mend the iterable of batches, which raised this when it was asked for its next one"
         yield Failure(UserFunctionFailed(f"batch {index}", told(error), remedy))
 
 
-def as_tensors(batch: Any, index: int) -> R[Any]:
-    """A batch with tensors for its numpy arrays, in new memory where theirs may not be written to."""
+def as_tensors(batch: Any) -> Result[Any, str]:
+    """A batch with tensors for its numpy arrays, which share their memory unless that is read-only; or why not.
+
+    >>> as_tensors({"x": [torch.ones(2), 3]}).unwrap()
+    {'x': [tensor([1., 1.]), 3]}
+    """
     try:
         return Success(_converted(batch))
     except (TypeError, ValueError) as error:
-        return Failure(BadBatch(index, told(error), "give arrays of numbers, in the machine's byte order"))
+        return Failure(f"a numpy array is no tensor: {told(error)}")
 
 
 def _converted(value: Any) -> Any:

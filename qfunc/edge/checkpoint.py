@@ -43,7 +43,9 @@ def resumed(path: str | PathLike[str], earlier: Statistics, prepared: Prepared) 
 def _point(path: str, statistics: Statistics, extra: Mapping[str, Any], earlier: Statistics) -> R[Point]:
     if extra.keys() != _PARTS:
         reason = "it holds statistics, but not how far a run of calibration had come"
-        return Failure(BadFile(path, reason, "give statistics as statistics=load(path).unwrap(), and another checkpoint"))
+        return Failure(
+            BadFile(path, reason, "give statistics as statistics=load(path).unwrap(), and another checkpoint")
+        )
     problems: list[Problem] = [
         BadFile(path, problem.reason.replace("they were", "its statistics were"), _ANEW)
         for problem in differences(earlier, statistics)
@@ -52,7 +54,9 @@ def _point(path: str, statistics: Statistics, extra: Mapping[str, Any], earlier:
         problems.append(BadFile(path, "its run began with other statistics", f"give those as statistics=, or {_ANEW}"))
     if problems:
         return Failure(several(problems))
-    warnings = tuple(getattr(errors, w["type"])(**{k: v for k, v in w.items() if k != "type"}) for w in extra["warnings"])
+    warnings = tuple(
+        getattr(errors, w["type"])(**{k: v for k, v in w.items() if k != "type"}) for w in extra["warnings"]
+    )
     return Success(Point(statistics, extra["read"], int(extra["seen"], 16), warnings))
 
 
@@ -63,4 +67,6 @@ def _told(statistics: Statistics) -> dict[str, Any]:
 def types_of(prepared: Prepared) -> dict[str, type]:
     """The classes of the user's statistics and of their states, by the names that they have in files."""
     found = (type(value) for fold in prepared.folds for value in (fold.observer.statistic, fold.observer.init()))
-    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in found if not kind.__module__.startswith("qfunc.")}
+    return {
+        f"{kind.__module__}.{kind.__qualname__}": kind for kind in found if not kind.__module__.startswith("qfunc.")
+    }

@@ -51,6 +51,7 @@ def _parts(tensor: Tensor) -> Iterator[Any]:
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     plain = dense.cpu().resolve_conj().resolve_neg()
     held = (plain.int_repr() if plain.is_quantized else plain).contiguous()
-    # By address: data_ptr() would copy memory that is shared until it is written to.
-    address: int = torch._C._data_address(held)  # type: ignore[attr-defined]
-    yield (ctypes.c_char * (held.numel() * held.element_size())).from_address(address)
+    # By the address of the storage: data_ptr() would copy memory that is shared until it is written to.
+    storage: int = torch._C._data_address(held)  # type: ignore[attr-defined]
+    size, offset = held.element_size(), int(held.storage_offset())
+    yield (ctypes.c_char * (held.numel() * size)).from_address(storage + offset * size)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from returns.result import Failure, Success
 from torch import Tensor, fx
 
 from qfunc.edge.content import batch_digest
@@ -19,7 +18,6 @@ from qfunc.ir import Graph, Node, TensorFact
 from qfunc.numerics.statistic import RangeState, clipped, finite, state_is_finite
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Measured, Statistics, merge_of
-from qfunc.result import R
 
 Policy: TypeAlias = Literal["fail", "skip", "clip"]
 """What is done about NaN, infinity and empty batches: an error, leave the batch out, or clip the values."""
@@ -36,8 +34,8 @@ BINDING = (
 class Point:
     """Where a run stands after a whole batch: all that is needed to go on from there.
 
-    `statistics` are of `read` batches, less those that were left out, and of what was measured before the run; `seen` is
-    the sum of the digests of the batches read.
+    `statistics` are of the `read` batches, less those that were left out, and of what was measured before the run;
+    `seen` is the sum of the digests of the batches read.
     """
 
     statistics: Statistics
@@ -100,10 +98,10 @@ class Run:
         for observer, state, elements in kept:
             observer.state, observer.elements = state, elements
 
-    def digest(self, batch: Any, index: int) -> R[int]:
+    def digest(self, batch: Any, index: int) -> int | BadBatch:
         """The digest of a batch that is not to be run."""
         inputs = bind_inputs(self._inputs, batch)
-        return Failure(BadBatch(index, inputs, BINDING)) if isinstance(inputs, str) else Success(batch_digest(inputs))
+        return BadBatch(index, inputs, BINDING) if isinstance(inputs, str) else batch_digest(inputs)
 
     def fold(self, batch: Any) -> QuantError | None:
         """Run one batch, or leave it out, as the policy says; why the run cannot go on, if so."""
@@ -125,9 +123,9 @@ class Run:
         if faults:
             inputs = tuple(clipped(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         found = self._observe(inputs, index)
-        if isinstance(found, Failure):
-            return found.failure()
-        return self._settle(inputs, index, digest.result(), faults, found.unwrap())
+        if not isinstance(found, list):
+            return found
+        return self._settle(inputs, index, digest.result(), faults, found)
 
     def _settle(
         self, inputs: tuple[Any, ...], index: int, digest: int, faults: list[Problem], found: list[Problem]
@@ -139,8 +137,8 @@ class Run:
             self._take_back()
         if found and self._policy == "clip":
             again = self._observe(inputs, index, clips=True)
-            if isinstance(again, Failure):
-                return again.failure()
+            if not isinstance(again, list):
+                return again
         self._move_on(digest, [*faults, *found], folded=not found or self._policy == "clip")
         return None
 
@@ -155,7 +153,7 @@ class Run:
             (*before.warnings, *warnings),
         )
 
-    def _observe(self, inputs: tuple[Any, ...], index: int, *, clips: bool = False) -> R[list[Problem]]:
+    def _observe(self, inputs: tuple[Any, ...], index: int, *, clips: bool = False) -> list[Problem] | QuantError:
         """Run the observers on one batch; the values that hold NaN or infinity."""
         for observer in self._observers:
             observer.clips = clips
@@ -165,13 +163,13 @@ class Run:
         except ObserverError as error:
             problem = error.problem
             nodes = self._graph.nodes
-            return Failure(replace(problem, node=nodes[problem.node].place) if problem.node in nodes else problem)
+            return replace(problem, node=nodes[problem.node].place) if problem.node in nodes else problem
         except Exception as error:
             # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
             if _raised_in(error).startswith("qfunc.numerics"):
                 raise
-            return Failure(BadBatch(index, f"the model fails on it: {told(error)}"))
-        return Success([] if clips else list(self._not_finite(index)))
+            return BadBatch(index, f"the model fails on it: {told(error)}")
+        return [] if clips else list(self._not_finite(index))
 
     def _not_finite(self, index: int) -> Iterator[Problem]:
         """The values at which an observer saw NaN or infinity, in graph order."""

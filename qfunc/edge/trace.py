@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.custom_config import CustomConfig, preserved_problems
 from qfunc.edge.alias import settle_aliases
+from qfunc.edge.batches import as_tensors
 from qfunc.edge.diagnose import diagnose
 from qfunc.edge.facts import with_facts
 from qfunc.edge.read import Reader, module_fact
@@ -24,7 +25,7 @@ from qfunc.edge.schema import VIEWS
 from qfunc.edge.statements import StatementTracer
 from qfunc.edge.tensors import named_tensors, source_of
 from qfunc.edge.unchanged import unchanged
-from qfunc.errors import NotAModule, Problem, SeveralDevices, UnknownName, Untraceable, several
+from qfunc.errors import BadExampleInputs, NotAModule, Problem, SeveralDevices, UnknownName, Untraceable, several
 from qfunc.errors import problems as problems_in
 from qfunc.ir import Graph, Note, Source
 from qfunc.ops import type_name
@@ -42,8 +43,8 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
 
     Args:
         model: any module that `torch.fx` can trace, in training or evaluation mode, or a `GraphModule`.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; where given, each value of
-            the graph carries its shape, dtype and device.
+        example_inputs: a tensor or numpy array, a tuple of positional inputs or a dict of keyword inputs; where given,
+            each value of the graph carries its shape, dtype and device.
         custom: leaves, fixed arguments, and what is to replace modules.
 
     Returns:
@@ -75,11 +76,15 @@ def trace(model: nn.Module, example_inputs: Any = None, *, custom: CustomConfig 
     graph, converted = recorded.graph()
     if example_inputs is None:
         return Success(graph)
-    seen = with_facts(graph, example_inputs)
+    read = as_tensors(example_inputs)
+    if isinstance(read, Failure):
+        return Failure(BadExampleInputs("example_inputs", read.failure()))
+    example = read.unwrap()
+    seen = with_facts(graph, example)
     if isinstance(seen, Failure):
         return seen
     promoted = _promoted(seen.unwrap(), converted)
-    return with_facts(recorded.graph(promoted)[0], example_inputs) if promoted else seen
+    return with_facts(recorded.graph(promoted)[0], example) if promoted else seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, structure_digest, map_arg
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Note, Opaque, Origin, PostOp, Ref, map_arg, structure_digest
 from qfunc.ir.node import NamedArgs, Written
 from qfunc.ir.value import Name
 from qfunc.numerics.derive import plain, wrong_qparams
@@ -26,8 +26,8 @@ from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behi
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
-from qfunc.passes.statistics import Answers
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
+from qfunc.passes.statistics import Answers
 from qfunc.result import R
 
 
@@ -69,9 +69,8 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     }
     taken = {id: hows[prepared.outputs[id]] for id in prepared.graph.order if id in prepared.quantized_inputs}
     given = {index: hows[prepared.outputs[id]] for index, id in given_codes(prepared).items()}
-    return Success(
-        Converted(graph, prepared.backend, pmap(intended), prepared.floats, prepared.notes, pmap(taken), pmap(given))
-    )
+    notes = prepared.notes + tuple(Note(warning.node, f"warns: {warning.reason}") for warning in calibrated.warnings)
+    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats, notes, pmap(taken), pmap(given)))
 
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
@@ -88,8 +87,8 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
         observer = prepared.sites[id].observer
         if not measures(observer):
             continue
-        state = answers.state(prepared.sites[id].folds)
-        qparams = None if state is None else finished(observer, state)
+        found_state = answers.find(prepared.sites[id].folds)
+        qparams = None if found_state is None else finished(observer, *found_state)
         if qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
             continue

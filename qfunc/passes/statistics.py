@@ -6,7 +6,7 @@ be split over runs, processes and machines: associative and commutative, with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from qfunc.numerics.observers import Observer, is_own
 from qfunc.numerics.statistic import RangeState, derived
 from qfunc.result import R
 
-Key: TypeAlias = tuple[tuple[str, ...], Hashable]
+Key: TypeAlias = tuple[tuple[str, ...], Any]
 """What a state is filed under: the values that were observed, and the statistic."""
 
 Merge: TypeAlias = Callable[[Any, Any], Any]
@@ -74,8 +74,8 @@ class Measured:
 class Statistics:
     """What was measured on the values of one graph with its weights; independent of what asked for it.
 
-    `graph` is the digest of the fused graph without what examples showed of it, `weights` that of its tensors' contents;
-    `batches` and `data` count all that was run through it: the number, and the sum of the SHA-256 digests of the
+    `graph` is the digest of the fused graph without what examples showed of it, `weights` that of what its tensors
+    hold; `batches` and `data` count all that was run through it: the number, and the sum of the SHA-256 digests of the
     batches modulo 2**256, which does not depend on their order or on how they were spread.
     """
 
@@ -94,38 +94,39 @@ class Statistics:
 
     def state(self, folds: Iterable[Fold]) -> Any | None:
         """The state of all that some folds of one observer are of; None where any of it is missing: see `Answers`."""
-        return Answers(self).state(folds)
+        found = Answers(self).find(folds)
+        return None if found is None else found[0]
 
 
 class Answers:
     """What statistics tell of folds, whatever they were measured for; looked over once, for any number of questions."""
 
     def __init__(self, statistics: Statistics) -> None:
-        self._of: dict[tuple[str, ...], dict[Hashable, Any]] = {}
+        self._of: dict[tuple[str, ...], dict[Any, Any]] = {}
         for (values, statistic), entry in statistics.measured.items():
             self._of.setdefault(values, {})[statistic] = entry.state
 
-    def state(self, folds: Iterable[Fold]) -> Any | None:
+    def find(self, folds: Iterable[Fold]) -> tuple[Any] | None:
         """The state of all that folds of one observer are of, merged; None where any is missing, or there are none."""
         asked = tuple(folds)
-        states = [state for fold in asked if (state := self._state(fold)) is not None]
-        if not states or len(states) < len(asked):
+        found = [held for fold in asked if (held := self._held(fold)) is not None]
+        if not found or len(found) < len(asked):
             return None
         merge = merge_of(asked[0].observer)
-        return states[0] if merge is None else reduce(merge, states)
+        return found[0] if merge is None else (reduce(merge, (state for (state,) in found)),)
 
     def missing(self, folds: Iterable[Fold]) -> tuple[Fold, ...]:
         """The folds that are still to be run over data."""
-        return tuple(fold for fold in folds if self._state(fold) is None)
+        return tuple(fold for fold in folds if self._held(fold) is None)
 
-    def _state(self, fold: Fold) -> Any | None:
+    def _held(self, fold: Fold) -> tuple[Any] | None:
         """A state that was measured for something else serves where it tells as much: a histogram has the range."""
         values, wanted = fold.key
-        found = self._of.get(values, {})
-        if wanted in found:
-            return found[wanted]
-        others = (derived(statistic, state, wanted) for statistic, state in found.items())
-        return next((state for state in others if state is not None), None)
+        states = self._of.get(values, {})
+        if wanted in states:
+            return (states[wanted],)
+        others = (derived(statistic, state, wanted) for statistic, state in states.items())
+        return next(((state,) for state in others if state is not None), None)
 
 
 def merge(a: Statistics, b: Statistics) -> R[Statistics]:

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from qfunc import QConfig, QConfigMapping, check_host, convert, fuse, lower, prepare, trace
 from qfunc import unwrap as get
 from qfunc.backends import CPU
-from qfunc.ir import Expression, Graph, ModuleFact, Node, Ref, digest, users, verify
+from qfunc.ir import Expression, Graph, ModuleFact, Node, Ref, digest, structure_digest, users, verify
 from qfunc.numerics.observers import MinMax, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.params import Load
-from qfunc.passes.stages import Calibrated, Prepared, Statistics
+from qfunc.passes.stages import Calibrated, Prepared
+from qfunc.passes.statistics import Measured, Statistics
 from tests.benchmarks.measure import interleaved, machine, table
 
 SIZES = (200, 2_000, 20_000)
@@ -92,8 +93,8 @@ def _renamed(body: list[Node], index: int, names: dict[str, str]) -> Iterator[No
 def calibrated(prepared: Prepared) -> Calibrated:
     """The stage as if every site had seen values from -1 to 2."""
     state = MinMax().update(MinMax().init(), torch.tensor([-1.0, 2.0]))
-    states = {site.key: state for site in prepared.sites.values()}
-    return Calibrated(prepared, Statistics(digest(prepared.graph), pmap(states), 1))
+    measured = {fold.key: Measured(state, batches=1) for fold in prepared.folds}
+    return Calibrated(prepared, Statistics(structure_digest(prepared.graph), measured=pmap(measured), batches=1))
 
 
 def tasks(size: int) -> dict[str, Callable[[], Any]]:

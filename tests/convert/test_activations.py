@@ -317,7 +317,7 @@ def test_an_axis_that_values_do_not_have_is_told():
     assert "ch_axis 2 is no axis" in problem.reason
     batch = QuantSpec("uint8", 0, 255, "per_channel_affine", 0)
     prepared = unwrap(prepare(graph, annotations(inputs={INPUT: PerChannelMinMax(batch)})))
-    (problem,) = problems(calibrate(prepared, [X, X[:2]], progress=False).failure())
+    problem, _ = problems(calibrate(prepared, [X, X[:2]], progress=False).failure())
     assert isinstance(problem, BadConfig)
     assert "6 channels in one batch, 2 in another" in problem.reason
 

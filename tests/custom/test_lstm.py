@@ -280,7 +280,15 @@ def test_weights_and_values_that_are_not_finite_are_told_of() -> None:
 
 
 def test_an_lstm_that_no_data_reached_is_told_of() -> None:
-    failure = failing(Plain().eval(), torch.randn(4, 0, 8))
+    class Emptied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.lstm(x[:, :0])
+
+    failure = failing(Emptied().eval(), torch.randn(4, 2, 8))
     assert failure.node == "lstm: the input of l0" and "no data reached" in failure.reason
 
 

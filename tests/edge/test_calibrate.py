@@ -26,10 +26,12 @@ from qfunc import (
     materialize,
     prepare,
     quantize,
+    render,
     trace,
     unwrap,
 )
 from qfunc.edge.progress import tracked
+from qfunc.errors import BadBatch, Interrupted
 from qfunc.ir import digest
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.testing import same_bits
@@ -181,13 +183,25 @@ def test_nothing_to_observe_is_fine() -> None:
     assert same_bits(unwrap(materialize(lowered))(A[0]), unwrap(materialize(prepared))(A[0]))
 
 
-def test_an_interrupt_goes_through() -> None:
+def test_an_interrupt_carries_what_was_measured() -> None:
     def interrupted():
-        yield A[0]
+        yield from A[:2]
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(Prepared.one, interrupted())
+    error = calibrate(Prepared.one, interrupted()).failure()
+    assert isinstance(error, Interrupted)
+    assert (error.node, error.batches) == ("batch 2", 2)
+    assert error.statistics == unwrap(calibrate(Prepared.one, A[:2])).statistics
+    assert calibrate(Prepared.one, A[2:], statistics=error.statistics) == calibrate(Prepared.one, A)
+    assert "Ctrl-C" in render(error)
+
+
+def test_an_error_after_the_first_batch_carries_what_was_measured() -> None:
+    error = calibrate(Prepared.one, [A[0], A[1][:, :3], A[2]]).failure()
+    bad, kept = error.errors
+    assert isinstance(bad, BadBatch)
+    assert isinstance(kept, Interrupted)
+    assert kept.statistics == unwrap(calibrate(Prepared.one, A[:1])).statistics
 
 
 # Progress -------------------------------------------------------------------------------------------------------------

@@ -132,9 +132,8 @@ class Sides:
     @cached_property
     def our_groups(self) -> dict[frozenset[str], Any]:
         """The qparams of each site, by torch.ao's names of the values that share it."""
-        states = self.ours.statistics.states
         return {
-            frozenset(map(self.their_name, site.taps)): site.observer.finish(states[site.key])
+            frozenset(map(self.their_name, site.taps)): site.observer.finish(self.ours.statistics.state(site.folds))
             for site in self.ours.prepared.sites.values()
         }
 

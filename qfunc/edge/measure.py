@@ -1,0 +1,205 @@
+"""Running batches through a prepared graph: where to begin, what goes on beside, and what is kept when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from typing import Any
+
+from returns.result import Failure, Success
+from torch import fx
+
+from qfunc.config.weights import weights_of
+from qfunc.edge.checkpoint import resumed, save
+from qfunc.edge.content import weights_digest
+from qfunc.edge.evaluate import unquantizable
+from qfunc.edge.materialize import materialize
+from qfunc.edge.progress import tracked
+from qfunc.edge.run import POLICIES, Point, Policy, Run
+from qfunc.errors import (
+    BadConfig,
+    BadFile,
+    Interrupted,
+    Problem,
+    QuantError,
+    UserFunctionFailed,
+    WrongStage,
+    several,
+    told,
+)
+from qfunc.ir import structure_digest
+from qfunc.params import loads
+from qfunc.passes.stages import Prepared
+from qfunc.passes.statistics import MODULUS, Statistics, differences
+from qfunc.result import R
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far calibration has come: batches read, of how many if that is known, seconds since it began."""
+
+    batches: int
+    total: int | None
+    seconds: float
+    statistics: Statistics
+    """What has been measured so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The keyword arguments of `calibrate`."""
+
+    statistics: Statistics | None = None
+    limit: int | None = None
+    policy: Policy = "fail"
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_every: int = 100
+    callback: Callable[[Progress], object] | None = None
+    progress: bool | None = None
+
+
+def wrong_options(options: Options) -> Iterator[Problem]:
+    """What is impossible about the arguments of `calibrate`."""
+    if not (options.statistics is None or isinstance(options.statistics, Statistics)):
+        yield WrongStage(type(options.statistics).__name__, "Statistics")
+    if options.policy not in POLICIES:
+        yield BadConfig("policy", f"there is no policy {options.policy!r:.40}", f"choose one of {', '.join(POLICIES)}")
+    for name, value in (("limit", options.limit), ("checkpoint_every", options.checkpoint_every)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            yield BadConfig(name, f"{value!r:.40} is no number of batches", f"give a positive {name}")
+    if not isinstance(options.checkpoint, (str, PathLike, type(None))):
+        yield BadConfig("checkpoint", f"{options.checkpoint!r:.40} is no path", "give the path of a file")
+    if options.callback is not None and not callable(options.callback):
+        yield BadConfig("callback", f"{options.callback!r:.40} cannot be called", "give a function of one argument")
+
+
+def measure(
+    prepared: Prepared, batches: Iterator[R[Any]], options: Options, *, total: int | None
+) -> R[tuple[Point, fx.GraphModule]]:
+    """Fold all batches; where that ended, and the module that observed them, which holds the custom ones."""
+    problems = [*_nonfinite_weights(prepared), *_beyond_statistics(prepared, options)]
+    if problems:
+        return Failure(several(problems))
+    made = materialize(prepared)
+    if isinstance(made, Failure):
+        return made
+    module = made.unwrap()
+    fresh = Statistics(structure_digest(prepared.graph), weights_digest(prepared.graph))
+    earlier = fresh if options.statistics is None else options.statistics
+    problems += differences(fresh, earlier)
+    if problems:
+        return Failure(several(problems))
+    start = Success(Point(earlier)) if options.checkpoint is None else resumed(options.checkpoint, earlier, prepared)
+    if isinstance(start, Failure):
+        return start
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        point = start.unwrap()
+        run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=lambda inputs: module(*inputs))
+        error = _Loop(run, prepared, point, earlier, options).over(batches, total)
+    return Success((run.point(), module)) if error is None else Failure(error)
+
+
+_CTRL_C = "Ctrl-C ended calibration"
+
+
+class _Loop:
+    """One pass over the batches, and what goes on beside the run: resuming, checkpoints, the callback."""
+
+    def __init__(self, run: Run, prepared: Prepared, start: Point, earlier: Statistics, options: Options) -> None:
+        self._run, self._prepared, self._start, self._earlier, self._options = run, prepared, start, earlier, options
+        self._read, self._seen, self._total, self._began = 0, 0, options.limit, time.monotonic()
+
+    def over(self, batches: Iterator[R[Any]], total: int | None) -> QuantError | None:
+        """Fold the batches; why that ended too early, if so."""
+        limit = self._options.limit
+        self._total = total if limit is None else limit if total is None else min(limit, total)
+        errors: list[QuantError] = []
+        cause = "calibration ended with an error"
+        try:
+            shown = tracked(islice(batches, limit), "calibrating", shown=self._options.progress, total=self._total)
+            with closing(shown):
+                errors += islice((error for batch in shown if (error := self._step(batch)) is not None), 1)
+        except KeyboardInterrupt:
+            cause = _CTRL_C
+        else:
+            if not errors and self._read < self._start.read:
+                errors.append(self._other_data(f"there are {self._read}"))
+        return self._ended(errors, cause)
+
+    def _ended(self, errors: list[QuantError], cause: str) -> QuantError | None:
+        """Keep what was measured: in the checkpoint, and in the error if there is one."""
+        went_on = self._read >= self._start.read
+        failed = self._save() if went_on else None
+        errors += [] if failed is None else [failed]
+        if cause == _CTRL_C or (errors and self._run.batches):
+            point = self._run.point()
+            errors.append(Interrupted(point.read, point.statistics, cause))
+        return several(errors) if errors else None
+
+    def _step(self, batch: R[Any]) -> QuantError | None:
+        if isinstance(batch, Failure):
+            unread: QuantError = batch.failure()
+            return unread
+        passes = self._read < self._start.read
+        error = self._pass(batch.unwrap()) if passes else self._run.fold(batch.unwrap())
+        if error is not None:
+            return error
+        self._read += 1
+        if not passes and self._read % self._options.checkpoint_every == 0 and (failed := self._save()) is not None:
+            return failed
+        return self._tell()
+
+    def _pass(self, batch: Any) -> QuantError | None:
+        """Leave a batch out that the checkpoint holds already."""
+        digest = self._run.digest(batch, self._read)
+        if not isinstance(digest, int):
+            return digest
+        self._seen = (self._seen + digest) % MODULUS
+        last = self._read + 1 == self._start.read
+        return self._other_data("these are others") if last and self._seen != self._start.seen else None
+
+    def _other_data(self, reason: str) -> QuantError:
+        remedy = "give the same batches as in the run that wrote it, or another path to begin anew"
+        return BadFile(str(self._options.checkpoint), f"it holds {self._start.read} batches, {reason}", remedy)
+
+    def _save(self) -> QuantError | None:
+        if self._options.checkpoint is None:
+            return None
+        saved = save(self._options.checkpoint, self._run.point(), self._earlier, self._prepared)
+        failed: QuantError | None = saved.failure() if isinstance(saved, Failure) else None
+        return failed
+
+    def _tell(self) -> QuantError | None:
+        call = self._options.callback
+        if call is None:
+            return None
+        seconds, statistics = time.monotonic() - self._began, self._run.point().statistics
+        try:
+            call(Progress(self._read, self._total, seconds, statistics))
+        except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
+            return UserFunctionFailed("callback", told(error))
+        return None
+
+
+def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
+    """Weights that are to be quantized and cannot be; told here, before any data runs."""
+    graph = prepared.graph
+    for id in (id for id in graph.order if id in prepared.weights):
+        for weight in weights_of(graph, graph[id]).values():
+            for load in loads(weight):
+                tensor, _ = graph.sources[load.source].tensors[load.name]
+                yield from unquantizable(tensor, load.name, graph[id].place)
+
+
+def _beyond_statistics(prepared: Prepared, options: Options) -> Iterator[Problem]:
+    """Custom modules, which observe in themselves, where statistics are to be all that a run begins and ends with."""
+    if options.statistics is None and options.checkpoint is None:
+        return
+    for id in (id for id in prepared.graph.order if id in prepared.swapped):
+        reason = "it is a custom module, which keeps what it observes in itself: no statistics or checkpoint hold that"
+        yield BadConfig(prepared.graph[id].place, reason, "calibrate in one run, without statistics and checkpoint")
