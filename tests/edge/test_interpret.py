@@ -34,6 +34,7 @@ from qfunc.edge.interpret import interpreter
 from qfunc.errors import BadBatch, BadConfig, QuantError, StaleSource, UserFunctionFailed, WrongStage
 from qfunc.ir import Graph
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
+from qfunc.passes.stages import Site
 from qfunc.testing import Case, Walk, cases, models, same_bits, walk
 from qfunc.testing.walk import fingerprint, graph_of
 from tests.zoo import ZOO, ZooCase
@@ -131,17 +132,17 @@ def test_a_fused_node_is_seen_once_with_its_last_value() -> None:
     assert same_bits(dict(seen)[id], model(x).detach())
 
 
-def measured(prepared: Prepared, batches: list[Any]) -> dict[tuple[str, ...], Any]:
-    """The states of all observers by what they observe, folded by a hook."""
-    at: dict[str, list[Any]] = {}
+def folded(prepared: Prepared, batches: list[Any]) -> dict[str, Any]:
+    """The states of all observers by their sites, folded by a hook."""
+    at: dict[str, list[Site]] = {}
     for site in prepared.measured:
         for tap in site.taps:
             at.setdefault(tap, []).append(site)
-    states = {site.taps: site.observer.init() for site in prepared.measured}
+    states = {site.id: site.observer.init() for site in prepared.measured}
 
     def fold(id: str, value: Any) -> None:
         for site in at.get(id, ()):
-            states[site.taps] = site.observer.update(states[site.taps], value.detach())
+            states[site.id] = site.observer.update(states[site.id], value.detach())
 
     made = unwrap(interpreter(prepared))
     for batch in batches:
@@ -149,9 +150,9 @@ def measured(prepared: Prepared, batches: list[Any]) -> dict[tuple[str, ...], An
     return states
 
 
-def kept(calibrated: Calibrated) -> dict[tuple[str, ...], Any]:
-    """The same of what `calibrate` keeps."""
-    return {taps: state for (taps, _), state in calibrated.statistics.states.items()}
+def state_of(calibrated: Calibrated, site: Site) -> Any:
+    """What `calibrate` keeps of a site."""
+    return calibrated.statistics.states[site.key]
 
 
 @each_architecture
@@ -160,9 +161,9 @@ def test_observing_by_a_hook_is_observing_by_modules(zoo: ZooCase) -> None:
     mapping = QConfigMapping().set_global(QConfig(MinMax(), PerChannelMinMax(INT8_NARROW_PER_CHANNEL)))
     graph = unwrap(trace(model, inputs).bind(fuse))
     prepared, batches = unwrap(prepare(graph, mapping)), zoo.batches(2)
-    states = measured(prepared, batches)
-    assert states or zoo.aliasing
-    assert states == kept(unwrap(calibrate(prepared, batches)))
+    calibrated = unwrap(calibrate(prepared, batches))
+    assert prepared.measured or zoo.aliasing
+    assert folded(prepared, batches) == {site.id: state_of(calibrated, site) for site in prepared.measured}
 
 
 class _InPlace(nn.Module):
