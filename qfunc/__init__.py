@@ -46,6 +46,7 @@ from qfunc.edge.calibrate import calibrate
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
 from qfunc.edge.host import check_host
+from qfunc.edge.interpret import interpret
 from qfunc.edge.materialize import materialize
 from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
 from qfunc.edge.trace import trace
@@ -142,6 +143,7 @@ __all__ = [
     "fuse_modules_qat",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "interpret",
     "last_layer",
     "layers",
     "lower",

@@ -55,7 +55,8 @@ class Emitter:
         self._copy = copy
         self._evaluator = Evaluator(graph.sources)
         self._fx = fx.Graph(tracer_cls=StatementTracer if any(map(_is_statement, graph)) else None)
-        self._values: dict[str, fx.Node] = {}
+        self.values: dict[str, fx.Node] = {}
+        """The fx node that gives the value of each node of the graph, by its id: the last of several."""
         self.memo: dict[int, Any] = {}
         """Source objects by id, and what stands for them: for `deepcopy`."""
         self._layers: dict[tuple[str, NamedArgs], str] = {}
@@ -75,7 +76,7 @@ class Emitter:
         for path in sorted(self._unchanged, key=lambda path: path.count(".")):
             self._clone(path, self._unchanged[path])  # a module comes before its parts, which it brings along
         for node in self._graph:
-            self._values[node.id] = self._emit(node)
+            self.values[node.id] = self._emit(node)
         for fx_node, target, value in self._late:
             fx_node.target = self._attach(target, value)
             owner, name = self._graph.sources["model"], target
@@ -293,7 +294,7 @@ class Emitter:
     def _arg(self, arg: Arg) -> Any:
         match arg:
             case Ref(id):
-                return self._values[id]
+                return self.values[id]
             case tuple():
                 return tuple(self._arg(item) for item in arg)
             case ListArg(items):

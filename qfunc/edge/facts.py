@@ -61,15 +61,23 @@ def bind_inputs(graph: fx.Graph, inputs: Any) -> tuple[Any, ...] | str:
     return given + tuple(node.args[0] for node in _placeholders(graph)[len(given) :])
 
 
+def own_inputs(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, copied where the graph writes in place to memory that may be theirs: batches stay as they are."""
+    if not any(node.aliased for node in graph):
+        return inputs
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _fact(value: Any) -> Fact:
+def fact_of(value: Any) -> Fact:
+    """What there is to tell of a value without its elements; None for what holds no tensor."""
     if isinstance(value, Tensor):
         return TensorFact(tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device))
     if isinstance(value, (tuple, list)):
-        return tuple(_fact(item) for item in value)
+        return tuple(fact_of(item) for item in value)
     return None
 
 
@@ -85,5 +93,5 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.at = n.name
         value = super().run_node(n)
-        self.facts[n.name] = _fact(value)
+        self.facts[n.name] = fact_of(value)
         return value

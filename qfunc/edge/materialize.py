@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy as copying
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -34,6 +36,15 @@ _INTERNAL = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _KEEP = "_user_preserved_attributes"  # what fx's deepcopy carries over
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Emitted:
+    """The module of a graph, and which node of its code gives which value."""
+
+    module: fx.GraphModule
+    values: Mapping[str, fx.Node]
+    """By the ids of the graph's nodes, in their order: the node that gives the value with all that is fused behind."""
+
+
 def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     """A `GraphModule` that computes what the stage describes, with the model's parameter names, attributes and hooks.
 
@@ -48,9 +59,14 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
         The module, or `StaleSource` for source tensors that changed since tracing, `NonFinite` for weights that are to
         be quantized and hold NaN or infinity, `WrongStage`, `UserFunctionFailed`.
     """
-    graph = _graph_of(stage)
+    graph = graph_to_run(stage)
     if graph is None:
-        return Failure(WrongStage(type(stage).__name__, "Graph, Prepared, Calibrated, Converted or Lowered"))
+        return Failure(not_a_stage(stage))
+    return emitted(graph, copy=copy).map(lambda made: made.module)
+
+
+def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
+    """`materialize` of a graph, which also tells where each value is in the module's code."""
     problems = [*check_sources(graph), *stale_modules(graph)]
     if problems:
         return Failure(several(problems))
@@ -68,10 +84,11 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
         unsave = partial(_unsave, names=tuple(emitter.unsaved))
         unsave(module)
         module._register_deepcopy_hook(unsave)
-    return Success(module)
+    return Success(Emitted(module, emitter.values))
 
 
-def _graph_of(stage: object) -> Graph | None:
+def graph_to_run(stage: object) -> Graph | None:
+    """The graph that the module of a stage computes, observers included; None for what is no stage."""
     match stage:
         case Graph():
             return stage
@@ -83,6 +100,11 @@ def _graph_of(stage: object) -> Graph | None:
             return graph
         case _:
             return None
+
+
+def not_a_stage(given: object) -> WrongStage:
+    """What to say of something that has no graph to run."""
+    return WrongStage(type(given).__name__, "Graph, Prepared, Calibrated, Converted or Lowered")
 
 
 def _set_flags(module: fx.GraphModule, graph: Graph) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qfunc import check_host, convert, fuse, lower, prepare, trace, unwrap
 from qfunc.testing import oracle
-from tests.benchmarks import imports, latency, passes, scaling
+from tests.benchmarks import calibration, imports, latency, passes, scaling
 
 needs_oracle = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
@@ -33,6 +33,33 @@ def test_latency(capsys: pytest.CaptureFixture[str]) -> None:
     latency.main(["--models", "squeezenet", "--batches", "1", "2", "--repeats", "1", "--calibration", "1"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^squeezenet +(?:float|qfunc \w+|torch\.ao x86) +[12] ", out, re.MULTILINE)) >= 6, out
+
+
+def test_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    calibration.main(["--smoke"])
+    out = capsys.readouterr().out
+    ways = ("float forward, fused", "MinMax", "Histogram", *(["torch.ao: Histogram"] if oracle.available() else ()))
+    for way in ways:
+        assert re.search(rf"^squeezenet +{way} +-?[\d.]+ +-?[\d.]+ +[\d.-]+$", out, re.MULTILINE), (way, out)
+    assert len(re.findall(r"^squeezenet +MinMax +[12]( +-?[\d.]+){4}$", out, re.MULTILINE)) == 2, out
+    assert re.search(r"^squeezenet +2( +[\d.]+){3} +0\.65$", out, re.MULTILINE), out
+
+
+def test_a_peak_is_of_the_work_alone() -> None:
+    before = calibration.peak(lambda: None)
+    torch.ones(1 << 25).sum()  # 128 MB that are gone again
+    assert calibration.peak(lambda: None) < before + 64
+    assert calibration.peak(lambda: torch.ones(1 << 25).sum()) > before + 100
+    with pytest.raises(RuntimeError, match="ended with"):
+        calibration.peak(lambda: 1 / 0)
+
+
+def test_a_stack_of_blocks_can_be_calibrated() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(calibration.Block(8, 2), calibration.Block(8, 2)).eval(), torch.randn(2, 5, 8)
+    prepared = calibration.prepared_with(calibration.fused_graph(model, x), calibration.MinMax())
+    assert len(prepared.measured) == 2 * 4, "what goes into the layers; three of them share it"
+    calibration._calibrate(prepared, [x])
 
 
 def test_imports(capsys: pytest.CaptureFixture[str]) -> None:
