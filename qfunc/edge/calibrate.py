@@ -11,6 +11,7 @@ from returns.result import Failure, Success
 
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.custom_modules import calibrated_modules
+from qfunc.edge.interpret import Hook
 from qfunc.edge.measure import Options, Progress, measure, wrong_options
 from qfunc.edge.run import Point, Policy, constants
 from qfunc.errors import NoBatches, WrongStage, several
@@ -30,6 +31,7 @@ def calibrate(
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: int = 100,
     callback: Callable[[Progress], object] | None = None,
+    hook: Hook | None = None,
     progress: bool | None = None,
 ) -> R[Calibrated]:
     """The prepared graph together with the statistics of `batches`, a fold over them in order.
@@ -47,12 +49,14 @@ def calibrate(
             goes on behind the batches that it holds: `batches` must give these again first, and are checked to.
         checkpoint_every: after how many batches the checkpoint is written, besides at the end.
         callback: called with a `Progress` after each batch.
+        hook: is shown every value of the graph, as in `interpret`: the batches are run operator by operator then, more
+            slowly, with the same statistics.
         progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:
         The calibrated stage, or `NoBatches`, `BadConfig` for wrong arguments, `BadBatch` for a batch whose structure,
         shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight to quantize, in a batch or in
-        a value computed from it, `UserFunctionFailed` for an iterable, observer or callback that raises,
+        a value computed from it, `UserFunctionFailed` for an iterable, observer, callback or hook that raises,
         `UnsupportedDType` for an observed value that is no floating-point tensor, `BadFile` for a checkpoint that is
         not of this run, `WrongStage`, or what `materialize` reports. An error after the first batch, and Ctrl-C at any
         time, come with an `Interrupted` that holds the statistics so far.
@@ -64,7 +68,7 @@ def calibrate(
     >>> calibrate(prepared, [torch.ones(1, 2), torch.zeros(1, 2)]).unwrap().statistics.batches
     2
     """
-    options = Options(statistics, limit, policy, checkpoint, checkpoint_every, callback, progress)
+    options = Options(statistics, limit, policy, checkpoint, checkpoint_every, callback, hook, progress)
     stage = () if isinstance(prepared, Prepared) else (WrongStage(type(prepared).__name__, "Prepared"),)
     problems = [*stage, *not_batches(batches), *wrong_options(options)]
     if problems:

@@ -96,7 +96,7 @@ class Interpreter:
         if isinstance(inputs, str):
             return Failure(BadBatch(0, inputs))
         try:
-            return Success(self.forward(inputs, None if hook is None else self._guarded(hook)))
+            return Success(self.forward(inputs, None if hook is None else self.guarded(hook)))
         except (NodeError, ObserverError) as error:
             return Failure(error.problem)
         except Exception as error:  # noqa: BLE001 - what is left are hooks of the model itself, the user's code
@@ -153,8 +153,8 @@ class Interpreter:
             return type(self.module.get_submodule(str(at.target))).__name__
         return str(getattr(at.target, "__name__", at.target))
 
-    def _guarded(self, hook: Hook) -> Hook:
-        """The hook, whose exceptions are told at the node it was called for."""
+    def guarded(self, hook: Hook) -> Hook:
+        """The hook, whose exceptions become a `NodeError` at the node it was called for."""
 
         def call(id: str, value: Any) -> None:
             try:

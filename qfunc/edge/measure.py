@@ -18,9 +18,10 @@ from qfunc.config.weights import weights_of
 from qfunc.edge.checkpoint import resumed, save
 from qfunc.edge.content import weights_digest
 from qfunc.edge.evaluate import unquantizable
-from qfunc.edge.materialize import materialize
+from qfunc.edge.interpret import Hook, Interpreter
+from qfunc.edge.materialize import emitted, materialize
 from qfunc.edge.progress import tracked
-from qfunc.edge.run import POLICIES, Point, Policy, Run
+from qfunc.edge.run import POLICIES, Execute, Point, Policy, Run
 from qfunc.errors import (
     BadConfig,
     BadFile,
@@ -34,6 +35,7 @@ from qfunc.errors import (
 )
 from qfunc.ir import structure_digest
 from qfunc.params import loads
+from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
 from qfunc.result import R
@@ -60,6 +62,7 @@ class Options:
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: int = 100
     callback: Callable[[Progress], object] | None = None
+    hook: Hook | None = None
     progress: bool | None = None
 
 
@@ -74,8 +77,9 @@ def wrong_options(options: Options) -> Iterator[Problem]:
             yield BadConfig(name, f"{value!r:.40} is no number of batches", f"give a positive {name}")
     if not isinstance(options.checkpoint, (str, PathLike, type(None))):
         yield BadConfig("checkpoint", f"{options.checkpoint!r:.40} is no path", "give the path of a file")
-    if options.callback is not None and not callable(options.callback):
-        yield BadConfig("callback", f"{options.callback!r:.40} cannot be called", "give a function of one argument")
+    for name, function, takes in (("callback", options.callback, "a Progress"), ("hook", options.hook, "id and value")):
+        if function is not None and not callable(function):
+            yield BadConfig(name, f"{function!r:.40} cannot be called", f"give a function of {takes}")
 
 
 def measure(
@@ -85,10 +89,10 @@ def measure(
     problems = [*_nonfinite_weights(prepared), *_beyond_statistics(prepared, options)]
     if problems:
         return Failure(several(problems))
-    made = materialize(prepared)
+    made = _runner(prepared, options.hook)
     if isinstance(made, Failure):
         return made
-    module = made.unwrap()
+    module, execute = made.unwrap()
     fresh = Statistics(structure_digest(prepared.graph), weights_digest(prepared.graph))
     earlier = fresh if options.statistics is None else options.statistics
     problems += differences(fresh, earlier)
@@ -99,9 +103,22 @@ def measure(
         return start
     with ThreadPoolExecutor(max_workers=1) as pool:
         point = start.unwrap()
-        run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=lambda inputs: module(*inputs))
+        run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=execute)
         error = _Loop(run, prepared, point, earlier, options).over(batches, total)
     return Success((run.point(), module)) if error is None else Failure(error)
+
+
+def _runner(prepared: Prepared, hook: Hook | None) -> R[tuple[fx.GraphModule, Execute]]:
+    """The module that observes, and what runs it: its code, or, with a hook, the interpreter, which shows it values."""
+    if hook is None:
+        return materialize(prepared).map(lambda module: (module, lambda inputs: module(*inputs)))
+    graph = with_observers(prepared)
+
+    def shown(made: Interpreter) -> Execute:
+        guarded = made.guarded(lambda id, value: hook(id, value) if id in prepared.graph.nodes else None)
+        return lambda inputs: made.forward(inputs, guarded)
+
+    return emitted(graph).map(lambda made: Interpreter(graph, made)).map(lambda made: (made.module, shown(made)))
 
 
 _CTRL_C = "Ctrl-C ended calibration"

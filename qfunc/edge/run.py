@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from qfunc.edge.content import batch_digest
-from qfunc.edge.facts import bind_inputs
+from qfunc.edge.facts import bind_inputs, own_inputs
+from qfunc.edge.interpret import NodeError
 from qfunc.edge.observer import ObserverError, ObserverModule
 from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, several, told
 from qfunc.ir import Graph, Node, TensorFact
@@ -23,6 +24,9 @@ Policy: TypeAlias = Literal["fail", "skip", "clip"]
 """What is done about NaN, infinity and empty batches: an error, leave the batch out, or clip the values."""
 
 POLICIES: tuple[Policy, ...] = ("fail", "skip", "clip")
+
+Execute: TypeAlias = Callable[[tuple[Any, ...]], Any]
+"""Runs a module that observes on inputs that are bound to its parameters."""
 
 BINDING = (
     "pass a tensor, a tuple of inputs or a dict of keyword inputs for each batch; of batches (inputs, labels), pass "
@@ -60,7 +64,7 @@ class _Folded:
 class Run:
     """Observers that go on from a point; it moves on by whole batches, in one assignment, so that it can stop anywhere.
 
-    `execute` runs the module on bound inputs. `pool` has a thread for the digests of batches, which take about as long
+    `pool` has a thread for the digests of batches, which take about as long
     as reading the data once.
     """
 
@@ -72,7 +76,7 @@ class Run:
         *,
         policy: Policy,
         pool: Executor,
-        execute: Callable[[tuple[Any, ...]], Any],
+        execute: Execute,
     ) -> None:
         self._graph, self._inputs = prepared.graph, module.graph
         # What custom modules have observed cannot be taken back.
@@ -159,7 +163,9 @@ class Run:
             observer.clips = clips
         try:
             with torch.no_grad():
-                self._execute(_kept(self._graph, inputs))
+                self._execute(own_inputs(self._graph, inputs))
+        except NodeError as error:
+            return error.problem
         except ObserverError as error:
             problem = error.problem
             nodes = self._graph.nodes
@@ -218,13 +224,6 @@ def _raised_in(error: Exception) -> str:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
-
-
-def _kept(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs, copied where the model writes in place to memory that may be theirs: batches stay as they are."""
-    if not any(node.aliased for node in graph):
-        return inputs
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 
 def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ from qfunc import (
     unwrap,
 )
 from qfunc.edge.progress import tracked
-from qfunc.errors import BadBatch, Interrupted
+from qfunc.errors import BadBatch, Interrupted, UserFunctionFailed
 from qfunc.ir import digest
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.testing import same_bits
@@ -202,6 +202,21 @@ def test_an_error_after_the_first_batch_carries_what_was_measured() -> None:
     assert isinstance(bad, BadBatch)
     assert isinstance(kept, Interrupted)
     assert kept.statistics == unwrap(calibrate(Prepared.one, A[:1])).statistics
+
+
+def test_the_interpreter_measures_the_same_and_shows_every_value() -> None:
+    prepared, batches, shown = two(), list(zip(A, B, strict=True)), []
+    found = unwrap(calibrate(prepared, batches, hook=lambda id, _: shown.append(id)))
+    assert found == unwrap(calibrate(prepared, batches))
+    assert shown == list(prepared.graph.order) * 3
+
+    def raising(id: str, _: object) -> None:
+        if id == "mul":
+            raise KeyError("mine")
+
+    error = calibrate(prepared, batches, hook=raising).failure()
+    assert isinstance(error, UserFunctionFailed)
+    assert "KeyError: 'mine'" in error.reason
 
 
 # Progress -------------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def folded(prepared: Prepared, batches: list[Any]) -> dict[str, Any]:
 
 def state_of(calibrated: Calibrated, site: Site) -> Any:
     """What `calibrate` keeps of a site."""
-    return calibrated.statistics.states[site.key]
+    return calibrated.statistics.state(site.folds)
 
 
 @each_architecture
