@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pyrsistent import PMap, pmap
 
@@ -24,6 +24,12 @@ class Opaque:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copy of the object would be another object
 
 
 class Source:
@@ -61,6 +67,12 @@ class Source:
 
     def __hash__(self) -> int:
         return id(self.model)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied graph is of the same model, and costs no weights
 
     def __repr__(self) -> str:
         return f"Source({self.title})"
