@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import io
-import pickle  # noqa: S403 - what pickles hold is the caller's own
+import pickle
 import weakref
 from collections.abc import Callable, Mapping
 from types import FunctionType, ModuleType
@@ -93,6 +93,8 @@ class _Pickler(pickle.Pickler):
                 return "memory", self._memory(obj._untyped_storage), obj.dtype
             case torch.UntypedStorage():
                 return "memory", self._memory(obj), None
+            case _Memory():
+                return "memory", self._memory(obj.storage), None
             case _:
                 return None
 
@@ -119,13 +121,13 @@ class _Unpickler(pickle.Unpickler):
 class _Memory:
     """The memory of tensors, of which a pickler sees the bytes."""
 
-    __slots__ = ("_storage",)
+    __slots__ = ("storage",)
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._storage = storage
+        self.storage = storage
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes, str]]:
-        storage = self._storage
+        storage = self.storage
         tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
         # To ask for the ordinary address would be to announce a write, and end the sharing of the memory.
         address = _ADDRESS(tensor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import pickle  # noqa: S403 - `unpack` says whom to trust
+import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 from returns.result import Failure, Success
@@ -45,8 +47,12 @@ def pack(stage: Stage) -> R[bytes]:
     try:
         return Success(pickle.dumps(stage, protocol=pickle.HIGHEST_PROTOCOL))
     except Exception as error:  # noqa: BLE001 - what a user's object raises when it is pickled is the user's code
-        found = _Search().problems(type(stage).__name__, stage)
-        return Failure(several(found or [_problem(type(stage).__name__, error)]))
+        place = type(stage).__name__
+        try:
+            found = _Search().problems(place, stage)
+        except RecursionError:
+            found = None
+        return Failure(several(found or [_problem(place, error)]))
 
 
 def unpack(data: bytes) -> R[Stage]:
@@ -79,7 +85,7 @@ _REMEDY = (
 
 
 def _problem(place: str, error: Exception) -> Problem:
-    return UserFunctionFailed(place, f"it cannot be pickled: {told(error)}", _REMEDY)
+    return UserFunctionFailed(place or "model", f"it cannot be pickled: {told(error)}", _REMEDY)
 
 
 class _Search:
@@ -116,34 +122,50 @@ def _refusal(value: Any) -> Exception | None:
 def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a value and where they are: of a model by their paths, of a stage by the names of its fields."""
     match value:
-        case type():
+        case type() | FunctionType() | ModuleType():
             return
         case Source(model=model, original=original):
             yield "", model
             yield "", original
         case Opaque(value=held):
             yield place, held
-        case Graph():
-            yield place, value.sources["model"]
-            yield from ((_user(value, token, place), held) for token, held in value.objects.items())
-            yield from _fields(place, value)
         case Mapping():
             for key, item in value.items():
                 yield f"{place}[{key!r}]", key
                 yield f"{place}[{key!r}]", item
         case tuple() | list() | set() | frozenset():
             yield from ((f"{place}[{index}]", item) for index, item in enumerate(value))
+        case _:
+            yield place, type(value)
+            yield from _held(place, value)
+
+
+def _held(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, by attribute."""
+    state = {each.name: getattr(value, each.name) for each in fields(value)} if is_dataclass(value) else _state(value)
+    match value:
         case nn.Module():
-            yield from ((_joined(place, name), child) for name, child in value._modules.items())
-            yield from ((_joined(place, name), item) for name, item in vars(value).items() if name != "_modules")
-        case _ if is_dataclass(value):
-            yield from _fields(place, value)
-        case _ if hasattr(value, "__dict__"):
-            yield from ((_joined(place, name), item) for name, item in vars(value).items())
+            state.pop("_graph", None)  # of an fx module: it is pickled as its code
+            state = {**state.pop("_modules", {}), **state}
+        case Graph():
+            for source in value.sources.values():
+                yield place, source
+            yield from ((_user(value, token, place), held) for token, held in value.objects.items())
+        case _:
+            pass
+    yield from ((_joined(place, name), item) for name, item in state.items())
 
 
-def _fields(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    return ((_joined(place, each.name), getattr(value, each.name)) for each in fields(value))
+def _state(value: object) -> dict[str, Any]:
+    """What of an object is pickled, by attribute; nothing where it is not known."""
+    try:
+        state = value.__getstate__()
+    except Exception:  # noqa: BLE001 - the user's code; the object itself is told then
+        return {}
+    found: dict[str, Any] = {}
+    for part in state if isinstance(state, tuple) else (state,):
+        found.update(part if isinstance(part, dict) else {})
+    return found
 
 
 def _joined(place: str, name: str) -> str:
@@ -152,5 +174,5 @@ def _joined(place: str, name: str) -> str:
 
 def _user(graph: Graph, token: str, place: str) -> str:
     """The place of the first node that uses an object."""
-    found = (node.place for node in graph if f"${token}" in f"{node!r}")
-    return next(found, f"{place}.objects[{token!r}]")
+    use = re.compile(rf"\${re.escape(token)}(?![\w.])")
+    return next((node.place for node in graph if use.search(repr(node))), f"{place}.objects[{token!r}]")

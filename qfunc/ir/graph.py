@@ -40,6 +40,7 @@ class Source:
     `tensors` maps each dotted name to the tensor it had when the graph was traced, with a fingerprint of its state, so
     that a later change can be told. Where modules were replaced before tracing, `model` is a copy that shares its other
     modules with `original`, and `replaced` maps the path of each to the module it stood for and that one's tensors.
+    A copied graph is of the same model; how one is pickled, the edge says, which alone can read tensors.
     """
 
     __slots__ = ("model", "original", "replaced", "tensors", "title")
