@@ -34,12 +34,12 @@ def pack(stage: Stage) -> R[bytes]:
         of the model by its path, an object of the graph by the place that uses it, a part of a configuration by name.
 
     >>> from qfunc import trace
-    >>> stage = trace(nn.Sequential(nn.Linear(2, 3))).unwrap()
-    >>> pack(stage).bind(unpack).unwrap().order
+    >>> model = nn.Sequential(nn.Linear(2, 3)).eval()
+    >>> graph = trace(model).unwrap()
+    >>> pack(graph).bind(unpack).unwrap().order
     ('input_1', '_0', 'output')
-    >>> stage = trace(nn.Sequential(nn.Linear(2, 3)).requires_grad_(False).eval()).unwrap()
-    >>> stage.sources["model"].model.scaled = lambda x: 2 * x
-    >>> pack(stage).failure().node
+    >>> model.scaled = lambda x: 2 * x
+    >>> pack(graph).failure().node
     'scaled'
     """
     if not isinstance(stage, _STAGES):

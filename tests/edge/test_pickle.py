@@ -1,4 +1,4 @@
-"""Stages in pickles: what arrives is the same program on the same weights, as fresh as it was, and nothing else changes."""
+"""Stages in pickles: what arrives is the same program on the same weights, as fresh as it was when it left."""
 
 from __future__ import annotations
 
