@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qfunc.edge.carry import Carried, carried_model
 from qfunc.ir import Source
 
 
@@ -99,7 +101,63 @@ def source_of(
     originals = {
         path: (module, tuple(tensor for _, tensor in named_tensors(module))) for path, module in replaced.items()
     }
-    return Source(model, type(model).__name__, MappingProxyType(table), original, MappingProxyType(originals))
+    return ModelSource(model, type(model).__name__, MappingProxyType(table), original, MappingProxyType(originals))
+
+
+class ModelSource(Source):
+    """A source that can be pickled: as fresh where it arrives as it was where it left."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
+        model = carried_model(self.model, self.original, self.replaced)
+        # A tensor that the model still has comes with the model; one that it does not have comes along.
+        others = {name: t for name, (t, _) in self.tensors.items() if _attribute(self.model, name) is not t}
+        states = {name: _state_to_carry(self, name) for name in self.tensors}
+        return _arrived, (model, self.title, states, Carried(others))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outdated:
+    """The state of a tensor that had changed when its source was pickled: equal to no state that a tensor can have."""
+
+    before: object
+
+
+_CURRENT = "current"
+
+
+def _state_to_carry(source: Source, name: str) -> object:
+    """What the state becomes: it holds identities of this process."""
+    _, before = source.tensors[name]
+    if before is None or isinstance(before, _Outdated):
+        return before
+    return _CURRENT if is_current(source, name) else _Outdated(_plain(before))
+
+
+def _plain(state: Any) -> object:
+    """A state in which a number stands for each identity."""
+    if isinstance(state, StorageWeakRef):
+        return state.cdata
+    return tuple(map(_plain, state)) if isinstance(state, tuple) else state
+
+
+def _arrived(
+    parts: tuple[nn.Module, nn.Module | None, Mapping[str, Any]],
+    title: str,
+    states: Mapping[str, object],
+    others: Mapping[str, Tensor],
+) -> Source:
+    """The source that was pickled, of the model that came with it: tensors that were current are so again."""
+    model, original, replaced = parts
+    table: dict[str, tuple[Tensor, object]] = {}
+    for name, state in states.items():
+        tensor = others[name] if name in others else _attribute(model, name)
+        if not isinstance(tensor, Tensor):  # the user's own way of pickling left it out
+            table[name] = torch.empty(0, device="meta"), _Outdated("")
+        else:
+            table[name] = tensor, _state(model, name, tensor) if state == _CURRENT else state
+    return ModelSource(model, title, MappingProxyType(table), original, MappingProxyType(dict(replaced)))
 
 
 def share(tensor: Tensor) -> Tensor:

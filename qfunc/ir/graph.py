@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pyrsistent import PMap, pmap
 
@@ -25,6 +25,12 @@ class Opaque:
     def __hash__(self) -> int:
         return id(self.value)
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copy of the object would be another object
+
 
 class Source:
     """A model that tensors and modules are read from, held by identity.
@@ -34,6 +40,7 @@ class Source:
     `tensors` maps each dotted name to the tensor it had when the graph was traced, with a fingerprint of its state, so
     that a later change can be told. Where modules were replaced before tracing, `model` is a copy that shares its other
     modules with `original`, and `replaced` maps the path of each to the module it stood for and that one's tensors.
+    A copied graph is of the same model; how one is pickled, the edge says, which alone can read tensors.
     """
 
     __slots__ = ("model", "original", "replaced", "tensors", "title")
@@ -61,6 +68,12 @@ class Source:
 
     def __hash__(self) -> int:
         return id(self.model)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied graph is of the same model, and costs no weights
 
     def __repr__(self) -> str:
         return f"Source({self.title})"
