@@ -43,12 +43,15 @@ from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer, layers
 from qfunc.edge.attention import decomposed_attention
 from qfunc.edge.calibrate import calibrate
+from qfunc.edge.distributed import calibrate_distributed
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
 from qfunc.edge.host import check_host
 from qfunc.edge.interpret import interpret
 from qfunc.edge.materialize import materialize
 from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
+from qfunc.edge.sharded import calibrate_sharded
+from qfunc.edge.ship import pack, unpack
 from qfunc.edge.trace import trace
 from qfunc.errors import QuantError, render
 from qfunc.match import MatchAllNode, Pattern, Step
@@ -127,6 +130,8 @@ __all__ = [
     "Unshared",
     "annotate",
     "calibrate",
+    "calibrate_distributed",
+    "calibrate_sharded",
     "check_host",
     "combine",
     "compare",
@@ -149,11 +154,13 @@ __all__ = [
     "lower",
     "materialize",
     "observed_lstm",
+    "pack",
     "prepare",
     "quantize",
     "quantized_lstm",
     "render",
     "to_json",
     "trace",
+    "unpack",
     "unwrap",
 ]

@@ -91,13 +91,16 @@ class BadBatch:
         return f"batch {self.index}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Interrupted:
-    """Calibration ended before its batches did; `statistics` are of the `batches` that it had measured."""
+    """Calibration ended before its batches did; `statistics` are of those that it had measured of the `batches` read."""
 
     batches: int
     statistics: Any
     cause: str
+
+    def __hash__(self) -> int:
+        return hash((self.batches, self.cause))
 
     @property
     def node(self) -> str:

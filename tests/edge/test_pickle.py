@@ -43,6 +43,7 @@ from qfunc.errors import BadConfig, Problem, Several, StaleSource, UserFunctionF
 from qfunc.ir import Graph, digest, to_text
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.passes.stages import Calibrated, Prepared
+from qfunc.passes.statistics import Statistics
 from qfunc.testing import same_bits
 from qfunc.testing.walk import Case, Walk, fingerprint, walk
 from tests.custom.test_custom_modules import GAIN
@@ -494,7 +495,7 @@ def test_cloudpickle_carries_what_plain_pickle_cannot() -> None:
 def an_error(cls: type) -> Any:
     """An error of a type, each field filled by its own type."""
     types = typing.get_type_hints(cls)
-    filled = {str: "a name", int: 3, tuple[str, ...]: ("one", "two")}
+    filled = {str: "a name", int: 3, float: 0.5, tuple[str, ...]: ("one", "two"), Any: Statistics("a digest")}
     return cls(*(filled[types[each.name]] for each in fields(cls)))
 
 
@@ -536,4 +537,4 @@ def test_sites_and_statistics_pickle() -> None:
     assert again(stage.prepared.sites) == stage.prepared.sites
     assert again(stage.statistics) == stage.statistics
     arrived = again(stage)
-    assert {site.key for site in arrived.prepared.measured} == set(arrived.statistics.states)
+    assert {fold.key for fold in arrived.prepared.folds} == set(arrived.statistics.measured)
