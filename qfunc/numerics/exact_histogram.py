@@ -134,6 +134,8 @@ def _bounds(seen: RangeState) -> tuple[float, float]:
 
 def _exponent(low: float, high: float, bins: int) -> int:
     """The least exponent at which the window of `[low, high]`, which holds zero, has at most `bins` bins."""
+    if low == high:
+        return LEAST_EXPONENT
     # (high - low) / 2**exponent is less than bins + 1, so that none below this one will do
     exponent = max(math.frexp(high - low)[1] - 1 - bins.bit_length(), LEAST_EXPONENT)
     while math.trunc(math.ldexp(high, -exponent)) - math.trunc(math.ldexp(low, -exponent)) >= bins:
