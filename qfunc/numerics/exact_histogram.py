@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,15 +31,6 @@ LEAST_EXPONENT = -149
 
 _BLOCK = 1 << 17
 """How many values are counted at a time: few enough to stay in the cache between the operations."""
-
-_SMALL_BLOCK = (1 << 15) - 1
-"""The same on several threads: torch splits no operation on so few values over threads of its own."""
-
-_MANY = 1 << 19
-"""From how many values on several threads count."""
-
-_MOST_THREADS = 8
-"""More would wait for the interpreter."""
 
 _JOIN = MinMaxStatistic()
 
@@ -105,7 +94,7 @@ class ExactHistogramStatistic:
         seen = _JOIN.update(RangeState.unobserved(), tensor)
         joined = _with_range(self.bins, _joined(state.range, seen), (state,))
         if _finite(joined.range):
-            _count_into(joined, tensor.detach(), self.stride)
+            joined.counts.add_(_counted(tensor.detach(), self.stride, joined))
         return joined
 
     def merge(self, a: ExactHistogramState, b: ExactHistogramState) -> ExactHistogramState:
@@ -161,32 +150,18 @@ def _with_range(bins: int, seen: RangeState, states: Iterable[ExactHistogramStat
     return ExactHistogramState(counts, exponent, seen)
 
 
-def _count_into(state: ExactHistogramState, tensor: Tensor, stride: int) -> None:
-    """Adds every stride-th value of a tensor, all of which lie in the range, to the counts."""
-    workers = min(torch.get_num_threads(), _MOST_THREADS) if tensor.numel() > _MANY else 1
-    size = (_BLOCK if workers == 1 else _SMALL_BLOCK) * min(stride, 16)
-    blocks = tuple(blocks_in_memory_order(tensor, size))
-    # blocks are views: they are flattened, which may copy, one after the other where they are counted
-    starts = accumulate((block.numel() for block in blocks), initial=0)
-    work = [(block, -start % stride) for block, start in zip(blocks, starts, strict=False)]
-    if workers == 1:
-        state.counts.add_(_counted(work, stride, state))
-        return
-    with ThreadPoolExecutor(workers) as threads:
-        for part in threads.map(lambda i: _counted(work[i::workers], stride, state), range(workers)):
-            state.counts.add_(part)
-
-
-def _counted(work: Iterable[tuple[Tensor, int]], stride: int, state: ExactHistogramState) -> Tensor:
-    """How many values of some blocks lie in each bin, of every stride-th from an offset on."""
+def _counted(tensor: Tensor, stride: int, state: ExactHistogramState) -> Tensor:
+    """How many of every stride-th value of a tensor, all of which lie in the range of a state, are in each bin."""
     first, bins = state.first, state.counts.numel()
     total = torch.zeros(bins, dtype=torch.int64)
     scales = _scales(state.exponent)
-    for block, offset in work:
-        places = block.reshape(-1)[offset::stride].to(torch.float32)
+    seen = 0
+    for block in blocks_in_memory_order(tensor, _BLOCK * min(stride, 16)):
+        places = block.reshape(-1)[-seen % stride :: stride].to(torch.float32)
         for scale in scales:
             places = places * scale
         total += torch.bincount(places.to(torch.int16).sub_(first), minlength=bins)
+        seen += block.numel()
     return total
 
 
