@@ -61,6 +61,8 @@ from qfunc.numerics.observers import (
     PerChannelMinMax,
 )
 from qfunc.numerics.qparams import QParams, QuantSpec
+from qfunc.numerics.recording import Recording
+from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.passes.annotate import annotate
 from qfunc.passes.convert import convert
@@ -97,6 +99,7 @@ __all__ = [
     "Description",
     "Dynamic",
     "Edge",
+    "Entropy",
     "FakeQuantize",
     "FixedQParams",
     "FusionReport",
@@ -104,6 +107,7 @@ __all__ = [
     "KeepFloat",
     "Lowered",
     "MatchAllNode",
+    "MeanSquaredError",
     "MinMax",
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
@@ -111,6 +115,7 @@ __all__ = [
     "OperatorConfig",
     "Pattern",
     "PerChannelMinMax",
+    "Percentile",
     "Prepared",
     "QConfig",
     "QConfigMapping",
@@ -119,6 +124,7 @@ __all__ = [
     "QuantException",
     "QuantSpec",
     "R",
+    "Recording",
     "ReuseInput",
     "SharedWith",
     "Standalone",

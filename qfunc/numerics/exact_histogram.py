@@ -1,14 +1,14 @@
 """A histogram on a fixed dyadic grid, whose states join exactly.
 
 Value x lies in the bin of index `trunc(x / 2**exponent)`, rounded toward zero: bin 0 holds the values between
-`-2**exponent` and `2**exponent` and is of double width, every other bin is `2**exponent` wide. Since truncation twice is
-truncation once,
+`-2**exponent` and `2**exponent` and is of double width, every other bin is `2**exponent` wide. Since truncation twice
+is truncation once,
 
     trunc(x / 2**(e + d)) = trunc(trunc(x / 2**e) / 2**d)
 
-counts at a coarser exponent are exactly those that the data would have given. The exponent is the least one, of at least
--149, for which the window of indexes from that of min(minimum, 0) to that of max(maximum, 0) has at most `bins` bins. It
-depends on the range alone, so that a state depends on nothing but which values were seen, how often each.
+counts at a coarser exponent are exactly those that the data would have given. The exponent is the least one, of at
+least -149, for which the window of indexes from that of min(minimum, 0) to that of max(maximum, 0) has at most `bins`
+bins. It depends on the range alone, so that a state depends on nothing but which values were seen, how often each.
 
 A float32 has no digit below 2**-149, and multiplying by a power of two rounds only what becomes subnormal, which is
 truncated to zero either way: indexes are exact.
@@ -156,7 +156,7 @@ def _counted(tensor: Tensor, stride: int, state: ExactHistogramState) -> Tensor:
     total = torch.zeros(bins, dtype=torch.int64)
     scales = _scales(state.exponent)
     seen = 0
-    for block in blocks_in_memory_order(tensor, _BLOCK * min(stride, 16)):
+    for block in blocks_in_memory_order(tensor, _BLOCK * min(stride, 4)):
         places = block.reshape(-1)[-seen % stride :: stride].to(torch.float32)
         for scale in scales:
             places = places * scale

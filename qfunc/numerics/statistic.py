@@ -258,7 +258,7 @@ def blocks_in_memory_order(tensor: Tensor, size: int) -> Iterator[Tensor]:
     [[0, 2, 4], [6]]
     """
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(size)
+        yield from torch.split(tensor.view(-1), size)
         return
     strides = tensor.stride()
     ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
@@ -269,9 +269,9 @@ def _blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
     """The values in the order of the axes, which are at least one."""
     row = math.prod(tensor.shape[1:])
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(size)
+        yield from torch.split(tensor.view(-1), size)
     elif row <= size:
-        yield from tensor.split(max(size // row, 1))
+        yield from torch.split(tensor, max(size // row, 1))
     else:
         for part in tensor:
             yield from _blocks(part, size)
