@@ -65,6 +65,8 @@ from qfunc.numerics.observers import (
     PerChannelMinMax,
 )
 from qfunc.numerics.qparams import QParams, QuantSpec
+from qfunc.numerics.recording import Recording
+from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.passes.annotate import annotate
 from qfunc.passes.convert import convert
@@ -101,6 +103,7 @@ __all__ = [
     "Description",
     "Dynamic",
     "Edge",
+    "Entropy",
     "FakeQuantize",
     "FixedQParams",
     "FusionReport",
@@ -108,6 +111,7 @@ __all__ = [
     "KeepFloat",
     "Lowered",
     "MatchAllNode",
+    "MeanSquaredError",
     "MinMax",
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
@@ -115,6 +119,7 @@ __all__ = [
     "OperatorConfig",
     "Pattern",
     "PerChannelMinMax",
+    "Percentile",
     "Prepared",
     "QConfig",
     "QConfigMapping",
@@ -123,6 +128,7 @@ __all__ = [
     "QuantException",
     "QuantSpec",
     "R",
+    "Recording",
     "ReuseInput",
     "SharedWith",
     "Standalone",

@@ -25,6 +25,8 @@ from qfunc.match import Anything, Constant, MatchAllNode, Pattern, Step
 from qfunc.numerics import observers
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.recording import Recording
+from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.ops import FORMS, resolve
 
@@ -177,16 +179,22 @@ SPEC = Record(
     {"dtype": TEXT, "quant_min": INT, "quant_max": INT, "qscheme": TEXT, "ch_axis": Maybe(INT), "eps": FLOAT},
 )
 
+_SEARCHED = {"bins": INT, "stride": INT}
+
 OBSERVERS: Mapping[str, Record] = MappingProxyType(
     {
+        "Entropy": Record(Entropy, {"spec": SPEC, **_SEARCHED}),
         "FixedQParams": Record(observers.FixedQParams, {"spec": SPEC, "scale": FLOAT, "zero_point": INT}),
         "Histogram": Record(observers.Histogram, {"spec": SPEC, "bins": INT, "upsample_rate": INT}),
+        "MeanSquaredError": Record(MeanSquaredError, {"spec": SPEC, **_SEARCHED}),
         "MinMax": Record(observers.MinMax, {"spec": SPEC}),
         "MovingAverageMinMax": Record(observers.MovingAverageMinMax, {"spec": SPEC, "averaging_constant": FLOAT}),
         "MovingAveragePerChannelMinMax": Record(
             observers.MovingAveragePerChannelMinMax, {"spec": SPEC, "averaging_constant": FLOAT}
         ),
         "PerChannelMinMax": Record(observers.PerChannelMinMax, {"spec": SPEC}),
+        "Percentile": Record(Percentile, {"spec": SPEC, "percentile": FLOAT, **_SEARCHED}),
+        "Recording": Record(Recording, {"spec": SPEC}),
     }
 )
 """qfunc's observers by the names of their classes."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qfunc.errors import BadConfig, Problem, told
+from qfunc.numerics.folding import Folding
 from qfunc.numerics.histogram import best_range
 from qfunc.numerics.qparams import UINT8, QParams, QuantSpec, qparams_of_range, validate
+from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.statistic import (
     HistogramState,
     HistogramStatistic,
@@ -57,26 +59,7 @@ class Observer(Protocol[State]):
         ...
 
 
-class _Folding(Generic[State]):
-    """`init` and `update` of the statistic."""
-
-    __slots__ = ()
-
-    @property
-    def statistic(self) -> Statistic[State]:
-        """What is measured; observers with equal statistics share one state."""
-        raise NotImplementedError
-
-    def init(self) -> State:
-        """The state before any tensor."""
-        return self.statistic.init()
-
-    def update(self, state: State, tensor: Tensor) -> State:
-        """The state after `tensor`; an empty tensor changes nothing."""
-        return self.statistic.update(state, tensor)
-
-
-class _OfRange(_Folding[RangeState]):
+class _OfRange(Folding[RangeState]):
     """The qparams of the measured range, all of it."""
 
     __slots__ = ()
@@ -158,7 +141,7 @@ class MovingAveragePerChannelMinMax(_OfRange):
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram(_Folding[HistogramState]):
+class Histogram(Folding[HistogramState]):
     """The part of the range that is best to quantize in the mean-square sense, by search over a histogram.
 
     The algorithm is that of `qfunc.numerics.histogram`; like torch.ao's, it counts on all the levels of the dtype even
@@ -185,7 +168,7 @@ class Histogram(_Folding[HistogramState]):
 
 
 @dataclass(frozen=True, slots=True)
-class FixedQParams(_Folding[NoState]):
+class FixedQParams(Folding[NoState]):
     """Qparams known beforehand, such as those of a sigmoid's output: nothing is measured.
 
     >>> FixedQParams(QuantSpec(), 1 / 256, 0).finish(NoState()).scale.item()
@@ -267,7 +250,15 @@ def is_hashable(value: object) -> bool:
 def _scheme_problems(observer: object) -> Iterator[Problem]:
     name = type(observer).__name__
     match observer:
-        case MinMax() | MovingAverageMinMax() | Histogram() | FixedQParams() if observer.spec.per_channel:
+        case (
+            MinMax()
+            | MovingAverageMinMax()
+            | Histogram()
+            | FixedQParams()
+            | Percentile()
+            | MeanSquaredError()
+            | Entropy()
+        ) if observer.spec.per_channel:
             reason = f"{name} measures whole tensors, the qscheme {observer.spec.qscheme} is per channel"
             yield BadConfig(name, reason, "use a per-channel observer or a per_tensor qscheme")
         case PerChannelMinMax() | MovingAveragePerChannelMinMax() if not observer.spec.per_channel:
@@ -280,6 +271,9 @@ _PARAMETERS: Mapping[str, tuple[tuple[str, type | tuple[type, ...]], ...]] = Map
         "MovingAverageMinMax": (("averaging_constant", (int, float)),),
         "MovingAveragePerChannelMinMax": (("averaging_constant", (int, float)),),
         "Histogram": (("bins", int), ("upsample_rate", int)),
+        "Percentile": (("percentile", (int, float)), ("bins", int), ("stride", int)),
+        "MeanSquaredError": (("bins", int), ("stride", int)),
+        "Entropy": (("bins", int), ("stride", int)),
         "FixedQParams": (("scale", (int, float)), ("zero_point", int)),
     }
 )
@@ -298,9 +292,20 @@ def _parameter_problems(observer: object) -> Iterator[Problem]:
             yield BadConfig(name, f"averaging_constant {c} is not in (0, 1]", "choose a constant such as 0.01")
         case Histogram(_, bins, rate) if bins < 2 or rate < 1:
             yield BadConfig(name, f"{bins} bins, upsample_rate {rate}", "use at least 2 bins and a rate of at least 1")
+        case Percentile() | MeanSquaredError() | Entropy():
+            yield from _search_problems(observer)
         case FixedQParams(spec, scale, zero_point):
             if not limits.tiny <= scale <= limits.max:
                 yield BadConfig(name, f"{scale} is not a scale", "choose a positive, normal float32 number")
             if not spec.quant_min <= zero_point <= spec.quant_max:
                 reason = f"zero_point {zero_point} is outside of {spec.quant_min}..{spec.quant_max}"
                 yield BadConfig(name, reason, "choose a zero point within the range of the spec")
+
+
+def _search_problems(observer: Percentile | MeanSquaredError | Entropy) -> Iterator[Problem]:
+    name, bins, stride = type(observer).__name__, observer.bins, observer.stride
+    if isinstance(observer, Percentile) and not 50 < observer.percentile <= 100:
+        yield BadConfig(name, f"percentile {observer.percentile} is not in (50, 100]", "choose one such as 99.99")
+    if not 2 <= bins <= 2**15 or stride < 1:
+        reason = f"{bins} bins, stride {stride}"
+        yield BadConfig(name, reason, "use from 2 to 32768 bins and a stride of at least 1")

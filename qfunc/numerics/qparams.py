@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -102,6 +102,16 @@ class QuantSpec:
     def symmetric(self) -> bool:
         """Whether the zero point is fixed in the middle."""
         return str(self.qscheme).endswith("symmetric")
+
+    @property
+    def reduced(self) -> QuantSpec:
+        """The same with one bit less, for kernels that may overflow with all: both limits halved, rounded down.
+
+        >>> spec = INT8.reduced
+        >>> spec.quant_min, spec.quant_max, UINT8.reduced == UINT8_REDUCED
+        (-64, 63, True)
+        """
+        return replace(self, quant_min=self.quant_min // 2, quant_max=self.quant_max // 2)
 
 
 UINT8 = QuantSpec()

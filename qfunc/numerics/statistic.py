@@ -8,6 +8,7 @@ the tensor it was given.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -18,6 +19,9 @@ from qfunc.numerics.histogram import count, rescale
 from qfunc.numerics.qparams import same_values
 
 State = TypeVar("State")
+
+_COPIED = 1 << 19
+"""How many values of a tensor that is not dense are copied at a time."""
 
 
 class Statistic(Protocol[State]):
@@ -215,9 +219,10 @@ def derived(measured: object, state: object, wanted: object) -> object | None:
 
 
 def state_is_finite(state: object) -> bool:
-    """Whether no NaN or infinity reached a state of this module; True before any tensor and for foreign states.
+    """Whether no NaN or infinity reached a `RangeState`, or a state that has one as its `range`.
 
-    A float64 value beyond float32 counts as infinite. Cheaper than a check of every tensor: calibration asks once.
+    True before any tensor and for foreign states. A float64 value beyond float32 counts as infinite. Cheaper than a
+    check of every tensor: calibration asks once.
 
     >>> s = MinMaxStatistic()
     >>> state_is_finite(s.init()), state_is_finite(s.update(s.init(), torch.tensor([1.0, math.nan])))
@@ -228,10 +233,9 @@ def state_is_finite(state: object) -> bool:
             if not state.observed:
                 return True
             return bool(torch.isfinite(state.minimum).all() and torch.isfinite(state.maximum).all())
-        case HistogramState():
-            return state_is_finite(state.range)
         case _:
-            return True
+            seen = getattr(state, "range", None)
+            return state_is_finite(seen) if isinstance(seen, RangeState) else True
 
 
 def finite(tensor: Tensor) -> bool:
@@ -243,7 +247,7 @@ def finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     # NaN propagates through the minimum and the maximum, and infinity is one of them
-    low, high = torch.aminmax(in_memory_order(tensor.detach()))
+    low, high = _extremes(tensor.detach())
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
@@ -275,11 +279,49 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -strides[axis])).reshape(-1)
 
 
+def blocks_in_memory_order(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """The values of `in_memory_order`, as views of at most `size` values, some still to be flattened by a copy.
+
+    Whoever flattens one after the other never copies a tensor whole that is not dense.
+
+    >>> x = torch.arange(8).view(4, 2)[:, :1]
+    >>> [block.reshape(-1).tolist() for block in blocks_in_memory_order(x, 3)]
+    [[0, 2, 4], [6]]
+    """
+    if tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), size)
+        return
+    strides = tensor.stride()
+    ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    yield from _blocks(ordered, size)
+
+
+def _blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """The values in the order of the axes, which are at least one."""
+    row = math.prod(tensor.shape[1:])
+    if tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), size)
+    elif row <= size:
+        yield from torch.split(tensor, max(size // row, 1))
+    else:
+        for part in tensor:
+            yield from _blocks(part, size)
+
+
+def _extremes(data: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of all values, of which there are some, in new memory."""
+    if data.is_contiguous() or data.numel() <= _COPIED:
+        return torch.aminmax(in_memory_order(data))
+    blocks = [torch.aminmax(in_memory_order(block)) for block in blocks_in_memory_order(data, _COPIED)]
+    lows, highs = zip(*blocks, strict=True)
+    return torch.stack(lows).amin(), torch.stack(highs).amax()
+
+
 def _range(tensor: Tensor, ch_axis: int | None) -> RangeState:
     """The range of a tensor that is not empty, in new memory."""
     data = tensor.detach()
     if ch_axis is None:
-        low, high = torch.aminmax(in_memory_order(data))
+        low, high = _extremes(data)
     else:
         # two reductions over several axes are far faster than one aminmax over a flattened copy
         others = [axis for axis in range(data.dim()) if axis != ch_axis]

@@ -19,8 +19,8 @@ from qfunc.testing.metrics import same_bits
 class Measurement:
     """An observer and tensors of finite numbers for it, alike but for their sizes.
 
-    `mergeable` promises that the observer's state does not depend on how values are split and ordered, and that it
-    has `merge`; a `per_channel` observer is given tensors of one number of channels.
+    `mergeable` promises that the observer has `merge`; `splittable`, that its state does not depend on how values are
+    split and ordered either. A `per_channel` observer is given tensors of one number of channels.
     """
 
     observer: Observer[Any]
@@ -30,6 +30,11 @@ class Measurement:
     def mergeable(self) -> bool:
         """Whether the observer offers an exact `merge`."""
         return hasattr(self.observer, "merge")
+
+    @property
+    def splittable(self) -> bool:
+        """Whether `merge` is exact within tensors too: not where only a part of a tensor's values is counted."""
+        return self.mergeable and getattr(self.observer.statistic, "stride", 1) == 1
 
     def fold(self, tensors: Iterable[Tensor]) -> Any:
         """The state after some tensors."""
@@ -44,7 +49,7 @@ class Measurement:
 
 
 def _split_and_order(given: Measurement) -> str:
-    if not given.mergeable:
+    if not given.splittable:
         return ""
     whole = given.fold(given.tensors)
     axis = 1 if given.observer.spec.ch_axis == 0 else 0

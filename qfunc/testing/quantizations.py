@@ -11,6 +11,8 @@ from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.recording import Recording
+from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 
 ACTIVATION_SPECS = (
@@ -62,7 +64,8 @@ def activation_observers(spec: QuantSpec) -> tuple[Any, ...]:
     fixed = o.FixedQParams(spec, 0.05, 0) if spec.qscheme.endswith("affine") else o.MinMax(spec)
     averages = (o.MovingAverageMinMax(spec), o.MovingAverageMinMax(spec, 0.5))
     observers = (o.MinMax(spec), *averages, o.Histogram(spec), o.Histogram(spec, 64, 2), fixed)
-    return (*observers, FakeQuantize(averages[0]), FakeQuantize(fixed))
+    searching = (Percentile(spec), Percentile(spec, 99.0, 512, 3), MeanSquaredError(spec, 512), Entropy(spec, 1024))
+    return (*observers, *searching, Recording(spec), FakeQuantize(averages[0]), FakeQuantize(fixed))
 
 
 def activation_ways(spec: QuantSpec) -> tuple[Any, ...]:
@@ -73,7 +76,8 @@ def activation_ways(spec: QuantSpec) -> tuple[Any, ...]:
 def weight_observers(spec: QuantSpec) -> tuple[Any, ...]:
     """Observers of weights."""
     per_channel = (o.PerChannelMinMax(spec), o.MovingAveragePerChannelMinMax(spec))
-    observers = per_channel if spec.per_channel else (o.MinMax(spec), o.Histogram(spec))
+    per_tensor = (o.MinMax(spec), o.Histogram(spec), MeanSquaredError(spec, 512))
+    observers = per_channel if spec.per_channel else per_tensor
     return (*observers, FakeQuantize(observers[0]))
 
 
@@ -93,6 +97,8 @@ def wrong_ways(spec: QuantSpec) -> tuple[Any, ...]:
     return (
         *(o.MinMax(spec), o.PerChannelMinMax(spec), o.Histogram(spec), o.FixedQParams(spec, 0.1, 0)),
         *(o.MovingAverageMinMax(q.UINT8, -1.0), o.Histogram(q.UINT8, 1), o.Histogram(q.UINT8, 64, 0)),
+        *(Percentile(spec), MeanSquaredError(spec), Entropy(spec), Percentile(q.UINT8, 50.0), Entropy(q.UINT8, 1)),
+        *(MeanSquaredError(q.UINT8, 2**15 + 1), Percentile(q.UINT8, stride=0)),
         *(o.FixedQParams(q.UINT8, 0.0, 0), o.FixedQParams(q.UINT8, 0.1, 300)),
         *(Dynamic(), Dynamic(spec), ReuseInput(), Cast("float12"), Cast("float32"), Cast("int8", dynamic=True)),
         *(FakeQuantize(o.MinMax(spec)), FakeQuantize(o.MovingAverageMinMax(q.UINT8, 2.0)), FakeQuantize(Dynamic())),  # type: ignore[arg-type]
