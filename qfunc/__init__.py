@@ -74,6 +74,7 @@ from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
+from qfunc.passes.reuse import reuse
 from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.quantize import fuse, lower, quantize
 from qfunc.result import QuantException, R, unwrap
@@ -165,6 +166,7 @@ __all__ = [
     "quantize",
     "quantized_lstm",
     "render",
+    "reuse",
     "to_json",
     "trace",
     "unpack",

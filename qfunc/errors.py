@@ -93,7 +93,7 @@ class BadBatch:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """Calibration ended before its batches did; `statistics` are of those that it had measured of the `batches` read."""
+    """Calibration ended before its batches did: `batches` were read, `statistics` are what was measured until then."""
 
     batches: int
     statistics: Any

@@ -33,10 +33,11 @@ def save(path: str | PathLike[str], point: Point, earlier: Statistics, prepared:
     return write_statistics(path, point.statistics, types=types_of(prepared), extra=extra)
 
 
-def resumed(path: str | PathLike[str], earlier: Statistics, prepared: Prepared) -> R[Point]:
-    """The point to go on from: that of the file, if there is one, else the beginning."""
+def resumed(path: str | PathLike[str], begun: Point, prepared: Prepared) -> R[Point]:
+    """The point to go on from: that of the file, if there is one, else where the run began."""
     if not Path(path).exists():
-        return Success(Point(earlier))
+        return Success(begun)
+    earlier = begun.statistics
     return read_statistics(path, types=types_of(prepared)).bind(lambda found: _point(str(path), *found, earlier))
 
 

@@ -21,7 +21,7 @@ from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.interpret import Hook, Interpreter
 from qfunc.edge.materialize import emitted, materialize
 from qfunc.edge.progress import tracked
-from qfunc.edge.run import POLICIES, Execute, Point, Policy, Run
+from qfunc.edge.run import POLICIES, Execute, Point, Policy, Run, unmeasured
 from qfunc.errors import (
     BadConfig,
     BadFile,
@@ -98,7 +98,8 @@ def measure(
     problems += differences(fresh, earlier)
     if problems:
         return Failure(several(problems))
-    start = Success(Point(earlier)) if options.checkpoint is None else resumed(options.checkpoint, earlier, prepared)
+    begun = Point(earlier, warnings=tuple(unmeasured(prepared, earlier)))
+    start = Success(begun) if options.checkpoint is None else resumed(options.checkpoint, begun, prepared)
     if isinstance(start, Failure):
         return start
     with ThreadPoolExecutor(max_workers=1) as pool:

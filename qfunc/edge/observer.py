@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
 from qfunc.numerics.observers import Observer, finished, is_own
 from qfunc.numerics.qparams import QParams
-from qfunc.numerics.statistic import RangeState, clipped
+from qfunc.numerics.statistic import RangeState, clipped, finite, range_in, state_is_finite
 from qfunc.passes.statistics import Fold
 
 
@@ -25,8 +25,8 @@ class ObserverModule(nn.Module):
     """Hands its input on and folds it into the state of a fold.
 
     The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`. `elements`
-    counts what was folded; while `clips`, NaN and infinity are replaced as `clipped` says. Raises `ObserverError` for
-    what is no floating-point tensor, and for a user's observer that fails.
+    counts what was folded, `is_finite` says whether NaN or infinity was; while `clips`, they are replaced as `clipped`
+    says. Raises `ObserverError` for what is no floating-point tensor, and for a user's observer that fails.
     """
 
     def __init__(self, fold: Fold) -> None:
@@ -36,11 +36,21 @@ class ObserverModule(nn.Module):
         self.state: Any = guarded(self.observer, self.tap, self.observer.init)
         self.elements = 0
         self.clips = False
+        self._finite, self._tells = True, range_in(self.state) is not None
 
     @property
     def tap(self) -> str:
         """The first value that it observes."""
         return self.fold.taps[0]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing but finite values were folded; told by the range that a state has, where it has one."""
+        return self._finite and state_is_finite(self.state)
+
+    def reset(self, state: Any, elements: int) -> None:
+        """Be as after these elements, all of them finite, with this state."""
+        self.state, self.elements, self._finite = state, elements, True
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
@@ -50,6 +60,8 @@ class ObserverModule(nn.Module):
         if self.ch_axis is not None:
             self._check_channels(x, self.ch_axis)
         seen = clipped(x.detach()) if self.clips else x.detach()
+        if not self._tells:
+            self._finite &= finite(seen)
         self.state = guarded(self.observer, self.tap, self.observer.update, self.state, seen)
         self.elements += x.numel()
         return x

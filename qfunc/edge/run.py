@@ -14,11 +14,11 @@ from qfunc.edge.content import batch_digest
 from qfunc.edge.facts import bind_inputs, own_inputs
 from qfunc.edge.interpret import NodeError
 from qfunc.edge.observer import ObserverError, ObserverModule
-from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, several, told
+from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, Unobserved, several, told
 from qfunc.ir import Graph, Node, TensorFact
-from qfunc.numerics.statistic import RangeState, clipped, finite, state_is_finite
+from qfunc.numerics.statistic import clipped, finite, range_in
 from qfunc.passes.stages import Prepared
-from qfunc.passes.statistics import MODULUS, Measured, Statistics, merge_of
+from qfunc.passes.statistics import MODULUS, Answers, Measured, Statistics, merge_of
 
 Policy: TypeAlias = Literal["fail", "skip", "clip"]
 """What is done about NaN, infinity and empty batches: an error, leave the batch out, or clip the values."""
@@ -83,9 +83,11 @@ class Run:
         self._policy: Policy = "fail" if prepared.swapped else policy
         self._start, self._pool, self._execute = start, pool, execute
         self._observers = [child for child in module.modules() if isinstance(child, ObserverModule)]
-        for observer in self._observers:
-            if observer.fold.key in start.statistics.measured:
-                observer.state = start.statistics.measured[observer.fold.key].state
+        answers = Answers(start.statistics)
+        self._before = [answers.entry(observer.fold) for observer in self._observers]
+        for observer, entry in zip(self._observers, self._before, strict=True):
+            if entry is not None:
+                observer.reset(entry.state, 0)
         self._folded = _Folded(*self._found())
 
     @property
@@ -100,7 +102,7 @@ class Run:
         """The observers as they were after the last whole batch."""
         kept = zip(self._observers, self._folded.states, self._folded.elements, strict=True)
         for observer, state, elements in kept:
-            observer.state, observer.elements = state, elements
+            observer.reset(state, elements)
 
     def digest(self, batch: Any, index: int) -> int | BadBatch:
         """The digest of a batch that is not to be run."""
@@ -179,7 +181,7 @@ class Run:
 
     def _not_finite(self, index: int) -> Iterator[Problem]:
         """The values at which an observer saw NaN or infinity, in graph order."""
-        found = {observer.tap for observer in self._observers if not state_is_finite(observer.state)}
+        found = {observer.tap for observer in self._observers if not observer.is_finite}
         remedy = "mend the batch or the model, keep what uses the value float, or choose policy='skip' or 'clip'"
         for id in (id for id in self._graph.order if id in found) if found else ():
             yield NonFinite(self._graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
@@ -189,8 +191,9 @@ class Run:
         start, folded = self._start, self._folded
         earlier = start.statistics
         measured = earlier.measured.evolver()
-        for observer, state, elements in zip(self._observers, folded.states, folded.elements, strict=True):
-            before = earlier.measured.get(observer.fold.key, Measured(None))
+        found = zip(self._observers, self._before, folded.states, folded.elements, strict=True)
+        for observer, entry, state, elements in found:
+            before = Measured(None) if entry is None else entry
             measured[observer.fold.key] = Measured(
                 state,
                 before.batches + folded.batches,
@@ -208,12 +211,20 @@ class Run:
         return Point(statistics, start.read + folded.read, seen, warnings)
 
 
+def unmeasured(prepared: Prepared, earlier: Statistics) -> Iterator[Unobserved]:
+    """The values of which earlier statistics do not tell what a run that goes on from them measures."""
+    reason = "the statistics given have nothing of it: it has seen the batches of this run only"
+    remedy = "calibrate on the earlier data as well, if that matters"
+    for fold in Answers(earlier).missing(prepared.folds) if earlier.batches else ():
+        yield Unobserved(prepared.graph[fold.taps[0]].place, reason, remedy)
+
+
 def constants(prepared: Prepared, statistics: Statistics) -> Iterator[ConstantValue]:
     """The values to be quantized that never changed: dead channels, masks, or too little data."""
     for fold in prepared.folds:
         entry = statistics.measured[fold.key]
-        found = getattr(entry.state, "range", entry.state)
-        if isinstance(found, RangeState) and found.observed and bool((found.minimum == found.maximum).all()):
+        found = range_in(entry.state)
+        if found is not None and found.observed and bool((found.minimum == found.maximum).all()):
             place = prepared.graph[fold.taps[0]].place
             yield ConstantValue(place, found.minimum.max().item(), entry.batches, entry.elements)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 
 from torch import Tensor
 
@@ -16,19 +17,13 @@ class RecordingState:  # noqa: PLW1641 - compared, never a key
     """Copies of the tensors, of their own types and shapes, in the order in which they came."""
 
     tensors: tuple[Tensor, ...] = ()
+    range: RangeState = field(default_factory=RangeState.unobserved)
+    """Least and largest value of all."""
 
-    @property
-    def range(self) -> RangeState:
-        """Least and largest value of all."""
-        return self.range_of(None)
-
-    def range_of(self, ch_axis: int | None) -> RangeState:
-        """Least and largest value of all, or with `ch_axis` of each channel."""
+    def range_of(self, ch_axis: int) -> RangeState:
+        """Least and largest value of each channel."""
         statistic = MinMaxStatistic(ch_axis)
-        state = statistic.init()
-        for tensor in self.tensors:
-            state = statistic.update(state, tensor)
-        return state
+        return reduce(statistic.update, self.tensors, statistic.init())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RecordingState):
@@ -46,7 +41,9 @@ class RecordingStatistic:
 
     def update(self, state: RecordingState, tensor: Tensor) -> RecordingState:
         """With a copy of `tensor`; an empty one changes nothing."""
-        return state if tensor.numel() == 0 else RecordingState((*state.tensors, tensor.detach().clone()))
+        if tensor.numel() == 0:
+            return state
+        return RecordingState((*state.tensors, tensor.detach().clone()), MinMaxStatistic().update(state.range, tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +66,6 @@ class Recording(Folding[RecordingState]):
 
     def finish(self, state: RecordingState) -> QParams | None:
         """The qparams of the range, or None if nothing was seen; `state_is_finite(state)` is assumed."""
-        seen = state.range_of(self.spec.ch_axis)
+        axis = self.spec.ch_axis
+        seen = state.range if axis is None else state.range_of(axis)
         return qparams_of_range(seen.minimum, seen.maximum, self.spec) if seen.observed else None

@@ -210,32 +210,31 @@ def derived(measured: object, state: object, wanted: object) -> object | None:
     """
     if wanted != MinMaxStatistic():
         return None
-    found = getattr(state, "range", None)
-    if isinstance(found, RangeState):
-        return found
     if isinstance(measured, MinMaxStatistic) and isinstance(state, RangeState):
         return RangeState(state.minimum.amin(), state.maximum.amax())
-    return None
+    return None if isinstance(state, RangeState) else range_in(state)
+
+
+def range_in(state: object) -> RangeState | None:
+    """The range that a state is or has; None for states of what measures none, and for foreign ones."""
+    seen = state if isinstance(state, RangeState) else getattr(state, "range", None)
+    return seen if isinstance(seen, RangeState) else None
 
 
 def state_is_finite(state: object) -> bool:
     """Whether no NaN or infinity reached a `RangeState`, or a state that has one as its `range`.
 
-    True before any tensor and for foreign states. A float64 value beyond float32 counts as infinite. Cheaper than a
-    check of every tensor: calibration asks once.
+    True before any tensor and for states without a range. A float64 value beyond float32 counts as infinite. Cheaper
+    than a check of every tensor: calibration asks once.
 
     >>> s = MinMaxStatistic()
     >>> state_is_finite(s.init()), state_is_finite(s.update(s.init(), torch.tensor([1.0, math.nan])))
     (True, False)
     """
-    match state:
-        case RangeState():
-            if not state.observed:
-                return True
-            return bool(torch.isfinite(state.minimum).all() and torch.isfinite(state.maximum).all())
-        case _:
-            seen = getattr(state, "range", None)
-            return state_is_finite(seen) if isinstance(seen, RangeState) else True
+    seen = range_in(state)
+    if seen is None or not seen.observed:
+        return True
+    return bool(torch.isfinite(seen.minimum).all() and torch.isfinite(seen.maximum).all())
 
 
 def finite(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from returns.result import Failure, Success
 from qfunc.config.columns import aligned
 from qfunc.errors import BadConfig, Problem, WrongStage, several, told
 from qfunc.numerics.observers import Observer, is_own
-from qfunc.numerics.statistic import RangeState, derived
+from qfunc.numerics.statistic import RangeState, derived, range_in
 from qfunc.result import R
 
 Key: TypeAlias = tuple[tuple[str, ...], Any]
@@ -102,31 +102,31 @@ class Answers:
     """What statistics tell of folds, whatever they were measured for; looked over once, for any number of questions."""
 
     def __init__(self, statistics: Statistics) -> None:
-        self._of: dict[tuple[str, ...], dict[Any, Any]] = {}
+        self._of: dict[tuple[str, ...], dict[Any, Measured]] = {}
         for (values, statistic), entry in statistics.measured.items():
-            self._of.setdefault(values, {})[statistic] = entry.state
+            self._of.setdefault(values, {})[statistic] = entry
 
     def find(self, folds: Iterable[Fold]) -> tuple[Any] | None:
         """The state of all that folds of one observer are of, merged; None where any is missing, or there are none."""
         asked = tuple(folds)
-        found = [held for fold in asked if (held := self._held(fold)) is not None]
+        found = [entry.state for fold in asked if (entry := self.entry(fold)) is not None]
         if not found or len(found) < len(asked):
             return None
         merge = merge_of(asked[0].observer)
-        return found[0] if merge is None else (reduce(merge, (state for (state,) in found)),)
+        return (found[0] if merge is None else reduce(merge, found),)
 
     def missing(self, folds: Iterable[Fold]) -> tuple[Fold, ...]:
         """The folds that are still to be run over data."""
-        return tuple(fold for fold in folds if self._held(fold) is None)
+        return tuple(fold for fold in folds if self.entry(fold) is None)
 
-    def _held(self, fold: Fold) -> tuple[Any] | None:
-        """A state that was measured for something else serves where it tells as much: a histogram has the range."""
+    def entry(self, fold: Fold) -> Measured | None:
+        """What was measured for a fold, or for something else that tells as much: a histogram has the range."""
         values, wanted = fold.key
-        states = self._of.get(values, {})
-        if wanted in states:
-            return (states[wanted],)
-        others = (derived(statistic, state, wanted) for statistic, state in states.items())
-        return next(((state,) for state in others if state is not None), None)
+        entries = self._of.get(values, {})
+        if wanted in entries:
+            return entries[wanted]
+        told = ((entry, derived(statistic, entry.state, wanted)) for statistic, entry in entries.items())
+        return next((replace(entry, state=state) for entry, state in told if state is not None), None)
 
 
 def merge(a: Statistics, b: Statistics) -> R[Statistics]:
@@ -195,7 +195,8 @@ def _name(statistic: object) -> str:
 
 
 def _row(key: Key, entry: Measured) -> tuple[str, ...]:
-    found = getattr(entry.state, "range", entry.state)
-    seen = isinstance(found, RangeState) and found.observed
-    ends = (f"{found.minimum.min():.6g}", f"{found.maximum.max():.6g}") if seen else ("-", "-")
+    found = range_in(entry.state)
+    ends = ("-", "-")
+    if found is not None and found.observed:
+        ends = f"{found.minimum.min():.6g}", f"{found.maximum.max():.6g}"
     return (", ".join(key[0]), _name(key[1]), str(entry.batches), str(entry.elements), *ends)
