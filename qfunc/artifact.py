@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from returns.result import Failure, Success
+from returns.result import Failure
 from torch import Tensor
 
 from qfunc.config.arguments import shown
@@ -45,7 +45,9 @@ def save(value: Statistics, path: str | PathLike[str], *, types: Types = NO_TYPE
     problems = list(_wrong_path(path))
     write = _WRITERS.get(type(value))
     if isinstance(value, Calibrated):
-        remedy = "save its statistics: save(calibrated.statistics, path); calibrate(prepared, (), statistics=...) takes them"
+        remedy = (
+            "save its statistics: save(calibrated.statistics, path); calibrate(prepared, (), statistics=...) takes them"
+        )
         problems.append(BadConfig("value", "a Calibrated holds the model, which files do not", remedy))
     elif write is None:
         problems.append(WrongStage(type(value).__name__, "Statistics"))

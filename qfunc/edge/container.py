@@ -90,12 +90,12 @@ def unpack(data: bytes, place: str = "file") -> R[tuple[Object, Mapping[str, Ten
     """The document and the tensors of a file's bytes; `BadFile` at `place` for anything else. The bytes are copied.
 
     >>> print(unpack(b"no file").failure().reason)
-    it is no safetensors file: HeaderTooSmall
+    it is no safetensors file: header too small
     """
     from safetensors import SafetensorError, deserialize
 
     try:
-        entries = deserialize(data)
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         reason = f"it is no safetensors file: {str(error).removeprefix('Error while deserializing: ')[:100]}"
         return Failure(BadFile(place, reason, ANOTHER))

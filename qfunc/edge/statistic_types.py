@@ -33,7 +33,7 @@ class Types:
 
     def __init__(self, of_user: Mapping[str, type]) -> None:
         self.classes: Mapping[str, type] = {**of_user, **OWN}
-        self._names = {cls: name for name, cls in reversed(sorted(self.classes.items()))}
+        self._names = {cls: name for name, cls in sorted(self.classes.items(), reverse=True)}
         self._hints: dict[type, Mapping[str, Any]] = {}
 
     def name(self, cls: type) -> str | None:
@@ -51,10 +51,7 @@ class Types:
 
     def _of_fields(self, cls: type) -> Mapping[str, Any]:
         if cls not in self._hints:
-            try:
-                self._hints[cls] = get_type_hints(cls)
-            except Exception:  # noqa: BLE001 - the user's annotations: names that exist for a checker only
-                self._hints[cls] = {}
+            self._hints[cls] = hints_of(cls)
         return self._hints[cls]
 
 
@@ -73,7 +70,9 @@ def wrong_types(types: object) -> Iterator[Problem]:
             yield BadConfig(f"types[{name!r}]", f"expected a frozen dataclass, got {shown(cls)}", remedy)
         elif any(not field.init for field in dataclasses.fields(cls)):
             reason = "it has a field that its constructor does not take"
-            yield BadConfig(f"types[{name!r}]", reason, "let all fields be arguments: what is derived can be a property")
+            yield BadConfig(
+                f"types[{name!r}]", reason, "let all fields be arguments: what is derived can be a property"
+            )
 
 
 def is_frozen_dataclass(cls: object) -> bool:
@@ -87,7 +86,7 @@ def is_frozen_dataclass(cls: object) -> bool:
 
 
 def classes_in(cls: object) -> Iterator[type]:
-    """The frozen dataclasses that values of a type are made of, as far as annotations tell: itself, those of its fields.
+    """The frozen dataclasses that values of a type are made of, as far as annotations tell; itself first.
 
     >>> [found.__name__ for found in classes_in(HistogramState)]
     ['HistogramState', 'RangeState']
@@ -99,14 +98,19 @@ def classes_in(cls: object) -> Iterator[type]:
         todo += get_args(one)
         if isinstance(one, type) and is_frozen_dataclass(one) and one not in seen:
             seen[one] = None
-            try:
-                todo += get_type_hints(one).values()
-            except Exception:  # noqa: BLE001 - the user's annotations: names that exist for a checker only
-                continue
+            todo += hints_of(one).values()
     yield from seen
 
 
-def _is_of(hint: Any, value: object) -> bool:  # noqa: PLR0911 - one line for each form of annotation
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """The types of a class's fields; none where an annotation names what exists for a checker only."""
+    try:
+        return get_type_hints(cls)
+    except Exception:  # noqa: BLE001 - annotations are the user's code: anything may come out of them
+        return {}
+
+
+def _is_of(hint: Any, value: object) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, python_types.UnionType):
         return any(_is_of(part, value) for part in parts)

@@ -313,7 +313,7 @@ class _Reader(Reader):
             self._wrong((".extra",), "it is no object", "")
         measured: dict[Key, Measured] = {}
         for index, row in enumerate(found["measured"]):
-            self._entry(measured, row, (".measured", f"[{index}]"))
+            self._entry(measured, dict(zip(_ROW, row, strict=True)), (".measured", f"[{index}]"))
         graph, weights, batches = found["graph"], found["weights"], self._count(found, ())
         return Statistics(graph, weights, pmap(measured), batches, self._digest(found, ()))
 
@@ -412,7 +412,9 @@ class _Reader(Reader):
         match value:
             case Object():
                 fields = self._fields(value, at)
-                return {self.read(s.TEXT, name, at): self._json(item, (*at, f".{name}")) for name, item in fields.items()}
+                return {
+                    self.read(s.TEXT, name, at): self._json(item, (*at, f".{name}")) for name, item in fields.items()
+                }
             case list():
                 return [self._json(item, (*at, f"[{index}]")) for index, item in enumerate(value)]
             case None:
