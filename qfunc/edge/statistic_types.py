@@ -148,9 +148,8 @@ def _faults_within(state: object) -> Faults:
         for item in state:
             yield from _faults_within(item)
     elif dataclasses.is_dataclass(state) and not isinstance(state, type):
-        for field in dataclasses.fields(state):
-            yield from _faults_within(getattr(state, field.name))
-        yield from _WITHIN.get(type(state), _none)(state)
+        inner = [fault for field in dataclasses.fields(state) for fault in _faults_within(getattr(state, field.name))]
+        yield from inner or _WITHIN.get(type(state), _none)(state)
 
 
 def _none(*_: Any) -> Faults:
