@@ -12,6 +12,7 @@ How it is built. A module imports only from those before it in this list; all bu
 - `ir`: the immutable graph; `ops`: the vocabulary of operators; `match`: patterns; `params`: parameter expressions;
 - `config`: configurations as values; `backends`: what can be quantized; `engines`: the kernels, as tables;
 - `passes`: one verb a file; `edge`: tracing in, running, materializing out, the kernels' modules, the host's report;
+- `artifact`: values as files, and back;
 - `testing`: random models and configurations, the laws as values, the oracle.
 
 A node's id names the value it computes, so that a fused node has the id of the last node of its chain. A graph holds
@@ -19,6 +20,7 @@ names of source tensors, which are read at materialization and refused if they c
 shares their memory until either side writes (copy on write).
 """
 
+from qfunc.artifact import load, save
 from qfunc.backends import (
     CPU,
     EXECUTORCH,
@@ -76,6 +78,7 @@ from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
 from qfunc.passes.reuse import reuse
 from qfunc.passes.stages import Calibrated, Converted, Prepared
+from qfunc.passes.statistics import Statistics, merge
 from qfunc.quantize import fuse, lower, quantize
 from qfunc.result import QuantException, R, unwrap
 
@@ -133,6 +136,7 @@ __all__ = [
     "ReuseInput",
     "SharedWith",
     "Standalone",
+    "Statistics",
     "Step",
     "Unshared",
     "annotate",
@@ -158,8 +162,10 @@ __all__ = [
     "interpret",
     "last_layer",
     "layers",
+    "load",
     "lower",
     "materialize",
+    "merge",
     "observed_lstm",
     "pack",
     "prepare",
@@ -167,6 +173,7 @@ __all__ = [
     "quantized_lstm",
     "render",
     "reuse",
+    "save",
     "to_json",
     "trace",
     "unpack",

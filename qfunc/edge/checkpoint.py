@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_type_hints
 
 from returns.result import Failure, Success
 
-from qfunc import errors
+from qfunc.edge.container import ANOTHER
 from qfunc.edge.run import Point
+from qfunc.edge.statistic_types import OWN, classes_in, is_frozen_dataclass
 from qfunc.edge.statistics_file import read_statistics, write_statistics
-from qfunc.errors import BadFile, Problem, several
+from qfunc.errors import BadBatch, BadFile, ConstantValue, NonFinite, Problem, UserFunctionFailed, several
 from qfunc.passes.stages import Prepared
-from qfunc.passes.statistics import Statistics, differences
+from qfunc.passes.statistics import MODULUS, Statistics, differences
 from qfunc.result import R
 
 _PARTS = {"read", "seen", "base", "warnings"}
 _ANEW = "give another path, or delete it to begin anew"
+
+_WARNINGS: Mapping[str, type] = MappingProxyType(
+    {cls.__name__: cls for cls in (BadBatch, ConstantValue, NonFinite, UserFunctionFailed)}
+)
+"""What can be warned of."""
+
+MOST_WARNINGS = 10_000
+"""How many warnings a checkpoint keeps: the first, so that data of which all is wrong do not end a run by their size."""
 
 
 def save(path: str | PathLike[str], point: Point, earlier: Statistics, prepared: Prepared) -> R[None]:
@@ -28,37 +38,82 @@ def save(path: str | PathLike[str], point: Point, earlier: Statistics, prepared:
         "read": point.read,
         "seen": f"{point.seen:x}",
         "base": _told(earlier),
-        "warnings": [{"type": type(w).__name__, **asdict(w)} for w in point.warnings],
+        "warnings": [_written(warning) for warning in point.warnings[:MOST_WARNINGS]],
     }
     return write_statistics(path, point.statistics, types=types_of(prepared), extra=extra)
 
 
+def _written(warning: Problem) -> dict[str, Any]:
+    fields = {field.name: getattr(warning, field.name) for field in dataclasses.fields(warning)}
+    # Messages quote the user's code and data, where half characters can stand.
+    as_text = {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in fields.items()}
+    return {"type": type(warning).__name__, **as_text}
+
+
 def resumed(path: str | PathLike[str], begun: Point, prepared: Prepared) -> R[Point]:
     """The point to go on from: that of the file, if there is one, else where the run began."""
-    if not Path(path).exists():
-        return Success(begun)
-    earlier = begun.statistics
-    return read_statistics(path, types=types_of(prepared)).bind(lambda found: _point(str(path), *found, earlier))
+    place, earlier = os.fspath(path), begun.statistics
+    if os.path.exists(place):
+        return read_statistics(place, types=types_of(prepared)).bind(lambda f: _point(place, *f, earlier, prepared))
+    if not os.path.isdir(os.path.dirname(os.path.realpath(place))):
+        return Failure(BadFile(place, "its folder does not exist", "make the folder, or give another path"))
+    return Success(begun)
 
 
-def _point(path: str, statistics: Statistics, extra: Mapping[str, Any], earlier: Statistics) -> R[Point]:
+def _point(
+    path: str, statistics: Statistics, extra: Mapping[str, Any], earlier: Statistics, prepared: Prepared
+) -> R[Point]:
     if extra.keys() != _PARTS:
         reason = "it holds statistics, but not how far a run of calibration had come"
-        return Failure(
-            BadFile(path, reason, "give statistics as statistics=load(path).unwrap(), and another checkpoint")
-        )
+        remedy = "give statistics as statistics=load(path).unwrap(), and another checkpoint"
+        return Failure(BadFile(path, reason, remedy))
     problems: list[Problem] = [
         BadFile(path, problem.reason.replace("they were", "its statistics were"), _ANEW)
         for problem in differences(earlier, statistics)
     ]
-    if extra["base"] != _told(earlier):
+    problems += (BadFile(path, reason, ANOTHER) for reason in _wrong(extra, statistics))
+    if not problems and any(fold.key not in statistics.measured for fold in prepared.folds):
+        # Going on would leave the batches out that the file holds of other observers.
+        problems.append(BadFile(path, "its run measured for another configuration", _ANEW))
+    if not problems and extra["base"] != _told(earlier):
         problems.append(BadFile(path, "its run began with other statistics", f"give those as statistics=, or {_ANEW}"))
     if problems:
         return Failure(several(problems))
     warnings = tuple(
-        getattr(errors, w["type"])(**{k: v for k, v in w.items() if k != "type"}) for w in extra["warnings"]
+        _WARNINGS[row["type"]](**{name: value for name, value in row.items() if name != "type"})
+        for row in extra["warnings"]
     )
     return Success(Point(statistics, extra["read"], int(extra["seen"], 16), warnings))
+
+
+def _wrong(extra: Mapping[str, Any], statistics: Statistics) -> Iterator[str]:
+    """What of a checkpoint's own part cannot be meant."""
+    read, base, warnings = extra["read"], extra["base"], extra["warnings"]
+    if type(read) is not int or read < 0:
+        yield "read: it is no number of batches"
+    if not _is_digest(extra["seen"]):
+        yield "seen: it is no digest"
+    if not isinstance(base, dict) or base.keys() != {"batches", "data"}:
+        yield "base: it does not tell the statistics that its run began with"
+    elif type(base["batches"]) is not int or base["batches"] < 0 or not _is_digest(base["data"]):
+        yield "base: it is no number and digest of batches"
+    elif type(read) is int and not base["batches"] <= statistics.batches <= base["batches"] + read:
+        yield f"read: {read} batches did not make {statistics.batches} of {base['batches']}"
+    if not isinstance(warnings, list) or not all(map(_is_warning, warnings)):
+        yield "warnings: they are none that calibration gives"
+
+
+def _is_digest(value: object) -> bool:
+    digits = isinstance(value, str) and 0 < len(value) <= 64 and set(value) <= set("0123456789abcdef")
+    return digits and int(str(value), 16) < MODULUS
+
+
+def _is_warning(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("type"), str) or row["type"] not in _WARNINGS:
+        return False
+    hints = get_type_hints(_WARNINGS[row["type"]])
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(_WARNINGS[row["type"]])}
+    return row.keys() == {"type", *fields} and all(type(row[name]) is kind for name, kind in fields.items())
 
 
 def _told(statistics: Statistics) -> dict[str, Any]:
@@ -67,7 +122,18 @@ def _told(statistics: Statistics) -> dict[str, Any]:
 
 def types_of(prepared: Prepared) -> dict[str, type]:
     """The classes of the user's statistics and of their states, by the names that they have in files."""
-    found = (type(value) for fold in prepared.folds for value in (fold.observer.statistic, fold.observer.init()))
-    return {
-        f"{kind.__module__}.{kind.__qualname__}": kind for kind in found if not kind.__module__.startswith("qfunc.")
-    }
+    values = [value for fold in prepared.folds for value in (fold.observer.statistic, fold.observer.init())]
+    found = {cls: None for value in values for one in _parts(value) for cls in classes_in(one)}
+    own = set(OWN.values())
+    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in found if cls not in own}
+
+
+def _parts(value: Any) -> Iterator[type]:
+    """The frozen dataclasses that a value is made of."""
+    if type(value) is tuple:
+        for item in value:
+            yield from _parts(item)
+    elif is_frozen_dataclass(type(value)):
+        yield type(value)
+        for field in dataclasses.fields(value):
+            yield from _parts(getattr(value, field.name))

@@ -169,19 +169,21 @@ def differences(a: Statistics, b: Statistics) -> Iterator[Problem]:
 
 def _joined(key: Key, a: Measured, b: Measured) -> Measured | Problem:
     name, of = ", ".join(key[0]), _name(key[1])
-    if a.merge is None:
+    # States that come from files know of no merge that is their observer's.
+    merge = a.merge or b.merge
+    if merge is None:
         remedy = "measure all of it in one run, or configure observers that merge: MinMax, MeanSquaredError, Percentile"
         return BadConfig(name, f"states of {of} depend on the order of the data: two cannot be merged", remedy)
     if not _alike(a.state, b.state):
         reason = f"one has {len(a.state.minimum)} channels, the other {len(b.state.minimum)}"
         return BadConfig(name, reason, "choose the axis of the channels as ch_axis")
     try:
-        state = a.merge(a.state, b.state)
+        state = merge(a.state, b.state)
     except Exception as error:
         if is_own(key[1]):
             raise
         return BadConfig(name, f"the merge of {of} raised {told(error)}", "mend the observer")
-    return Measured(state, a.batches + b.batches, a.elements + b.elements, (a.data + b.data) % MODULUS, a.merge)
+    return Measured(state, a.batches + b.batches, a.elements + b.elements, (a.data + b.data) % MODULUS, merge)
 
 
 def _alike(a: object, b: object) -> bool:
