@@ -69,8 +69,9 @@ def percentile_range(state: ExactHistogramState, percentile: float, symmetric: b
         return state.range.minimum, state.range.maximum
     least, largest = state.range.minimum.item(), state.range.maximum.item()
     if symmetric:
-        edges = torch.arange(_folded(state).numel() + 1, dtype=torch.float64)
-        bound = _quantile(_folded(state), edges * 2.0**state.exponent, percentile / 100)
+        counts = _folded(state)
+        edges = torch.arange(counts.numel() + 1, dtype=torch.float64) * 2.0**state.exponent
+        bound = _quantile(counts, edges.clamp(max=max(-least, largest)), percentile / 100)
         return _within(state, -bound, bound)
     edges = torch.arange(state.first, state.first + state.counts.numel() + 1, dtype=torch.float64)
     # bin 0 and those below it begin one further down
