@@ -11,7 +11,8 @@ width; values are taken to be spread evenly in their bins.
     sum over bins of count * ((dq(q(centre)) - centre)**2 + width**2 / 12) / sum of counts
 
 with scale and zero point as `qparams_of_range` gives them for the candidate. Candidates scale both ends of the range
-by one factor, from coarse to fine; where both signs are quantized freely, each end is then scaled in turn.
+by one factor, from coarse to fine; where both signs are quantized freely, each end is then scaled in turn, and zero
+points near by are tried.
 
 `least_divergence_range` looks for the least Kullback-Leibler divergence, as in Szymon Migacz, "8-bit Inference with
 TensorRT", GPU Technology Conference 2017. For a window of bins and n levels
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 from qfunc.numerics.exact_histogram import ExactHistogramState
-from qfunc.numerics.qparams import QuantSpec, qparams_of_range
+from qfunc.numerics.qparams import QParams, QuantSpec, qparams_of_range
 
 _Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """By what each end of the range is scaled and the error of it, float64 of shape `(1,)`."""
@@ -68,8 +69,9 @@ def percentile_range(state: ExactHistogramState, percentile: float, symmetric: b
         return state.range.minimum, state.range.maximum
     least, largest = state.range.minimum.item(), state.range.maximum.item()
     if symmetric:
-        edges = torch.arange(_folded(state).numel() + 1, dtype=torch.float64)
-        bound = _quantile(_folded(state), edges * 2.0**state.exponent, percentile / 100)
+        counts = _folded(state)
+        edges = torch.arange(counts.numel() + 1, dtype=torch.float64) * 2.0**state.exponent
+        bound = _quantile(counts, edges.clamp(max=max(-least, largest)), percentile / 100)
         return _within(state, -bound, bound)
     edges = torch.arange(state.first, state.first + state.counts.numel() + 1, dtype=torch.float64)
     # bin 0 and those below it begin one further down
@@ -149,30 +151,52 @@ def least_error_range(state: ExactHistogramState, spec: QuantSpec) -> tuple[Tens
     one = torch.ones(1, dtype=torch.float64)
     best = _scan(error, (one, one, error(one, one)), (True, True))
     if low < 0 < high and not spec.symmetric:
-        for moves in ((False, True), (True, False)) * 2:
-            best = _scan(error, best, moves)
+        for _ in range(2):
+            for moves in ((False, True), (True, False)):
+                best = _scan(error, best, moves)
+            qparams = qparams_of_range(*ends(*best[:2]), spec)
+            a, b = _shifted(qparams, low, high)
+            best = _least(best, a, b, error(a, b))
     low_end, high_end = ends(*best[:2])
     return low_end[0], high_end[0]
 
 
 def _scan(error: Callable[[Tensor, Tensor], Tensor], best: _Factors, moves: tuple[bool, bool]) -> _Factors:
     """The best factors when one end or both move, from all magnitudes to the neighbourhood of the best of these."""
-    factors = _factors()
+    factors, start = _factors(), best[:2]
     for _ in range(3):
-        a, b = (factors if moved else old.expand_as(factors) for moved, old in zip(moves, best[:2], strict=True))
+        a, b = (factors if moved else old.expand_as(factors) for moved, old in zip(moves, start, strict=True))
         errors = error(a, b)
         place = int(errors.argmin())
-        if errors[place] < best[2]:
-            best = a[place : place + 1], b[place : place + 1], errors[place : place + 1]
+        best = _least(best, a, b, errors)
         around = factors[max(place - 1, 0)].item(), factors[min(place + 1, factors.numel() - 1)].item()
         factors = torch.linspace(*around, _REFINED, dtype=torch.float64)
     return best
+
+
+def _least(best: _Factors, a: Tensor, b: Tensor, errors: Tensor) -> _Factors:
+    """The best of the new factors if they are better, else the old ones."""
+    place = int(errors.argmin())
+    one = slice(place, place + 1)
+    return (a[one], b[one], errors[one]) if errors[place] < best[2] else best
 
 
 def _factors() -> Tensor:
     """Factors from 2**-12 to 1, dense near 1 and of all magnitudes."""
     even = torch.linspace(0, 1, 33, dtype=torch.float64)[1:]
     return torch.cat([even, 2.0 ** (-torch.arange(4, 72, dtype=torch.float64) / 6)]).sort().values
+
+
+def _shifted(qparams: QParams, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The factors of ranges with a zero point near by and a scale about the same.
+
+    Zero points are rounded: with few levels, moving one end at a time does not get from one to the next.
+    """
+    spec = qparams.spec
+    zero = (qparams.zero_point + torch.arange(-2, 3)).clamp(spec.quant_min, spec.quant_max)
+    scale = qparams.scale.to(torch.float64) * torch.linspace(0.75, 1.25, 17, dtype=torch.float64)[:, None]
+    a, b = (zero - spec.quant_min) * scale / -low, (spec.quant_max - zero) * scale / high
+    return a.clamp(max=1).view(-1), b.clamp(max=1).view(-1)
 
 
 def least_divergence_range(state: ExactHistogramState, spec: QuantSpec) -> tuple[Tensor, Tensor]:

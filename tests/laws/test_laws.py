@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qfunc import CPU, X86, QConfig, QConfigMapping
+from qfunc import CPU, X86, Entropy, MeanSquaredError, Percentile, QConfig, QConfigMapping, Recording
 from qfunc.errors import BadConfig, UnknownName, problems
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
@@ -122,6 +122,10 @@ OBSERVERS = (
     o.Histogram(),
     o.Histogram(q.INT8_SYMMETRIC, 128, 2),
     o.FixedQParams(q.UINT8, 1 / 256, 0),
+    Percentile(q.INT8_SYMMETRIC, 99.0, 512, 3),
+    MeanSquaredError(bins=64),
+    Entropy(bins=1024),
+    Recording(),
 )
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.floats(-4, 4, width=32)
 ROW = st.lists(FINITE, min_size=3, max_size=3)
