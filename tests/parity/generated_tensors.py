@@ -141,17 +141,22 @@ KINDS: Mapping[str, Draw] = {
 """The classes; the last ones say what is done with normal numbers."""
 
 
-def case(seed: int, most: int = 40) -> Case:
-    """The case of a seed: tensors of 0 to 4 axes, the last of up to `most` values."""
+def kind_of(seed: int) -> str:
+    """The class of a case."""
+    return tuple(KINDS)[seed % len(KINDS)]
+
+
+def case(seed: int, least: int = 1, most: int = 40) -> Case:
+    """The case of a seed: tensors of 0 to 4 axes, the last of `least` to `most` values unless it is that of channels."""
     r, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    kind = tuple(KINDS)[seed % len(KINDS)]
+    kind = kind_of(seed)
     dims = 4 if kind == "channels last" else r.randint(1, 4)
     ch_axis = r.randrange(dims)
     channels = r.randint(1, 5)
 
     def shape() -> Shape:
-        sizes = [r.randint(1, 4) for _ in range(dims - 1)] + [r.randint(1, most)]
-        sizes[ch_axis] = channels
+        sizes = [r.randint(1, 4) for _ in range(dims - 1)] + [r.randint(least, most)]
+        sizes[ch_axis] = max(channels, least if ch_axis == dims - 1 else 1)
         return tuple(sizes)
 
     tensors = tuple(_drawn(kind, shape(), r, g) for _ in range(r.randint(1, 4)))
@@ -178,13 +183,3 @@ def _drawn(kind: str, shape: Shape, r: random.Random, g: torch.Generator) -> Ten
             limit = min(torch.finfo(dtype).max, LARGEST)
             return (x.to(torch.float64) * (1 + 1e-11)).clamp(-limit, limit).to(dtype)
     return x
-
-
-def cases(first: int, tensors: int, most: int = 40) -> Iterator[Case]:
-    """Cases of consecutive seeds, until they hold that many tensors."""
-    seed = first
-    while tensors > 0:
-        made = case(seed, most)
-        yield made
-        tensors -= len(made.tensors)
-        seed += 1

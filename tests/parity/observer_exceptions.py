@@ -15,7 +15,7 @@ INT32 = (torch.int32, torch.qint32)
 
 
 class Seen(NamedTuple):
-    """What an exception may look at: `low` and `high` are the range in float64, shape `(channels,)`."""
+    """What an exception may look at: the range in float64, shape `(channels,)`, and how far float32 may round it."""
 
     setting: Setting
     ours: Ours
@@ -23,6 +23,7 @@ class Seen(NamedTuple):
     dims: int
     low: Tensor
     high: Tensor
+    rounding: float = 0.0
 
 
 class Exception_(NamedTuple):  # noqa: N801 - Exception is taken
@@ -61,14 +62,14 @@ def _average_is_lost(seen: Seen) -> Tensor:
 
 def _zero_point_wraps(seen: Seen) -> Tensor:
     given = seen.setting.given
-    affine = given["dtype"] in INT32 and qscheme_of(seen.setting).endswith("affine")
+    affine = given.get("dtype") in INT32 and qscheme_of(seen.setting).endswith("affine")
     assert seen.ours.found is not None
     steps = -seen.low.clamp(max=0) / seen.ours.found.scale.double()
     return (steps >= 2**31 - 256) & _everywhere(seen, affine)
 
 
 def _symmetric(seen: Seen, dtype: torch.dtype) -> bool:
-    return seen.setting.given["dtype"] == dtype and "symmetric" in qscheme_of(seen.setting)
+    return seen.setting.given.get("dtype", torch.quint8) == dtype and "symmetric" in qscheme_of(seen.setting)
 
 
 def _named_range(seen: Seen) -> Tensor:
@@ -109,7 +110,7 @@ EXCEPTIONS: dict[str, Exception_] = {
         "so that the minimum is above the maximum: an error in the end, or whatever the next tensors make of it.",
         _average_is_lost,
         setting("MovingAverageMinMaxObserver", averaging_constant=1.0),
-        (torch.tensor([-1e8, 0.5]), torch.tensor([1.4, 1.4])),
+        (torch.tensor([-1e8, 0.5]), torch.tensor([4.4, 4.4])),
     ),
     "the average overflows": Exception_(
         "The same for each channel, where an infinite bound gives the scale 1.",

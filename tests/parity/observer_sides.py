@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,13 +52,15 @@ class Theirs(NamedTuple):
     """What torch.ao gives: qparams, or the error it raises.
 
     `overflowed` and `crossed` say in which channels a bound was not finite, and where the minimum was above the
-    maximum, after any of the tensors.
+    maximum, after any of the tensors; `low` and `high` are the bounds after the last.
     """
 
     found: Found | None
     error: str
     overflowed: Tensor
     crossed: Tensor
+    low: Tensor
+    high: Tensor
 
 
 class Ours(NamedTuple):
@@ -75,6 +78,7 @@ def qscheme_of(setting: Setting) -> str:
 def theirs_of(setting: Setting, tensors: tuple[Tensor, ...]) -> Theirs:
     """Run torch.ao's observer."""
     overflowed = crossed = torch.zeros(1, dtype=torch.bool)
+    low = high = torch.full((1,), math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         observer = setting.constructor()
@@ -82,13 +86,13 @@ def theirs_of(setting: Setting, tensors: tuple[Tensor, ...]) -> Theirs:
             for x in tensors:
                 observer(x)
                 if x.numel() and hasattr(observer, "min_val"):
-                    low, high = observer.min_val.reshape(-1), observer.max_val.reshape(-1)
+                    low, high = observer.min_val.reshape(-1).clone(), observer.max_val.reshape(-1).clone()
                     overflowed = overflowed | ~(low.isfinite() & high.isfinite())
                     crossed = crossed | (low > high)
             scale, zero_point = observer.calculate_qparams()
         except Exception as error:  # noqa: BLE001 - whatever it raises is compared
-            return Theirs(None, f"{type(error).__name__}: {error}", overflowed, crossed)
-    return Theirs(Found(scale.reshape(-1), zero_point.reshape(-1)), "", overflowed, crossed)
+            return Theirs(None, f"{type(error).__name__}: {error}", overflowed, crossed, low, high)
+    return Theirs(Found(scale.reshape(-1), zero_point.reshape(-1)), "", overflowed, crossed, low, high)
 
 
 def ours_of(setting: Setting, tensors: tuple[Tensor, ...]) -> Ours:
@@ -117,7 +121,7 @@ def finite(found: Found) -> Tensor:
     return found.scale.isfinite() & found.zero_point.isfinite()
 
 
-def meant(found: Found, spec: QuantSpec, low: Tensor, high: Tensor) -> Tensor:
+def meant(found: Found, spec: QuantSpec, low: Tensor, high: Tensor, rounding: float = 0.0) -> Tensor:
     """Where qparams mean `[low, high]`: finite, zero exact, and numbers of that range within half a step of theirs.
 
     `low` and `high` are float64 of shape `(channels,)`; as many steps are allowed for
@@ -129,7 +133,7 @@ def meant(found: Found, spec: QuantSpec, low: Tensor, high: Tensor) -> Tensor:
         low, high = low.clamp(max=0), high.clamp(min=0)
     x = low + (high - low) * torch.linspace(0, 1, 41, dtype=torch.float64)[:, None]
     codes = torch.round(x / scale + zero_point).clamp(spec.quant_min, spec.quant_max)
-    error = (x - (codes - zero_point) * scale).abs() / scale
+    error = ((x - (codes - zero_point) * scale).abs() - rounding) / scale
     rounded = zero_point.abs() + (spec.quant_max - spec.quant_min) + torch.maximum(-low, high) / scale
     slack = 1e-6 + 2.0**-22 * rounded
     zero = (zero_point >= spec.quant_min) & (zero_point <= spec.quant_max) if integer else torch.tensor(True)
