@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ def _uniform(shape: Shape, r: random.Random, g: torch.Generator) -> Tensor:
 
 
 def _constant(*values: float) -> Draw:
-    return lambda shape, r, g: torch.full(shape, r.choice(values))  # noqa: ARG005
+    return lambda shape, r, g: torch.full(shape, r.choice(values))
 
 
 def _subnormal(shape: Shape, r: random.Random, g: torch.Generator) -> Tensor:
@@ -147,7 +147,7 @@ def kind_of(seed: int) -> str:
 
 
 def case(seed: int, least: int = 1, most: int = 40) -> Case:
-    """The case of a seed: tensors of 0 to 4 axes, the last of `least` to `most` values unless it is that of channels."""
+    """The case of a seed: tensors of 0 to 4 axes, the last, unless of channels, of `least` to `most` values."""
     r, g = random.Random(seed), torch.Generator().manual_seed(seed)
     kind = kind_of(seed)
     dims = 4 if kind == "channels last" else r.randint(1, 4)

@@ -64,10 +64,7 @@ def well_told(setting: Setting, tensors: tuple[Tensor, ...]) -> Told:
             observer.dst_nbins = 16
         for x in tensors:
             observer((x.to(torch.float32).double() * unit).to(torch.float32))
-        if width == 0:
-            bounds = (observer.min_val, observer.max_val)
-        else:
-            bounds = observer._non_linear_param_search()
+        bounds = (observer.min_val, observer.max_val) if width == 0 else observer._non_linear_param_search()
         low, high = (bound.double().reshape(1) / unit for bound in bounds)
         scale, zero_point = setting.constructor()._calculate_qparams(low.float()[0], high.float()[0])
     return Told(low, high, Found(scale.reshape(-1), zero_point.reshape(-1)))

@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     rounding: float = 0.0
 
 
-class Exception_(NamedTuple):  # noqa: N801 - Exception is taken
+class Cause(NamedTuple):
     """Why qparams may differ, in which channels (bool, shape `(channels,)`), and tensors on which they do.
 
     `fails` says that torch.ao's qparams do not mean the range: there is none, or a number in it is more than half a
@@ -98,21 +98,21 @@ def _one_axis(seen: Seen) -> Tensor:
 _SYMMETRIC = {"qscheme": torch.per_tensor_symmetric}
 _BOTH_SIDES = (torch.tensor([-3.0, 2.0]),)
 
-EXCEPTIONS: dict[str, Exception_] = {
-    "the width overflows": Exception_(
+EXCEPTIONS: dict[str, Cause] = {
+    "the width overflows": Cause(
         "The width of the range is more than the largest float32, so that the scale is infinite.",
         _width_overflows,
         setting("MinMaxObserver"),
         (torch.tensor([-LARGEST, LARGEST]),),
     ),
-    "the average is lost": Exception_(
+    "the average is lost": Cause(
         "A moving average is taken by a difference of large numbers, which overflows to infinity and NaN, or cancels "
         "so that the minimum is above the maximum: an error in the end, or whatever the next tensors make of it.",
         _average_is_lost,
         setting("MovingAverageMinMaxObserver", averaging_constant=1.0),
         (torch.tensor([-1e8, 0.5]), torch.tensor([4.4, 4.4])),
     ),
-    "the average overflows": Exception_(
+    "the average overflows": Cause(
         "The same for each channel, where an infinite bound gives the scale 1.",
         _average_is_lost,
         setting(
@@ -122,38 +122,38 @@ EXCEPTIONS: dict[str, Exception_] = {
         ),
         (torch.tensor([[LARGEST, LARGEST / 2]]), torch.tensor([[-LARGEST, -LARGEST / 2]])),
     ),
-    "the zero point wraps": Exception_(
+    "the zero point wraps": Cause(
         "With 32 bits, the number of steps below zero is cast to an int32, which cannot hold all of them.",
         _zero_point_wraps,
         setting("MinMaxObserver", dtype=torch.qint32),
         (torch.tensor([-3000.0, 1.0]),),
     ),
-    "the whole range by name": Exception_(
+    "the whole range by name": Cause(
         "The middle of 0..255 is 128, but 127 where the range is told: a spec does not say who chose it. Both mean it.",
         _named_range,
         setting("MinMaxObserver", quant_min=0, quant_max=255, **_SYMMETRIC),
         _BOTH_SIDES,
         fails=False,
     ),
-    "the middle of a part of uint16": Exception_(
+    "the middle of a part of uint16": Cause(
         "It is 2**15 for every part of the range, also for one that ends below.",
         _part_of_uint16,
         setting("MinMaxObserver", dtype=torch.uint16, quant_min=0, quant_max=4095, **_SYMMETRIC),
         _BOTH_SIDES,
     ),
-    "the middle of four bits": Exception_(
+    "the middle of four bits": Cause(
         "It is 0, the least code, so that no number below zero has one.",
         _four_bits,
         setting("MinMaxObserver", dtype=torch.quint4x2, **_SYMMETRIC),
         _BOTH_SIDES,
     ),
-    "the middle of a reduced range": Exception_(
+    "the middle of a reduced range": Cause(
         "The other observers refuse it; a histogram gives the zero point 128 for the codes 0..127.",
         _reduced_middle,
         setting("HistogramObserver", dtype=torch.quint8, reduce_range=True, **_SYMMETRIC),
         _BOTH_SIDES,
     ),
-    "channels of one axis": Exception_(
+    "channels of one axis": Cause(
         "A tensor of one axis, a vector of scales, say, has channels too; torch.ao raises.",
         _one_axis,
         setting("PerChannelMinMaxObserver"),

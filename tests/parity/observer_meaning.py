@@ -5,6 +5,7 @@ from __future__ import annotations
 from qfunc import Cast, Dynamic, FixedQParams, KeepFloat, QuantSpec, ReuseInput
 from qfunc.numerics import observers
 from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.unmeasured import FLOATS
 from qfunc.testing import oracle
 
 RANGES = {
@@ -28,13 +29,13 @@ def meaning(constructor):
         return ReuseInput()
     if theirs.name in UNQUANTIZED or (theirs.name == "PlaceholderObserver" and theirs.dtype == "float32"):
         return KeepFloat()
-    if theirs.name == "PlaceholderObserver" and theirs.dtype == "float16":
-        return Cast("float16", dynamic=theirs.is_dynamic)
+    if theirs.name == "PlaceholderObserver" and theirs.dtype in FLOATS:
+        return Cast(theirs.dtype, dynamic=theirs.is_dynamic)
     eps = {} if theirs.eps is None else {"eps": theirs.eps}
     spec = QuantSpec(theirs.dtype, theirs.quant_min, theirs.quant_max, theirs.qscheme, theirs.ch_axis, **eps)
     if theirs.is_dynamic:
-        # for training torch.ao measures each tensor by a moving average that forgets all before it
-        assert theirs.name == "PlaceholderObserver" or (theirs.trains and theirs.averaging_constant == 1)
+        # for training, torch.ao measures each tensor by a moving average that forgets all before it
+        assert theirs.name == "PlaceholderObserver" or theirs.averaging_constant == 1
         return Dynamic(spec)
     if theirs.name in AVERAGES:
         found = AVERAGES[theirs.name](spec, theirs.averaging_constant)
