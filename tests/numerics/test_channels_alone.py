@@ -31,6 +31,29 @@ def test_qparams(bounds, spec):
         assert same_values(alone.zero_point, together.zero_point[c : c + 1])
 
 
+def test_qparams_beside_a_width_that_overflows():
+    """Of many channels, of which every fourth would round otherwise in float64."""
+    low, high = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) * 10
+    big = torch.tensor([BIG])
+    for spec in SPECS:
+        alone = qparams_of_range(-low, high, spec)
+        beside = qparams_of_range(torch.cat((-big, -low)), torch.cat((big, high)), spec)
+        assert same_values(beside.scale[1:], alone.scale)
+        assert same_values(beside.zero_point[1:], alone.zero_point)
+
+
+def test_averages_beside_one_that_overflows():
+    batches = torch.randn(3, 500, 2, generator=torch.Generator().manual_seed(0))
+    big = torch.tensor([[[BIG, BIG]], [[-BIG, -BIG]], [[BIG, BIG]]])
+    statistic = MovingAverageStatistic(0.3, 0)
+    alone = beside = statistic.init()
+    for batch, row in zip(batches, big, strict=True):
+        alone, beside = statistic.update(alone, batch), statistic.update(beside, torch.cat((row, batch)))
+    assert torch.isfinite(beside.minimum).all()
+    assert same_values(beside.minimum[1:], alone.minimum)
+    assert same_values(beside.maximum[1:], alone.maximum)
+
+
 @given(st.lists(st.tuples(bounded, bounded, bounded), min_size=1, max_size=5), st.sampled_from([0.01, 0.3, 1.0]))
 @example([(-BIG, BIG, -BIG), (0.1, 0.7, 0.3)], 0.3)
 @example([(-1e8, 1.4, 0.5), (0.1, 0.7, 0.3)], 1.0)
