@@ -254,29 +254,28 @@ def qparams_of_range(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> QPara
     if spec.qscheme == FLOAT_QPARAMS:
         return _float_qparams(low, high, spec)
     low, high = low.clamp(max=0), high.clamp(min=0)
+    steps = spec.quant_max - spec.quant_min
     if spec.symmetric:
-        scale = _bounded(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2, spec.eps)
+        scale = (torch.maximum(-low, high) / (steps / 2)).clamp(spec.eps, _LARGEST)
         return QParams(scale, torch.full_like(scale, middle(spec), dtype=torch.int64), spec)
-    scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, spec.eps)
+    scale = _step(low, high, steps).clamp(min=spec.eps)
     zero_point = spec.quant_min - torch.round(low / scale).to(torch.int64)
     return QParams(scale, zero_point.clamp(spec.quant_min, spec.quant_max), spec)
 
 
 def _float_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
-    scale = _bounded(_width(low, high), spec.quant_max - spec.quant_min, 0.0)
+    scale = _step(low, high, spec.quant_max - spec.quant_min)
     scale = torch.where(scale > spec.eps, scale, torch.ones_like(scale))
     return QParams(scale, torch.nan_to_num(-low / scale), spec)
 
 
-def _width(low: Tensor, high: Tensor) -> Tensor:
-    """`high - low`, in float64 where it overflows float32."""
-    width = high - low
-    return width if torch.isfinite(width).all() else high.double() - low.double()
-
-
-def _bounded(width: Tensor, steps: float, eps: float) -> Tensor:
-    """`width / steps` in float32, at least `eps` and never infinite."""
-    return (width / steps).clamp(max=_LARGEST).to(torch.float32).clamp(min=eps)
+def _step(low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """`(high - low) / steps` in float32, never infinite: in float64 for those channels whose width overflows."""
+    step = (high - low) / steps
+    if not torch.isfinite(step).all():
+        wide = ((high.double() - low.double()) / steps).clamp(max=_LARGEST).to(torch.float32)
+        step = torch.where(torch.isfinite(step), step, wide)
+    return step
 
 
 def middle(spec: QuantSpec) -> int:

@@ -137,12 +137,12 @@ class MovingAverageStatistic:
         c = self.averaging_constant
         minimum = state.minimum + c * (new.minimum - state.minimum)
         maximum = state.maximum + c * (new.maximum - state.maximum)
-        width = maximum - minimum
-        if not ((width >= 0) & (width < math.inf)).all():
+        sound = torch.isfinite(minimum) & torch.isfinite(maximum) & (minimum <= maximum)
+        if not sound.all():
             # Differences of large numbers overflow or cancel, down to a minimum above the maximum. The convex form
-            # does neither, but rounds otherwise than torch.ao.
-            minimum = state.minimum * (1 - c) + new.minimum * c
-            maximum = state.maximum * (1 - c) + new.maximum * c
+            # does neither, but rounds otherwise than torch.ao: only the channels that need it are computed so.
+            minimum = torch.where(sound, minimum, state.minimum * (1 - c) + new.minimum * c)
+            maximum = torch.where(sound, maximum, state.maximum * (1 - c) + new.maximum * c)
         return RangeState(minimum, maximum)
 
 

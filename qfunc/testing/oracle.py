@@ -187,7 +187,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    return {"quint8": "uint8", "qint8": "int8", "quint4x2": "uint4"}.get(name, name)
+    return {"quint8": "uint8", "qint8": "int8", "qint32": "int32", "quint4x2": "uint4"}.get(name, name)
 
 
 def fuse_modules(
@@ -354,6 +354,13 @@ def observer_data(constructor: Any) -> ObserverData:
         name, dtype = type(observer).__name__, dtype_name(getattr(observer, "dtype", None))
         dynamic = bool(getattr(made, "is_dynamic", False))
         return ObserverData(name, dtype, **plain, is_dynamic=dynamic, trains=trains)
+
+
+def named_observers() -> dict[str, Any]:
+    """All public names of torch.ao's observer module: classes, constructors and functions."""
+    with _quiet():
+        module = import_module("torch.ao.quantization.observer")
+        return {name: getattr(module, name) for name in module.__all__}
 
 
 def named_qconfigs() -> dict[str, Any]:

@@ -4,61 +4,21 @@ import pytest
 import torch
 
 import qfunc
-from qfunc import Cast, Dynamic, FixedQParams, KeepFloat, QConfig, QConfigMapping, QuantSpec, ReuseInput, unwrap
+from qfunc import QConfig, QConfigMapping, unwrap
 from qfunc.backends import default_mappings, qconfigs
 from qfunc.backends.default_mappings import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from qfunc.config.qconfig import wrong_qconfig
 from qfunc.config.qconfig_mapping import form_named
 from qfunc.errors import UnknownName, problems
-from qfunc.numerics import observers
-from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.testing import oracle
+from tests.parity.observer_meaning import meaning
 
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
 
-RANGES = {
-    "MinMaxObserver": observers.MinMax,
-    "PerChannelMinMaxObserver": observers.PerChannelMinMax,
-    "HistogramObserver": observers.Histogram,
-}
-AVERAGES = {
-    "MovingAverageMinMaxObserver": observers.MovingAverageMinMax,
-    "MovingAveragePerChannelMinMaxObserver": observers.MovingAveragePerChannelMinMax,
-}
-"""Their classes and ours."""
-
-UNQUANTIZED = ("NoopObserver", "Identity")
-"""What torch.ao has in the place of an observer where there is nothing to quantize."""
-
 WITHOUT = {"default_debug_qconfig": "its observer records tensors, and never gives qparams"}
 """Configurations of torch.ao's with a name, and why there are none of ours."""
-
-
-def meaning(constructor):
-    """One of torch.ao's observers as a value of ours."""
-    theirs = oracle.observer_data(constructor)
-    if theirs.name == "ReuseInputObserver":
-        return ReuseInput()
-    if theirs.name in UNQUANTIZED or (theirs.name == "PlaceholderObserver" and theirs.dtype == "float32"):
-        return KeepFloat()
-    if theirs.name == "PlaceholderObserver" and theirs.dtype == "float16":
-        return Cast("float16", dynamic=theirs.is_dynamic)
-    eps = {} if theirs.eps is None else {"eps": theirs.eps}
-    spec = QuantSpec(theirs.dtype, theirs.quant_min, theirs.quant_max, theirs.qscheme, theirs.ch_axis, **eps)
-    if theirs.is_dynamic:
-        # for training torch.ao measures each tensor by a moving average that forgets all before it
-        assert theirs.name == "PlaceholderObserver" or (theirs.trains and theirs.averaging_constant == 1)
-        return Dynamic(spec)
-    if theirs.name in AVERAGES:
-        found = AVERAGES[theirs.name](spec, theirs.averaging_constant)
-    elif theirs.name == "FixedQParamsObserver":
-        found = FixedQParams(spec, theirs.scale, theirs.zero_point)
-    else:
-        found = RANGES[theirs.name](spec)
-    assert getattr(found, "bins", None) == theirs.bins
-    return FakeQuantize(found) if theirs.trains else found
 
 
 def translated(theirs) -> QConfig:
