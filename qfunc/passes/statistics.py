@@ -53,9 +53,10 @@ def folds_of(taps: tuple[str, ...], observer: Observer[Any]) -> tuple[Fold, ...]
 
 
 def merge_of(observer: Any) -> Merge | None:
-    """How states of an observer are merged; None where it offers no `merge`."""
-    found = getattr(getattr(observer, "observer", observer), "merge", None)
-    return found if callable(found) else None
+    """How states of an observer are merged: by its `merge`, or its statistic's; None where there is none."""
+    inner = getattr(observer, "observer", observer)
+    offered = (getattr(each, "merge", None) for each in (inner, inner.statistic))
+    return next((merge for merge in offered if callable(merge)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from qfunc import Cast, Dynamic, FixedQParams, KeepFloat, QuantSpec, ReuseInput
 from qfunc.numerics import observers as o
 from qfunc.numerics import qparams as q
+from qfunc.numerics.recording import Recording
 from qfunc.testing import oracle
 from tests.parity.observer_meaning import meaning
 from tests.parity.observer_sides import Found, agree
@@ -75,7 +76,7 @@ WITH_ARGUMENTS = (
     Meant("MovingAverageMinMaxObserver", (("averaging_constant", 1), ("is_dynamic", True)), Dynamic(q.UINT8)),
 )
 
-RECORDING = "the tensors themselves are kept, for looking at; there are no qparams, and nothing is quantized"
+RECORDING = "Recording: it keeps the same tensors, and has the qparams of their range besides"
 BASE = "a base class of observers; ours satisfy the protocol `qfunc.numerics.observers.Observer`"
 TORCHAO = "of torchao's quantization, which torch.ao's FX mode does not use: no observer, and nothing in it measures"
 STATE = "a statistic is a value: it is kept by keeping the calibrated stage"
@@ -145,11 +146,14 @@ def test_what_is_no_observer(name):
     assert not (isinstance(NAMES[name], type) and issubclass(NAMES[name], base))
 
 
-def test_a_recording_has_no_qparams():
-    recorder = NAMES["default_debug_observer"]()
-    recorder(torch.ones(2))
+def test_a_recording_keeps_the_tensors():
+    recorder, ours = NAMES["default_debug_observer"](), Recording()
+    state = ours.init()
+    for x in (torch.ones(2), torch.tensor([[3.0]])):
+        recorder(x)
+        state = ours.update(state, x)
     assert NAMES["default_debug_observer"] is NAMES["RecordingObserver"]
-    assert [x.tolist() for x in recorder.get_tensor_value()] == [[1.0, 1.0]]
+    assert [x.tolist() for x in recorder.get_tensor_value()] == [x.tolist() for x in state.tensors]
     with pytest.raises(Exception, match="calculate_qparams should not be called"):
         recorder.calculate_qparams()
 
