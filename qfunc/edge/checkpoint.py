@@ -29,7 +29,7 @@ _WARNINGS: Mapping[str, type] = MappingProxyType(
 """What can be warned of."""
 
 MOST_WARNINGS = 10_000
-"""How many warnings a checkpoint keeps: the first, so that data of which all is wrong do not end a run by their size."""
+"""How many warnings a checkpoint keeps: the first, so that no amount of bad data ends a run by its size."""
 
 
 def save(path: str | PathLike[str], point: Point, earlier: Statistics, prepared: Prepared) -> R[None]:

@@ -20,7 +20,7 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, QParams, qparams_of_range
+from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8, QParams, qparams_of_range
 
 WEIGHT = PerChannelMinMax(INT8_NARROW_PER_CHANNEL)
 
@@ -53,12 +53,15 @@ class SketchStatistic:
     words: tuple[str, ...] = ("a", "b")
 
 
+SKETCH = SketchStatistic()
+
+
 @dataclass(frozen=True)
 class Sketching:
     """An observer of the user's, which has the merge; its statistic has none."""
 
-    spec: QuantSpec = QuantSpec()
-    statistic: object = SketchStatistic()
+    spec: QuantSpec = UINT8
+    statistic: object = SKETCH
 
     def init(self) -> Sketch:
         return Sketch(Moment(torch.zeros((), dtype=torch.float64), 0))
@@ -95,7 +98,9 @@ OBSERVERS = {
 def prepared_for(observer, seed: int = 0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
-    mapping = QConfigMapping().set_global(QConfig(observer, WEIGHT))
+    whole = MinMax() if observer.spec.per_channel else observer
+    # Activations have scales of channels at single places only.
+    mapping = QConfigMapping().set_global(QConfig(whole, WEIGHT)).set_output("_1", observer)
     return unwrap(trace(model, torch.zeros(2, 4)).bind(fuse).bind(lambda graph: prepare(graph, mapping)))
 
 
