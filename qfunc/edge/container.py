@@ -60,7 +60,7 @@ def pack(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R[bytes]
     """A document and tensors of `DTYPES` as the bytes of a file; the same bytes for equal ones.
 
     Returns:
-        The bytes, or `BadConfig` where they hold more text than can be read again.
+        The bytes, or `BadConfig` where they hold more than can be read again.
 
     >>> unpack(pack({"qfunc": "Nothing", "version": 1}, {"a": torch.ones(2)}).unwrap()).unwrap()[1]
     {'a': tensor([1., 1.])}
@@ -68,6 +68,12 @@ def pack(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R[bytes]
     from safetensors import TensorSpec, serialize
 
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total + LONGEST > MOST_BYTES:
+        reason = f"its tensors have {total} bytes, the most are {MOST_BYTES - LONGEST}"
+        return Failure(
+            BadConfig("file", reason, "write less: of fewer values, or of fewer batches where all is recorded")
+        )
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     specs = {
         name: TensorSpec(

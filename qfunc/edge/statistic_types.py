@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types as python_types
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from types import MappingProxyType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +14,8 @@ import torch
 
 from qfunc.config.arguments import shown
 from qfunc.errors import BadConfig, Problem
+from qfunc.numerics.exact_histogram import ExactHistogramState, ExactHistogramStatistic
+from qfunc.numerics.recording import RecordingState, RecordingStatistic
 from qfunc.numerics.statistic import (
     HistogramState,
     HistogramStatistic,
@@ -21,6 +24,7 @@ from qfunc.numerics.statistic import (
     NoState,
     NoStatistic,
     RangeState,
+    finite,
 )
 
 Faults: TypeAlias = Iterator[str]
@@ -178,6 +182,32 @@ def _of_histogram(state: HistogramState) -> Faults:
         yield "it has counts without a range, or a range without counts"
 
 
+def _of_exact_histogram(state: ExactHistogramState) -> Faults:
+    counts, seen = state.counts, state.range
+    if counts.dtype != torch.int64 or counts.dim() != 1:
+        yield "its counts are not int64 of shape (window,)"
+    elif not ((counts >= 0) & (counts <= _MOST_COUNTED)).all():
+        yield "its counts are negative or too large to be added"
+    elif seen.minimum.dim() != 0:
+        yield "its range is that of channels"
+    elif bool(counts.any()) != seen.observed:
+        yield "it has counts without a range, or a range without counts"
+
+
+_MOST_COUNTED = 2**47
+"""How often a value can have been counted: sums over all bins, of which there are 2**15, stay below 2**63."""
+
+
+def _of_recording(state: RecordingState) -> Faults:
+    if not all(tensor.is_floating_point() and tensor.numel() and finite(tensor) for tensor in state.tensors):
+        yield "a tensor in it is empty, not finite or no floating-point tensor"
+    elif reduce(_WHOLE.update, state.tensors, _WHOLE.init()) != state.range:
+        yield "its range is not that of its tensors"
+
+
+_WHOLE = MinMaxStatistic()
+
+
 def _channels(statistic: Any, state: RangeState) -> Faults:
     if state.observed and (state.minimum.dim() == 1) != (statistic.ch_axis is not None):
         yield "it is of channels and its statistic of whole tensors, or the other way round"
@@ -186,6 +216,15 @@ def _channels(statistic: Any, state: RangeState) -> Faults:
 def _bins(statistic: HistogramStatistic, state: HistogramState) -> Faults:
     if state.counts.shape[0] != statistic.bins:
         yield f"it has {state.counts.shape[0]} counts for {statistic.bins} bins"
+
+
+def _window(statistic: ExactHistogramStatistic, state: ExactHistogramState) -> Faults:
+    """The grid depends on the range alone, whatever the values in it."""
+    seen = state.range
+    ends = torch.stack([seen.minimum, seen.maximum]) if seen.observed else torch.zeros(0)
+    grid = statistic.update(statistic.init(), ends)
+    if (grid.exponent, grid.counts.shape) != (state.exponent, state.counts.shape):
+        yield f"its bins are not those of its range in a histogram of {statistic.bins} bins"
 
 
 def _axis(statistic: Any) -> Faults:
@@ -204,18 +243,30 @@ def _histogram(statistic: HistogramStatistic) -> Faults:
         yield f"it has {statistic.bins} bins and upsample_rate {statistic.upsample_rate}"
 
 
+def _exact_histogram(statistic: ExactHistogramStatistic) -> Faults:
+    if not 2 <= statistic.bins <= 2**15 or statistic.stride < 1:
+        yield f"it has {statistic.bins} bins and stride {statistic.stride}"
+
+
 _STATES: Mapping[type, tuple[type, Callable[[Any], Faults], Callable[[Any, Any], Faults]]] = MappingProxyType(
     {
         MinMaxStatistic: (RangeState, _axis, _channels),
         MovingAverageStatistic: (RangeState, _average, _channels),
         HistogramStatistic: (HistogramState, _histogram, _bins),
+        ExactHistogramStatistic: (ExactHistogramState, _exact_histogram, _window),
+        RecordingStatistic: (RecordingState, _none, _none),
         NoStatistic: (NoState, _none, _none),
     }
 )
 """For each statistic: the class of its state, what its parameters may be, and what it asks of a valid state."""
 
 _WITHIN: Mapping[type, Callable[[Any], Faults]] = MappingProxyType(
-    {RangeState: _of_range, HistogramState: _of_histogram}
+    {
+        RangeState: _of_range,
+        HistogramState: _of_histogram,
+        ExactHistogramState: _of_exact_histogram,
+        RecordingState: _of_recording,
+    }
 )
 """What makes a state valid by itself."""
 

@@ -392,7 +392,8 @@ class _Reader(Reader):
             return self._wrong((*at, ".type"), f"there is no class {as_written(name)}", remedy)
         inside = (*at, ".fields")
         names = [field.name for field in dataclasses.fields(cls)]
-        found = self._row(dict.fromkeys(names, _any(shape)), given["fields"], inside)
+        shapes: dict[str, Any] = dict.fromkeys(names, _any(shape))
+        found = self._row(shapes, given["fields"], inside)
         if len(self.problems) > before or self._full:
             return found
         for field in names:

@@ -29,7 +29,9 @@ from tests.edge.measuring import OBSERVERS, batches, prepared_for, same_statisti
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 11
 
-each_observer = pytest.mark.parametrize("name", ["MinMax", "MovingAverageMinMax", "Histogram", "Sketching", "plain"])
+each_observer = pytest.mark.parametrize(
+    "name", ["MinMax", "MovingAverageMinMax", "Histogram", "Percentile", "Recording", "Sketching", "plain"]
+)
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def test_a_great_many_warnings_do_not_end_a_run(path: Path) -> None:
     statistics = whole("MinMax", 1).statistics
     earlier = Statistics(statistics.graph, statistics.weights)
     unwrap(save(path, Point(statistics, MOST_WARNINGS + 6, 1, warnings), earlier, prepared))
-    kept = unwrap(resumed(path, earlier, prepared)).warnings
+    kept = unwrap(resumed(path, Point(earlier), prepared)).warnings
     assert [warning.index for warning in kept] == list(range(MOST_WARNINGS))
     assert kept[0].reason == "half ?"
 
@@ -224,7 +226,7 @@ def test_all_kinds_of_warnings_are_kept(path: Path) -> None:
     earlier = Statistics(statistics.graph, statistics.weights)
     point = Point(statistics, 1, 5, warnings)
     unwrap(save(path, point, earlier, prepared))
-    assert unwrap(resumed(path, earlier, prepared)).warnings == warnings
+    assert unwrap(resumed(path, Point(earlier), prepared)).warnings == warnings
 
 
 GOOD_WARNING = {"type": "NonFinite", "node": "n", "reason": "r", "remedy": "m"}

@@ -21,6 +21,8 @@ from qfunc import MinMax, Statistics, calibrate, convert, load, merge, save, unw
 from qfunc.edge.container import pack, unpack
 from qfunc.edge.statistics_file import from_bytes, read_statistics, to_bytes, write_statistics
 from qfunc.errors import BadConfig, BadFile, WrongStage, problems
+from qfunc.numerics.exact_histogram import ExactHistogramStatistic
+from qfunc.numerics.recording import RecordingStatistic
 from qfunc.numerics.statistic import HistogramState, HistogramStatistic, MinMaxStatistic, RangeState
 from qfunc.passes.statistics import Measured
 from tests.edge.measuring import OBSERVERS, TYPES, Sketching, batches, prepared_for, same_statistics
@@ -78,7 +80,7 @@ def test_loaded_statistics_calibrate(name: str) -> None:
     assert isinstance(convert(went_on), Success)
 
 
-@pytest.mark.parametrize("name", ["MinMax", "PerChannelMinMax", "Sketching", "plain"])
+@pytest.mark.parametrize("name", ["MinMax", "PerChannelMinMax", "Percentile", "MeanSquaredError", "Sketching", "plain"])
 @pytest.mark.parametrize("loads", [(True, False), (False, True), (True, True)], ids=str)
 def test_what_could_be_merged_still_can_be(name: str, loads: tuple[bool, bool]) -> None:
     prepared, data = prepared_for(OBSERVERS[name]), batches(4)
@@ -235,6 +237,7 @@ def entry_of(document: dict, name: str) -> dict:
     return next(row for row in document["measured"] if name in (row["statistic"]["type"], row["state"]["type"]))
 
 
+EXACT, RECORDS = ExactHistogramStatistic(8), RecordingStatistic()
 GOOD = Statistics(
     "g",
     "w",
@@ -245,6 +248,8 @@ GOOD = Statistics(
             (("b", "c"), HistogramStatistic(4, 2)): Measured(
                 HistogramState(torch.tensor([1.0, 0, 0, 2]), RangeState(torch.tensor(-1.0), torch.tensor(1.0))), 2, 3
             ),
+            (("e",), EXACT): Measured(EXACT.update(EXACT.init(), torch.tensor([-1.0, 0.5, 2.5]))),
+            (("f",), RECORDS): Measured(RECORDS.update(RECORDS.init(), torch.tensor([[-1.0], [0.5]]))),
             (("d",), Sketching().statistic): Measured(Sketching().init()),
         }
     ),
@@ -254,10 +259,13 @@ GOOD = Statistics(
 BYTES = unwrap(to_bytes(GOOD, types=TYPES, extra=EXTRA))
 
 
-def with_tensor(end: str, tensor: torch.Tensor):
+def with_state_tensor(kind: str, field: str, tensor: torch.Tensor):
+    """A tensor of the last state whose class begins with `kind`."""
+
     def change(document, tensors):
-        name = next(name for name in tensors if name.endswith(end))
-        tensors[name] = tensor
+        row = [row for row in document["measured"] if row["state"]["type"].startswith(kind)][-1]
+        found = row["state"]["fields"][field.partition("[")[0]]
+        tensors[(found[0] if isinstance(found, list) else found)["tensor"]] = tensor
 
     return change
 
@@ -315,19 +323,32 @@ def shared_tensor(document, tensors):
         (with_fields("HistogramStatistic", "statistic", more=0), "there is no field 'more'"),
         (with_fields("HistogramStatistic", "statistic", bins={"tensor": "x"}), "type: it is missing"),
         (with_fields("HistogramStatistic", "state", counts=None), "not of the type"),
+        (with_fields("ExactHistogramStatistic", "statistic", bins=4), "not those of its range"),
+        (with_fields("ExactHistogramStatistic", "statistic", bins=2**40), f"it has {2**40} bins"),
+        (with_fields("ExactHistogramStatistic", "statistic", stride=0), "stride 0"),
+        (with_fields("ExactHistogramStatistic", "state", exponent=9), "not those of its range"),
+        (with_fields("ExactHistogramStatistic", "state", exponent=1.0), "not of the type"),
+        (with_state_tensor("Exact", "counts", torch.tensor([-1])), "negative"),
+        (with_state_tensor("Exact", "counts", torch.full((8,), 2**60)), "too large"),
+        (with_state_tensor("Exact", "counts", torch.ones(4)), "not int64"),
+        (with_state_tensor("Exact", "counts", torch.ones(3, dtype=torch.int64)), "not those of its range"),
+        (with_state_tensor("Recording", "tensors[0]", torch.ones(2)), "range is not that"),
+        (with_state_tensor("Recording", "tensors[0]", torch.ones(0)), "empty"),
+        (with_state_tensor("Recording", "tensors[0]", torch.tensor(float("nan"))), "not finite"),
+        (with_state_tensor("Recording", "tensors[0]", torch.ones(2, dtype=torch.int64)), "no floating-point"),
         (with_fields("mine.SketchStatistic", "statistic", words=["a", 1]), "not of the type"),
         (with_fields("mine.Sketch", "state", flag=1), "not of the type"),
         (with_fields("mine.Sketch", "state", bound={"float": "1"}), "expected inf or -inf or nan"),
-        (with_tensor("counts", torch.tensor([1.0, -1, 0, 2])), "negative"),
-        (with_tensor("counts", torch.tensor([1.0, float("nan"), 0, 2])), "not finite"),
-        (with_tensor("counts", torch.zeros(4)), "a range without counts"),
-        (with_tensor("counts", torch.ones(4, dtype=torch.int64)), "not float32"),
-        (with_tensor("counts", torch.ones(2, 2)), "not float32 of shape (bins,)"),
-        (with_tensor("counts", torch.ones(5)), "5 counts for 4 bins"),
-        (with_tensor("maximum", torch.tensor(-9.0)), "minimum is above"),
-        (with_tensor("maximum", torch.tensor(float("inf"))), "not finite"),
-        (with_tensor("maximum", torch.ones(2, 2)), "of one shape"),
-        (with_tensor("maximum", torch.tensor(3.0).double()), "two float32"),
+        (with_state_tensor("HistogramState", "counts", torch.tensor([1.0, -1, 0, 2])), "negative"),
+        (with_state_tensor("HistogramState", "counts", torch.tensor([1.0, float("nan"), 0, 2])), "not finite"),
+        (with_state_tensor("HistogramState", "counts", torch.zeros(4)), "a range without counts"),
+        (with_state_tensor("HistogramState", "counts", torch.ones(4, dtype=torch.int64)), "not float32"),
+        (with_state_tensor("HistogramState", "counts", torch.ones(2, 2)), "not float32 of shape (bins,)"),
+        (with_state_tensor("HistogramState", "counts", torch.ones(5)), "5 counts for 4 bins"),
+        (with_state_tensor("RangeState", "maximum", torch.tensor(-9.0)), "minimum is above"),
+        (with_state_tensor("RangeState", "maximum", torch.tensor(float("inf"))), "not finite"),
+        (with_state_tensor("RangeState", "maximum", torch.ones(2, 2)), "of one shape"),
+        (with_state_tensor("RangeState", "maximum", torch.tensor(3.0).double()), "two float32"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_told(change, reason: str) -> None:
