@@ -61,10 +61,8 @@ def bind_inputs(graph: fx.Graph, inputs: Any) -> tuple[Any, ...] | str:
     return given + tuple(node.args[0] for node in _placeholders(graph)[len(given) :])
 
 
-def own_inputs(graph: Graph, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs, copied where the graph writes in place to memory that may be theirs: batches stay as they are."""
-    if not any(node.aliased for node in graph):
-        return inputs
+def own_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of the inputs, for a graph that writes in place to memory that may be theirs: batches stay as they are."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 

@@ -82,6 +82,7 @@ class Interpreter:
         self.graph, self.module = graph, made.module
         self._ids: Mapping[fx.Node, str] = {node: id for id, node in made.values.items()}
         self._nodes = tuple(made.module.graph.nodes)
+        self._writes = any(node.aliased for node in graph)
         self._walker = fx.Interpreter(made.module)
         self._hook: Hook | None = None
         # The model's own hooks run around `forward` of the module, as ever.
@@ -111,7 +112,7 @@ class Interpreter:
         before, self._hook = self._hook, hook
         try:
             with torch.no_grad():
-                return self.module(*own_inputs(self.graph, inputs))
+                return self.module(*(own_inputs(inputs) if self._writes else inputs))
         finally:
             self._hook = before
 

@@ -21,36 +21,50 @@ class ObserverError(Exception):
         self.problem = problem
 
 
-class ObserverModule(nn.Module):
-    """Hands its input on and folds it into the state of a fold.
+class Tally:
+    """What an observer has folded: the state, how many elements it is of, and whether all of them were finite.
 
-    The state is a value of the statistic's, replaced at every call; it is no part of the `state_dict`. `elements`
-    counts what was folded, `is_finite` says whether NaN or infinity was; while `clips`, they are replaced as `clipped`
-    says. Raises `ObserverError` for what is no floating-point tensor, and for a user's observer that fails.
+    It is beside the module, because setting an attribute of a module takes longer than to update a small state.
+    """
+
+    __slots__ = ("_all_finite", "elements", "state")
+
+    def __init__(self, state: Any) -> None:
+        self.reset(state, 0)
+
+    def reset(self, state: Any, elements: int) -> None:
+        """Be as after these elements, all of them finite, with this state."""
+        self.state, self.elements, self._all_finite = state, elements, True
+
+    def saw(self, finite: bool) -> None:
+        """Note whether a tensor was finite, of which the state cannot tell."""
+        self._all_finite &= finite
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither NaN nor infinity was folded."""
+        return self._all_finite and state_is_finite(self.state)
+
+
+class ObserverModule(nn.Module):
+    """Hands its input on and folds it into the state of a fold, a value that is no part of the `state_dict`.
+
+    While `clips`, NaN and infinity are replaced as `clipped` says. Raises `ObserverError` for what is no floating-point
+    tensor, and for a user's observer that fails.
     """
 
     def __init__(self, fold: Fold) -> None:
         super().__init__()
         self.fold, self.observer = fold, fold.observer
         self.ch_axis: int | None = fold.observer.spec.ch_axis
-        self.state: Any = guarded(self.observer, self.tap, self.observer.init)
-        self.elements = 0
+        self.tally = Tally(guarded(self.observer, self.tap, self.observer.init))
         self.clips = False
-        self._finite, self._tells = True, range_in(self.state) is not None
+        self._tells = range_in(self.tally.state) is not None
 
     @property
     def tap(self) -> str:
         """The first value that it observes."""
         return self.fold.taps[0]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether nothing but finite values were folded; told by the range that a state has, where it has one."""
-        return self._finite and state_is_finite(self.state)
-
-    def reset(self, state: Any, elements: int) -> None:
-        """Be as after these elements, all of them finite, with this state."""
-        self.state, self.elements, self._finite = state, elements, True
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
@@ -59,16 +73,19 @@ class ObserverModule(nn.Module):
             raise ObserverError(UnsupportedDType(self.tap, reason, _UNKNOWN))
         if self.ch_axis is not None:
             self._check_channels(x, self.ch_axis)
-        seen = clipped(x.detach()) if self.clips else x.detach()
+        tally, observer, seen = self.tally, self.observer, x.detach()
+        if self.clips:
+            seen = clipped(seen)
         if not self._tells:
-            self._finite &= finite(seen)
-        self.state = guarded(self.observer, self.tap, self.observer.update, self.state, seen)
-        self.elements += x.numel()
+            tally.saw(finite(seen))
+        tally.state = guarded(observer, self.tap, observer.update, tally.state, seen)
+        tally.elements += x.numel()
         return x
 
     def _check_channels(self, x: Tensor, axis: int) -> None:
         """That every tensor has the axis, and as many channels along it as those before."""
-        before = self.state.minimum if isinstance(self.state, RangeState) and self.state.observed else None
+        state = self.tally.state
+        before = state.minimum if isinstance(state, RangeState) and state.observed else None
         shape = tuple(x.shape)
         if axis >= x.dim():
             reason = f"ch_axis {axis} is no axis of its shape {shape}"

@@ -23,10 +23,17 @@ def tracked(
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(_rate(task.finished_speed or task.speed))
 
     console = Console(stderr=True) if console is None else console
     if not (console.is_terminal if shown is None else shown):
@@ -36,8 +43,20 @@ def tracked(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, total=total, description=title)
+
+
+def _rate(speed: float | None) -> str:
+    """Items per second, or seconds per item where that is less than one.
+
+    >>> _rate(12.5), _rate(0.25), _rate(None)
+    ('12.5/s', '4.0 s each', '')
+    """
+    if not speed:
+        return ""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"

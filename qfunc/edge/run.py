@@ -15,7 +15,7 @@ from qfunc.edge.facts import bind_inputs, own_inputs
 from qfunc.edge.interpret import NodeError
 from qfunc.edge.observer import ObserverError, ObserverModule
 from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, Unobserved, several, told
-from qfunc.ir import Graph, Node, TensorFact
+from qfunc.ir import Node, TensorFact
 from qfunc.numerics.statistic import clipped, finite, range_in
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Answers, Measured, Statistics, merge_of
@@ -79,6 +79,8 @@ class Run:
         execute: Execute,
     ) -> None:
         self._graph, self._inputs = prepared.graph, module.graph
+        self._placeholders = [node for node in prepared.graph if node.kind == "placeholder"]
+        self._writes = any(node.aliased for node in prepared.graph)
         # What custom modules have observed cannot be taken back.
         self._policy: Policy = "fail" if prepared.swapped else policy
         self._start, self._pool, self._execute = start, pool, execute
@@ -87,7 +89,7 @@ class Run:
         self._before = [answers.entry(observer.fold) for observer in self._observers]
         for observer, entry in zip(self._observers, self._before, strict=True):
             if entry is not None:
-                observer.reset(entry.state, 0)
+                observer.tally.reset(entry.state, 0)
         self._folded = _Folded(*self._found())
 
     @property
@@ -96,13 +98,14 @@ class Run:
         return self._folded.batches
 
     def _found(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-        return tuple(o.state for o in self._observers), tuple(o.elements for o in self._observers)
+        tallies = [observer.tally for observer in self._observers]
+        return tuple(t.state for t in tallies), tuple(t.elements for t in tallies)
 
     def _take_back(self) -> None:
         """The observers as they were after the last whole batch."""
         kept = zip(self._observers, self._folded.states, self._folded.elements, strict=True)
         for observer, state, elements in kept:
-            observer.reset(state, elements)
+            observer.tally.reset(state, elements)
 
     def digest(self, batch: Any, index: int) -> int | BadBatch:
         """The digest of a batch that is not to be run."""
@@ -115,12 +118,12 @@ class Run:
         inputs = bind_inputs(self._inputs, batch)
         if isinstance(inputs, str):
             return BadBatch(index, inputs, BINDING)
-        misfits = list(_misfits(self._graph, inputs, index))
+        misfits = list(_misfits(self._placeholders, inputs, index))
         if misfits:
             return several(misfits)
         digest = self._pool.submit(batch_digest, inputs)
-        empty = list(_empty(self._graph, inputs, index))
-        faults = [*empty, *_nonfinite(self._graph, inputs, index)]
+        empty = list(_empty(self._placeholders, inputs, index))
+        faults = [*empty, *_nonfinite(self._placeholders, inputs, index)]
         if faults and self._policy == "fail":
             return several(faults)
         if empty or (faults and self._policy == "skip"):
@@ -165,7 +168,7 @@ class Run:
             observer.clips = clips
         try:
             with torch.no_grad():
-                self._execute(own_inputs(self._graph, inputs))
+                self._execute(own_inputs(inputs) if self._writes else inputs)
         except NodeError as error:
             return error.problem
         except ObserverError as error:
@@ -181,7 +184,7 @@ class Run:
 
     def _not_finite(self, index: int) -> Iterator[Problem]:
         """The values at which an observer saw NaN or infinity, in graph order."""
-        found = {observer.tap for observer in self._observers if not observer.is_finite}
+        found = {observer.tap for observer in self._observers if not observer.tally.is_finite}
         remedy = "mend the batch or the model, keep what uses the value float, or choose policy='skip' or 'clip'"
         for id in (id for id in self._graph.order if id in found) if found else ():
             yield NonFinite(self._graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
@@ -237,33 +240,29 @@ def _raised_in(error: Exception) -> str:
     return "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
 
 
-def _misfits(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+def _misfits(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
     """Inputs that are not like the example's in kind, rank, dtype or device."""
-    for node, value in zip(_placeholders(graph), inputs, strict=True):
+    for node, value in zip(placeholders, inputs, strict=True):
         differs = _differs(node, value)
         if differs:
             remedy = "convert it with torch.from_numpy" if hasattr(value, "__array_interface__") else ""
             yield BadBatch(index, f"{node.place} is {differs}", *([remedy] if remedy else ()))
 
 
-def _empty(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+def _empty(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
     """Inputs without elements."""
-    for node, value in zip(_placeholders(graph), inputs, strict=True):
+    for node, value in zip(placeholders, inputs, strict=True):
         if isinstance(value, Tensor) and not value.numel():
             reason = f"{node.place} has no elements: its shape is {tuple(value.shape)}"
             yield BadBatch(index, reason, "leave empty batches out, or have policy='skip' do so")
 
 
-def _nonfinite(graph: Graph, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+def _nonfinite(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
     """Inputs that hold NaN or infinity."""
-    for node, value in zip(_placeholders(graph), inputs, strict=True):
+    for node, value in zip(placeholders, inputs, strict=True):
         if isinstance(value, Tensor) and value.layout == torch.strided and not finite(value):
             remedy = "clean the batch, or choose policy='skip' or 'clip'"
             yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", remedy)
-
-
-def _placeholders(graph: Graph) -> list[Node]:
-    return [node for node in graph if node.kind == "placeholder"]
 
 
 def _differs(node: Node, value: Any) -> str:

@@ -232,9 +232,12 @@ def state_is_finite(state: object) -> bool:
     (True, False)
     """
     seen = range_in(state)
-    if seen is None or not seen.observed:
+    if seen is None:
         return True
-    return bool(torch.isfinite(seen.minimum).all() and torch.isfinite(seen.maximum).all())
+    if seen.minimum.dim():
+        return bool(torch.isfinite(seen.minimum).all() and torch.isfinite(seen.maximum).all())
+    low, high = seen.minimum.item(), seen.maximum.item()
+    return (math.isfinite(low) and math.isfinite(high)) or low > high
 
 
 def finite(tensor: Tensor) -> bool:
