@@ -231,6 +231,7 @@ KEPT = ("Interrupted", "batch 1", "what was measured until then")
 
 BATCHES = (
     row("none", lambda m: calibrate(m.prepared, []), ("NoBatches", "batches", "empty")),
+    row("no file", lambda _: qfunc.load("none/file"), ("BadFile", "none/file", "cannot be read: FileNotFoundError")),
     row("none, quantize", lambda m: quantize(m.model, iter(())), ("NoBatches", "batches", "empty")),
     row("one tensor", lambda m: calibrate(m.prepared, X), ("BadConfig", "batches", "single Tensor")),
     row("one array", lambda m: calibrate(m.prepared, X.numpy()), ("BadConfig", "batches", "single ndarray")),

@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from secrets import token_hex
 from types import MappingProxyType
@@ -194,8 +195,8 @@ def _replace(target: str, beside: str, data: bytes) -> None:
 
 
 def _sync(folder: str) -> None:
-    """Make a new name last, where folders can be opened."""
-    if os.name == "posix":
+    """Make a new name last, where the system can; the file itself is whole either way."""
+    with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)

@@ -28,7 +28,7 @@ from qfunc.edge.container import ANOTHER, DTYPES, pack, read_file, unpack, write
 from qfunc.edge.statistic_types import FLOATS, NO_TYPES, OWN, SCALARS, Types, faults, wrong_types
 from qfunc.errors import BadConfig, BadFile, Problem, WrongStage, several, told
 from qfunc.numerics.observers import is_hashable
-from qfunc.passes.statistics import MODULUS, Key, Measured, Statistics, merge_of
+from qfunc.passes.statistics import MODULUS, Key, Measured, Statistics
 from qfunc.result import R
 
 KIND = "Statistics"
@@ -329,7 +329,8 @@ class _Reader(Reader):
         elif key in measured:
             self._wrong(at, "an entry before it is of the same values and statistic", "")
         else:
-            measured[key] = Measured(state, batches, elements, data, merge_of(key[1]))
+            merge = getattr(key[1], "merge", None)
+            measured[key] = Measured(state, batches, elements, data, merge if callable(merge) else None)
         for fault in faults(key[1], state):
             self._wrong(name, fault, "")
 

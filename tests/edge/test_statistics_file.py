@@ -583,6 +583,11 @@ def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
     assert "cannot be written" in reasons(found)[0]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that root too cannot write to")
+def test_a_folder_that_takes_no_files_is_told() -> None:
+    assert "cannot be written" in reasons(save(Statistics("g"), "/proc/self/file"))[0]
+
+
 def test_places_that_are_no_files_are_told(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "file", tmp_path / ("n" * 300), str(tmp_path / "a\0b")):
         assert "cannot be written" in reasons(save(Statistics("g"), path))[0]
