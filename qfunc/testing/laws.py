@@ -31,6 +31,7 @@ from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.metrics import same_bits, sqnr
 from qfunc.testing.numeric_laws import OBSERVER_LAW_TABLE, Measurement
 from qfunc.testing.reordering import reordered
+from qfunc.testing.statistics_laws import going_on, interpreted, kept, parts
 from qfunc.testing.walk import BrokenError, Case, Walk, fingerprint, graph_of, made, run, steps, walk
 
 Subject = TypeVar("Subject")
@@ -307,6 +308,10 @@ LAWS: tuple[Law[Walk], ...] = (
     Law(6, "converting again", "convert gives the same result however often it is run on a value.", _convert_again),
     Law(7, "order of entries", "The order of configuration entries does not matter.", _order_of_entries),
     Law(8, "repeatability", "The same model, configuration and host give the same digests.", _repeatable),
+    Law(9, "going on", "Calibration that goes on from statistics ends where one run does.", going_on),
+    Law(9, "parts", "Statistics of parts of the data, merged in any order, are those of all of it.", parts),
+    Law(9, "interpretation", "Run operator by operator, a model gives the same statistics.", interpreted),
+    Law(9, "files", "Statistics are the same after they were written and read.", kept),
     Law(
         12,
         "kernels keep their contracts",
