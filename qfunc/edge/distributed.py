@@ -79,7 +79,7 @@ def calibrate_distributed(
     cause = next(filter(None, map(interrupted, found.values())), "")
     if cause:
         return Failure(_own_alone(own, cause))
-    earlier = Point(statistics) if isinstance(statistics, Statistics) else None
+    earlier = Point(statistics) if isinstance(statistics, Statistics) and not wrong else None
     return joined(prepared, earlier, found, "rank", of=size, wrong=wrong)
 
 
@@ -145,4 +145,4 @@ def _own_alone(own: Found, cause: str) -> QuantError:
     if not isinstance(own, Success):
         return own.failure()
     point = own.unwrap()
-    return Interrupted(point.read, point.statistics, f"{cause}; only the batches of this rank were measured")
+    return Interrupted(point.read, point.statistics, f"{cause}; measured: the batches of this rank alone")

@@ -75,7 +75,7 @@ def joined(
         return Failure(several([*errors, *([] if whole is None else [whole.failure()])]))
     point = whole.unwrap()
     if cause or (errors and any(each.statistics.batches for each in done.values())):
-        measured = f"only {name}s {_ranges(list(done))} of {of} were measured" if done else f"no {name} was measured"
+        measured = f"measured: {name} {_ranges(list(done))} of {of}" if done else f"no {name} was measured"
         why = f"{cause}; {measured}" if cause else measured
         errors.append(Interrupted(point.read, point.statistics, why))
     return Failure(several(errors)) if errors else finished(prepared, point)

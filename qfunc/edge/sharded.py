@@ -182,7 +182,10 @@ class _Rounds:
     def _round(self, asked: list[int]) -> _Ended:
         reason = "map gave no result for it"
         try:
-            for answer in self._map(self._work, [_Task(index, Carried(self._shards[index])) for index in asked]):
+            answers = self._map(self._work, [_Task(index, Carried(self._shards[index])) for index in asked])
+            if not isinstance(answers, Iterable):
+                return _Ended((_not_like_map(f"gave a {type(answers).__name__}, no iterable of results"),))
+            for answer in answers:
                 if not isinstance(answer, _Answer):
                     return _Ended((_not_like_map(f"gave a {type(answer).__name__}, no result of its function"),))
                 if answer.index in self.found or answer.index not in asked:
