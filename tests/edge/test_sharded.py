@@ -1,4 +1,4 @@
-"""`calibrate_sharded` over pools of threads and processes: the statistics of one process, whatever happens to workers."""
+"""`calibrate_sharded` over pools of threads and processes: what one process finds, whatever happens to workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfunc import QConfigMapping, calibrate, calibrate_sharded, convert, prepare, trace, unwrap
-from qfunc.errors import BadBatch, BadConfig, Interrupted, NonFinite, UserFunctionFailed, WorkerLost, problems, render
+from qfunc.errors import BadBatch, BadConfig, Interrupted, UserFunctionFailed, WorkerLost, problems, render
 from qfunc.ir import to_text
 from qfunc.passes.statistics import Statistics
 from tests.edge.parallel import (
@@ -224,8 +224,9 @@ def untouched(function: Any, items: Any) -> Any:
 def test_what_can_be_told_before_any_data() -> None:
     other = unwrap(calibrate(prepared(seed=1), batches(1))).statistics
     weights = prepared()
+    places = ["second", "first", "input 'x'"]
     rows = [
-        (calibrate_sharded(unmergeable(), THREE, untouched), [("BadConfig", each) for each in ("second", "first", "input 'x'")]),
+        (calibrate_sharded(unmergeable(), THREE, untouched), [("BadConfig", each) for each in places]),
         (calibrate_sharded(weights, THREE, untouched, statistics=other), [("BadConfig", "statistics")]),
         (calibrate_sharded(weights, batches(2), untouched), [("BadConfig", "shard 0"), ("BadConfig", "shard 1")]),
         (calibrate_sharded(weights, batches(1)[0], untouched), [("BadConfig", "shards")]),
