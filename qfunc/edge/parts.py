@@ -44,7 +44,7 @@ def start_of(prepared: Prepared, statistics: Statistics | None) -> R[Point]:
 def fold_part(prepared: Prepared, part: Any, options: Options) -> Found:
     """Fold one part: an iterable of batches, of which there may be none, or a function that gives it."""
     try:
-        batches = part() if callable(part) else part
+        batches: Any = part() if callable(part) else part
     except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
         return Failure(UserFunctionFailed("the function that gives the batches", told(error)))
     wrong = not_batches(batches)
@@ -75,7 +75,7 @@ def joined(
         return Failure(several([*errors, *([] if whole is None else [whole.failure()])]))
     point = whole.unwrap()
     if cause or (errors and any(each.statistics.batches for each in done.values())):
-        measured = f"measured: {name} {_ranges(list(done))} of {of}" if done else f"no {name} was measured"
+        measured = f"measured: {name} {ranges(list(done))} of {of}" if done else f"no {name} was measured"
         why = f"{cause}; {measured}" if cause else measured
         errors.append(Interrupted(point.read, point.statistics, why))
     return Failure(several(errors)) if errors else finished(prepared, point)
@@ -85,6 +85,16 @@ def interrupted(found: Found) -> str:
     """Why a part was ended by who runs it; empty where that was not so."""
     told_of = problems(found.failure()) if isinstance(found, Failure) else ()
     return next((each.cause for each in told_of if isinstance(each, Interrupted) and len(told_of) == 1), "")
+
+
+def ranges(numbers: list[int]) -> str:
+    """Sorted numbers in short.
+
+    >>> ranges([0, 1, 2, 5])
+    '0..2, 5'
+    """
+    runs = [[index for _, index in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _unmergeable(prepared: Prepared) -> Iterator[Problem]:
@@ -139,9 +149,3 @@ def _of_part(problem: Problem, part: str) -> Problem:
         return replace(problem, reason=f"in {part}: {problem.reason}")
     named: Any = problem if any(field.name == "node" for field in fields(problem)) else None
     return problem if named is None else replace(named, node=f"{part}, {problem.node}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers in short, such as "0..3, 5"."""
-    runs = [[index for _, index in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -13,7 +13,7 @@ from returns.result import Failure
 from qfunc.edge.batches import not_batches
 from qfunc.edge.carry import Carried
 from qfunc.edge.measure import Options, wrong_options
-from qfunc.edge.parts import Found, fold_part, interrupted, joined, start_of
+from qfunc.edge.parts import Found, fold_part, interrupted, joined, ranges, start_of
 from qfunc.edge.run import Policy
 from qfunc.edge.ship import pack
 from qfunc.errors import (
@@ -65,18 +65,20 @@ def calibrate_sharded(
         map: what runs a function on each of some items and gives the results, such as `pool.map` of an executor of
             `concurrent.futures`, `lambda f, items: client.gather(client.map(f, items, pure=False))` of Dask, or
             `lambda f, items: ray.get([call.remote(f, item) for item in items])` of Ray, where `call` is
-            `ray.remote(lambda f, item: f(item))`. Give each worker one thread to run shards on.
+            `ray.remote(lambda f, item: f(item))`. Give each worker one thread to run shards on. (`pure=False` spares
+            Dask the hash of the model for each shard; its warning about a large graph is about the model, too.)
         statistics: earlier ones, to add to.
         policy: as for `calibrate`.
         retries: how often shards are run again that a lost worker left without a result, but for iterators, which
             might have lost batches by then. It takes a `map` that works again after that: a
-            `concurrent.futures.ProcessPoolExecutor` does not, so make one in each call.
+            `concurrent.futures.ProcessPoolExecutor` does not, so make one in each call. (A
+            `multiprocessing.Pool` waits for a lost worker for ever.)
 
     Returns:
         The calibrated stage; `BadConfig` for wrong arguments, and for observers that cannot be merged; what can be told
         before any data, as of `calibrate`; the errors of all shards, each with its number, or once where all have the
-        same; `UserFunctionFailed` for what cannot be pickled; `WorkerLost` for shards whose worker ended too early. An
-        error comes with an `Interrupted` that holds the statistics of the shards that are done, and names these.
+        same; `UserFunctionFailed` for what cannot be pickled; `WorkerLost` for shards without a result. An error comes
+        with an `Interrupted` that holds the statistics of the shards that are done, and names these.
 
     >>> from torch import nn
     >>> from qfunc import MinMax, PerChannelMinMax, QConfig, QConfigMapping, prepare, trace
@@ -180,7 +182,7 @@ class _Rounds:
         return ended
 
     def _round(self, asked: list[int]) -> _Ended:
-        reason = "map gave no result for it"
+        reason = "map gave no result"
         try:
             answers = self._map(self._work, [_Task(index, Carried(self._shards[index])) for index in asked])
             if not isinstance(answers, Iterable):
@@ -204,14 +206,14 @@ class _Rounds:
         return self._lost(missing, reason) if missing else _Ended()
 
     def _lost(self, missing: list[int], reason: str) -> _Ended:
-        more = f" (there is none for {len(missing) - 1} more)" if len(missing) > 1 else ""
         remedy = (
-            "look at what the workers wrote; give them more memory, have fewer of them, or make a pool in each call"
+            "look at what the workers wrote: what travels has to be importable there, and memory to suffice; make the "
+            "pool in each call, so that a retry finds a whole one"
         )
         again = not any(isinstance(self._shards[index], Iterator) for index in missing)
         if not again:
             remedy += "; give lists or functions as shards, which can be run again"
-        return _Ended((WorkerLost(f"shard {missing[0]}", reason + more, remedy),), again)
+        return _Ended((WorkerLost(f"shard {ranges(missing)}", reason, remedy),), again)
 
     def _refused(self) -> Iterator[Problem]:
         """What of that which travels cannot be pickled."""

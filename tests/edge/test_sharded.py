@@ -125,9 +125,18 @@ def test_no_memory_is_moved_for_other_processes(spawned: Any) -> None:
     """The pickler of `multiprocessing` would have both sides write to one memory, and keep a file open for each."""
     model, shards = Block().eval(), [batches(2), batches(2, 2)]
     stage = prepared_of(model)
-    found = unwrap(calibrate_sharded(stage, shards, spawned))
+    answers: list[Any] = []
+
+    def watched(function: Any, items: Sequence[Any]) -> list[Any]:
+        answers.extend(spawned(function, items))
+        return answers
+
+    unwrap(calibrate_sharded(stage, shards, watched))
     tensors = [*model.state_dict().values(), *(batch for shard in shards for batch in shard)]
-    tensors += [entry.state.minimum for entry in found.statistics.measured.values()]
+    for answer in answers:
+        measured = unwrap(answer.found).statistics.measured
+        tensors += [tensor for entry in measured.values() for tensor in (entry.state.minimum, entry.state.maximum)]
+    assert len(tensors) == 6 + 4 + 2 * 3 * 2
     assert not any(tensor.is_shared() for tensor in tensors)
 
 
@@ -300,8 +309,8 @@ def test_a_broken_pool_is_told_and_the_finished_shards_are_kept(tmp_path: Path) 
         result = calibrate_sharded(prepared(), shards, limited(pool), statistics=alone(2))
     lost, held = problems(result.failure())
     assert isinstance(lost, WorkerLost)
-    assert lost.node == "shard 1"
-    assert lost.reason.startswith("BrokenProcessPool") and lost.reason.endswith("(there is none for 1 more)")
+    assert lost.node == "shard 1..2"
+    assert lost.reason.startswith("BrokenProcessPool")
     assert isinstance(held, Interrupted)
     assert held.cause == "measured: shard 0 of 3"
     assert_same_statistics(held.statistics, alone(5))
@@ -356,7 +365,7 @@ def test_errors_of_shards_are_told_beside_a_lost_worker() -> None:
         raise OSError("gone")
 
     result = calibrate_sharded(prepared(), [[BAD], *THREE], lost)
-    assert told(result) == [("BadBatch", "batch 0"), ("WorkerLost", "shard 2"), ("Interrupted", "batch 4")]
+    assert told(result) == [("BadBatch", "batch 0"), ("WorkerLost", "shard 2..3"), ("Interrupted", "batch 4")]
     assert_same_statistics(kept(result).statistics, alone(4))
 
 
