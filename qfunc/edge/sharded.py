@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from returns.result import Failure, Success
+from returns.result import Failure
 
-from qfunc.edge.batches import length, not_batches, read
-from qfunc.edge.calibrate import finished
-from qfunc.edge.measure import Options, measure, wrong_options
-from qfunc.edge.run import Point, Policy
-from qfunc.edge.ship import pack, unpack
+from qfunc.edge.batches import not_batches
+from qfunc.edge.carry import Carried
+from qfunc.edge.measure import Options, wrong_options
+from qfunc.edge.parts import Found, fold_part, interrupted, joined, ranges, start_of
+from qfunc.edge.run import Policy
+from qfunc.edge.ship import pack
 from qfunc.errors import (
-    BadBatch,
     BadConfig,
-    Interrupted,
-    NoBatches,
     Problem,
     QuantError,
     UserFunctionFailed,
@@ -30,20 +28,18 @@ from qfunc.errors import (
     told,
 )
 from qfunc.passes.stages import Calibrated, Prepared
-from qfunc.passes.statistics import Statistics, merge, merge_of
+from qfunc.passes.statistics import Statistics
 from qfunc.result import R
 
 Shard: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """A part of the batches; or a function that gives it, called where it is run, so that data need not travel."""
-
-Found: TypeAlias = R[tuple[Statistics, tuple[Problem, ...]]]
 
 
 class MapLike(Protocol):
     """Anything that is called like `map`: of a pool of processes, threads or machines."""
 
     def __call__(self, function: Callable[[Any], Any], items: Sequence[Any], /) -> Iterable[Any]:
-        """The results of `function` on each of the items, in their order."""
+        """The results of `function` on each of the items, in any order."""
         ...
 
 
@@ -58,23 +54,31 @@ def calibrate_sharded(
 ) -> R[Calibrated]:
     """`calibrate` over parts of the data side by side: bit for bit what one process finds on all of it.
 
-    The prepared graph travels to each shard with its model, the statistics come back and are merged. Each shard is run
-    with the number of threads that torch has here, on which the last bits of a model's values depend.
+    The prepared graph travels to each shard with its model, and the statistics come back and are merged, exactly. Each
+    shard is run with the number of threads that torch has here: the last bits of a model's values depend on that, and
+    on the kind of processor.
 
     Args:
         prepared: what to observe, with observers whose states can be merged.
-        shards: the batches in parts: iterables of batches as for `calibrate`, or functions that give one.
-        map: what runs a function on each of some items and gives the results in order, such as `pool.map` of a
-            `concurrent.futures.ProcessPoolExecutor`, `lambda f, items: client.gather(client.map(f, items))` of Dask, or
-            `lambda f, items: ray.get([ray.remote(f).remote(item) for item in items])` of Ray.
+        shards: the batches in parts: iterables of batches as for `calibrate`, or functions that give one. What travels
+            to another process is pickled: generators cannot be, a `functools.partial` of an importable function can.
+        map: what runs a function on each of some items and gives the results, such as `pool.map` of an executor of
+            `concurrent.futures`, `lambda f, items: client.gather(client.map(f, items, pure=False))` of Dask, or
+            `lambda f, items: ray.get([call.remote(f, item) for item in items])` of Ray, where `call` is
+            `ray.remote(lambda f, item: f(item))`. Give each worker one thread to run shards on. (`pure=False` spares
+            Dask the hash of the model for each shard; its warning about a large graph is about the model, too.)
         statistics: earlier ones, to add to.
         policy: as for `calibrate`.
-        retries: how often shards are run again whose worker was lost.
+        retries: how often shards are run again that a lost worker left without a result, but for iterators, which
+            might have lost batches by then. It takes a `map` that works again after that: a
+            `concurrent.futures.ProcessPoolExecutor` does not, so make one in each call. (A
+            `multiprocessing.Pool` waits for a lost worker for ever.)
 
     Returns:
-        The calibrated stage; `BadConfig` for observers that cannot be merged; `UserFunctionFailed` for parts of the
-        model that cannot be pickled; the errors of all shards, each with its number; `WorkerLost` for a shard whose
-        worker ended too early, with an `Interrupted` that holds the statistics of the shards before it.
+        The calibrated stage; `BadConfig` for wrong arguments, and for observers that cannot be merged; what can be told
+        before any data, as of `calibrate`; the errors of all shards, each with its number, or once where all have the
+        same; `UserFunctionFailed` for what cannot be pickled; `WorkerLost` for shards without a result. An error comes
+        with an `Interrupted` that holds the statistics of the shards that are done, and names these.
 
     >>> from torch import nn
     >>> from qfunc import MinMax, PerChannelMinMax, QConfig, QConfigMapping, prepare, trace
@@ -88,140 +92,166 @@ def calibrate_sharded(
     """
     if not isinstance(prepared, Prepared):
         return Failure(WrongStage(type(prepared).__name__, "Prepared"))
-    wrong = [*_wrong_shards(shards, map, retries), *wrong_options(Options(statistics, policy=policy))]
-    wrong += unmergeable(prepared)
+    options = Options(statistics, policy=policy)
+    wrong: list[Problem] = [*_wrong_arguments(shards, map, retries), *wrong_options(options)]
     if wrong:
         return Failure(several(wrong))
     try:
         parts = tuple(shards)
     except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
         return Failure(UserFunctionFailed("shards", told(error)))
-    return (
-        pack(prepared)
-        .bind(lambda shipped: _over(_Work(shipped, policy, torch.get_num_threads()), parts, map, retries))
-        .bind(lambda found: joined(prepared, found, "shard", statistics))
-    )
+    wrong = [problem for index, part in enumerate(parts) for problem in _wrong_shard(index, part)]
+    if wrong:
+        return Failure(several(wrong))
+    work = _Work(prepared, policy, torch.get_num_threads())
+
+    def over(start: Any) -> R[Calibrated]:
+        rounds = _Rounds(work, parts, map)
+        ended = rounds.run(retries)
+        return joined(
+            prepared, start, rounds.found, "shard", of=len(parts), wrong=ended.problems, cause=ended.interrupted
+        )
+
+    return start_of(prepared, statistics).bind(over)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A shard and its number; `Carried` so that no pickler moves the memory of its tensors."""
+
+    index: int
+    shard: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the shard of that number gave, however the engine may order them."""
+
+    index: int
+    found: Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is called on each shard, wherever that may be."""
+    """What is called on each task, wherever that may be: on a copy of the stage if it was pickled on its way."""
 
-    shipped: bytes
+    prepared: Prepared
     policy: Policy
     threads: int
 
-    def __call__(self, shard: Shard) -> Found:
+    def __call__(self, task: _Task) -> _Answer:
         before = torch.get_num_threads()
         if before != self.threads:
             torch.set_num_threads(self.threads)
         try:
-            return unpack(self.shipped).bind(lambda prepared: fold_shard(prepared, shard, Options(policy=self.policy)))
+            found = fold_part(self.prepared, _held(task.shard), Options(policy=self.policy, progress=False))
         finally:
             if before != self.threads:
                 torch.set_num_threads(before)
+        return _Answer(task.index, Carried(found))
 
 
-def fold_shard(prepared: Any, shard: Shard, options: Options) -> Found:
-    """The statistics of one part of the data, which may be none, and the warnings."""
-    try:
-        batches = shard() if callable(shard) else shard
-    except Exception as error:  # noqa: BLE001 - the user's code: anything may come out of it
-        return Failure(UserFunctionFailed("the function that gives it", told(error)))
-    wrong = not_batches(batches)
-    if wrong:
-        return Failure(several(wrong))
-    found = measure(prepared, read(batches), options, total=length(batches))
-    return found.map(lambda made: (made[0].statistics, made[0].warnings))
+def _held(value: Any) -> Any:
+    """What was carried, whether it was pickled on its way or not."""
+    return value.value if isinstance(value, Carried) else value
 
 
-def unmergeable(prepared: Prepared) -> Iterator[Problem]:
-    """What keeps the data of a stage from being measured in parts."""
-    graph = prepared.graph
-    for fold in prepared.folds:
-        if merge_of(fold.observer) is None:
-            reason = f"it is observed with {type(fold.observer).__name__}, whose states cannot be merged"
-            remedy = "use MinMax, PerChannelMinMax, MeanSquaredError, Entropy or Percentile, or calibrate in one run"
-            yield BadConfig(graph[fold.taps[0]].place, reason, remedy)
-    for id in (id for id in graph.order if id in prepared.swapped):
-        reason = "it is a custom module, which keeps what it observes in itself"
-        yield BadConfig(graph[id].place, reason, "calibrate in one run")
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """Why a round gave too few results, if so; `again`: whether another one may give the others."""
+
+    problems: tuple[QuantError, ...] = ()
+    again: bool = False
+    interrupted: str = ""
 
 
-def joined(prepared: Prepared, found: Sequence[Found], part: str, earlier: Statistics | None) -> R[Calibrated]:
-    """The stage with the statistics of all parts; or what is wrong with any of them, each with its number."""
-    errors = [
-        _numbered(problem, f"{part} {index}")
-        for index, result in enumerate(found)
-        if isinstance(result, Failure)
-        for problem in problems(result.failure())
-    ]
-    if errors:
-        return Failure(several(errors))
-    parts = [result.unwrap() for result in found]
-    warnings = tuple(
-        _numbered(problem, f"{part} {index}") for index, (_, borne) in enumerate(parts) for problem in borne
-    )
-    return merged([statistics for statistics, _ in parts], earlier).bind(
-        lambda statistics: finished(prepared, Point(statistics, warnings=warnings))
-    )
+class _Rounds:
+    """Calls of `map`, each for the shards that have no result yet."""
 
+    def __init__(self, work: _Work, shards: tuple[Shard, ...], map: MapLike) -> None:  # noqa: A002
+        self._work, self._shards, self._map = work, shards, map
+        self.found: dict[int, Found] = {}
 
-def merged(parts: Sequence[Statistics], earlier: Statistics | None = None) -> R[Statistics]:
-    """One after another; `NoBatches` where there are none."""
-    given = [*([] if earlier is None else [earlier]), *parts]
-    if not given:
-        return Failure(NoBatches())
-    first: R[Statistics] = Success(given[0])
-    return reduce(lambda before, part: before.bind(lambda whole: merge(whole, part)), given[1:], first)
-
-
-def _over(work: _Work, shards: tuple[Shard, ...], map: MapLike, retries: int) -> R[list[Found]]:  # noqa: A002
-    """The results of all shards, in order; those that a lost worker left are asked for again."""
-    found: list[Found] = []
-    lost: QuantError | None = None
-    for _ in range(retries + 1):
-        lost = _ask(work, shards, map, found)
-        if lost is None:
-            return Success(found)
-    assert lost is not None
-    done = [result.unwrap()[0] for result in found if isinstance(result, Success)]
-    kept = merged(done)
-    if isinstance(kept, Failure):
-        return Failure(lost)
-    statistics = kept.unwrap()
-    cause = f"only the shards before shard {len(found)} were measured"
-    return Failure(several([lost, Interrupted(statistics.batches, statistics, cause)]))
-
-
-def _ask(work: _Work, shards: tuple[Shard, ...], map: MapLike, found: list[Found]) -> QuantError | None:  # noqa: A002
-    """Run the shards that have no result yet, and add the results; why that ended too early, if so."""
-    reason = "its worker gave no result"
-    try:
-        for result in map(work, shards[len(found) :]):
-            if not isinstance(result, (Success, Failure)):
-                reason = f"map gave a {type(result).__name__}, not the result of the function it was given"
+    def run(self, retries: int) -> _Ended:
+        """How the last round ended; those that a lost worker left are asked for again."""
+        ended = _Ended()
+        for _ in range(retries + 1):
+            ended = self._round([index for index in range(len(self._shards)) if index not in self.found])
+            if not ended.again:
                 break
-            found.append(result)
-    except Exception as error:  # noqa: BLE001 - engines raise anything when they lose a worker
-        reason = told(error)
-    if len(found) == len(shards):
-        return None
-    remedy = "run it again: more memory per worker, fewer workers, or a map that makes its pool anew for each call"
-    return WorkerLost(f"shard {len(found)}", reason, remedy)
+        return ended
+
+    def _round(self, asked: list[int]) -> _Ended:
+        reason = "map gave no result"
+        try:
+            answers = self._map(self._work, [_Task(index, Carried(self._shards[index])) for index in asked])
+            if not isinstance(answers, Iterable):
+                return _Ended((_not_like_map(f"gave a {type(answers).__name__}, no iterable of results"),))
+            for answer in answers:
+                if not isinstance(answer, _Answer):
+                    return _Ended((_not_like_map(f"gave a {type(answer).__name__}, no result of its function"),))
+                if answer.index in self.found or answer.index not in asked:
+                    return _Ended((_not_like_map("gave a result twice"),))
+                self.found[answer.index] = _held(answer.found)
+                if cause := interrupted(self.found[answer.index]):
+                    return _Ended(interrupted=cause)
+        except KeyboardInterrupt:
+            return _Ended(interrupted="Ctrl-C ended calibration")
+        except Exception as error:  # noqa: BLE001 - engines raise anything when they lose a worker
+            refused = [*self._refused()] if isinstance(error, _NOT_PICKLED) else []
+            if refused:
+                return _Ended(tuple(refused))
+            reason = told(error)
+        missing = [index for index in asked if index not in self.found]
+        return self._lost(missing, reason) if missing else _Ended()
+
+    def _lost(self, missing: list[int], reason: str) -> _Ended:
+        remedy = (
+            "look at what the workers wrote: what travels has to be importable there, and memory to suffice; make the "
+            "pool in each call, so that a retry finds a whole one"
+        )
+        again = not any(isinstance(self._shards[index], Iterator) for index in missing)
+        if not again:
+            remedy += "; give lists or functions as shards, which can be run again"
+        return _Ended((WorkerLost(f"shard {ranges(missing)}", reason, remedy),), again)
+
+    def _refused(self) -> Iterator[Problem]:
+        """What of that which travels cannot be pickled."""
+        packed = pack(self._work.prepared)
+        yield from problems(packed.failure()) if isinstance(packed, Failure) else ()
+        for index, shard in enumerate(self._shards):
+            try:
+                pickle.dumps(Carried(shard))
+            except Exception as error:  # noqa: BLE001 - what a user's object raises when it is pickled
+                yield UserFunctionFailed(f"shard {index}", f"it cannot be pickled: {told(error)}", _IMPORTABLE)
 
 
-def _numbered(problem: Problem, part: str) -> Problem:
-    """A problem of one part, which says of which."""
-    if isinstance(problem, BadBatch):
-        return replace(problem, reason=f"in {part}: {problem.reason}")
-    named: Any = problem if any(field.name == "node" for field in fields(problem)) else None
-    return problem if named is None else replace(named, node=f"{part}, {problem.node}")
+_NOT_PICKLED = (pickle.PicklingError, TypeError, AttributeError)
+"""What pickling raises at things that it cannot pickle; no engine tells so of a lost worker."""
+
+_IMPORTABLE = (
+    "give a list of batches, or a function that gives them where it is run: functools.partial(load, path) with a load "
+    "at the top level of an importable module"
+)
 
 
-def _wrong_shards(shards: Any, map: Any, retries: Any) -> Iterator[Problem]:  # noqa: A002
-    yield from not_batches(shards)
+_IN_PARTS = "give lists of batches, or functions that give them: [batches[:100], batches[100:]]"
+
+
+def _not_like_map(what: str) -> Problem:
+    remedy = "pass a function like map, which gives what the function that it is given returns, once for each item"
+    return BadConfig("map", f"it {what}", remedy)
+
+
+def _wrong_arguments(shards: Any, map: Any, retries: Any) -> Iterator[Problem]:  # noqa: A002
+    if not_batches(shards):
+        yield BadConfig("shards", f"expected an iterable of shards, got a single {type(shards).__name__}", _IN_PARTS)
     if not callable(map):
         yield BadConfig("map", f"{map!r:.40} cannot be called", "pass a function like map, such as pool.map")
     if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
         yield BadConfig("retries", f"{retries!r:.40} is no number of retries", "give 0 or more")
+
+
+def _wrong_shard(index: int, shard: Any) -> Iterator[Problem]:
+    for problem in () if callable(shard) else not_batches(shard):
+        yield BadConfig(f"shard {index}", problem.reason, _IN_PARTS)
