@@ -52,10 +52,11 @@ from qfunc.edge.host import check_host
 from qfunc.edge.interpret import interpret
 from qfunc.edge.materialize import materialize
 from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
+from qfunc.edge.reuse import reuse
 from qfunc.edge.sharded import calibrate_sharded
 from qfunc.edge.ship import pack, unpack
 from qfunc.edge.trace import trace
-from qfunc.errors import QuantError, render
+from qfunc.errors import QuantError, kept, render
 from qfunc.match import MatchAllNode, Pattern, Step
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import (
@@ -64,6 +65,7 @@ from qfunc.numerics.observers import (
     MinMax,
     MovingAverageMinMax,
     MovingAveragePerChannelMinMax,
+    Observer,
     PerChannelMinMax,
 )
 from qfunc.numerics.qparams import QParams, QuantSpec
@@ -76,7 +78,6 @@ from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
-from qfunc.passes.reuse import reuse
 from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.passes.statistics import Statistics, merge
 from qfunc.quantize import fuse, lower, quantize
@@ -120,6 +121,7 @@ __all__ = [
     "MovingAverageMinMax",
     "MovingAveragePerChannelMinMax",
     "Observation",
+    "Observer",
     "OperatorConfig",
     "Pattern",
     "PerChannelMinMax",
@@ -160,6 +162,7 @@ __all__ = [
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
     "interpret",
+    "kept",
     "last_layer",
     "layers",
     "load",

@@ -98,6 +98,7 @@ class Interrupted:
     batches: int
     statistics: Any
     cause: str
+    remedy: str = "go on with the batches that are left and statistics=kept(error)"
 
     def __hash__(self) -> int:
         return hash((self.batches, self.cause))
@@ -109,10 +110,6 @@ class Interrupted:
     @property
     def reason(self) -> str:
         return f"{self.cause}; what was measured until then is kept in this error"
-
-    @property
-    def remedy(self) -> str:
-        return "go on with the batches that are left: calibrate(prepared, batches, statistics=error.statistics)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +124,7 @@ class ConstantValue:
 
     @property
     def reason(self) -> str:
-        return f"all it held was {self.value:.6g}, in batches 0..{self.batches - 1} ({self.elements} elements)"
+        return f"all it held was {self.value:.6g}, in all {self.batches} batches ({self.elements} elements)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +235,8 @@ class WrongStage:
 
     @property
     def remedy(self) -> str:
+        if self.expected == "Statistics":
+            return "pass calibrated.statistics, or what load(path) gives, unwrapped"
         if self.given in ("Success", "Failure"):
             return "take the stage out of the result with unwrap(result), or chain with result.bind(function)"
         return "follow trace -> fuse -> prepare -> calibrate -> convert -> lower; materialize takes any stage of them"
@@ -364,6 +363,15 @@ def problems(error: QuantError) -> tuple[Problem, ...]:
     1
     """
     return error.errors if isinstance(error, Several) else (error,)
+
+
+def kept(error: QuantError) -> Any:
+    """The `Statistics` that an error of calibration keeps: what was measured before it; None where nothing was.
+
+    >>> kept(NoBatches()) is None
+    True
+    """
+    return next((problem.statistics for problem in problems(error) if isinstance(problem, Interrupted)), None)
 
 
 def several(errors: Iterable[QuantError]) -> QuantError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from os import PathLike
 from typing import Any
 
 from pyrsistent import pmap
@@ -33,6 +34,7 @@ from qfunc.passes import lower as passes
 from qfunc.passes.convert import convert
 from qfunc.passes.prepare import prepare
 from qfunc.passes.stages import Converted, Prepared
+from qfunc.passes.statistics import Statistics
 from qfunc.result import R
 
 _BACKENDS = pmap({"quantized": X86})
@@ -74,8 +76,10 @@ def quantize(
     host: HostReport | None = None,
     custom: CustomConfig = NOTHING,
     strict: bool = False,
+    statistics: Statistics | None = None,
     limit: int | None = None,
     policy: Policy = "fail",
+    checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> R[passes.Lowered]:
     """Static int8 post-training quantization: trace, fuse, prepare, calibrate, convert and lower.
@@ -90,8 +94,10 @@ def quantize(
         host: the machine to lower for; by default this one.
         custom: exceptions for the model.
         strict: whether a fallback to float is an error.
+        statistics: earlier ones, to go on from.
         limit: the most batches to read.
-        policy: what to do about NaN, infinity and empty batches, see `calibrate`.
+        policy: what to do about NaN, infinity and empty batches.
+        checkpoint: a file that keeps what was measured; these four as for `calibrate`.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -106,7 +112,7 @@ def quantize(
     chosen = _BACKENDS.get(engine, CPU) if backend is None and isinstance(engine, str) else backend
     mapping = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
     report = check_host() if host is None else host
-    options = Options(limit=limit, policy=policy, progress=progress)
+    options = Options(statistics, limit=limit, policy=policy, checkpoint=checkpoint, progress=progress)
     problems = [
         *_wrong_model(model, mapping, custom),
         *not_batches(batches),

@@ -237,7 +237,7 @@ BATCHES = (
     row("one array", lambda m: calibrate(m.prepared, X.numpy()), ("BadConfig", "batches", "single ndarray")),
     row("one dict", lambda m: quantize(m.model, {"input": X}), ("BadConfig", "batches", "single dict")),
     row("number", lambda m: quantize(m.model, 5), ("BadConfig", "batches", "single int")),
-    row("nothing", lambda m: calibrate(m.prepared, None), ("BadConfig", "batches", "single NoneType")),
+    row("nothing", lambda m: calibrate(m.prepared, None), ("BadConfig", "batches", "got a NoneType")),
     row(
         "structure", lambda m: calibrate(m.prepared, [X, (X, X)]), ("BadBatch", "batch 1", "2 inputs were given"), KEPT
     ),
@@ -277,7 +277,7 @@ BATCHES = (
         "nothing but empty tensors",
         lambda m: calibrate(m.prepared, [X[:0]], policy="skip"),
         ("BadBatch", "batch 0", "has no elements"),
-        ("NoBatches", "batches", "empty"),
+        ("NoBatches", "batches", "all 1 that were read were left out"),
     ),
     row("policy", lambda m: calibrate(m.prepared, [X], policy="ignore"), ("BadConfig", "policy", "no policy 'ignore'")),
     row("limit", lambda m: quantize(m.model, [X], limit=0), ("BadConfig", "limit", "0 is no number of batches")),

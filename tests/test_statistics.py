@@ -219,9 +219,9 @@ def test_what_is_missing_is_listed() -> None:
     error = reuse(prepared, measured(prepared_for(MinMax()), X)).failure()
     assert {type(problem) for problem in problems(error)} == {Unobserved}
     assert len(problems(error)) == len(prepared.folds)
-    assert "MeanSquaredError needs of x" in render(error)
+    assert "MeanSquaredError needs" in render(error)
     other = prepared_for(MinMax(), nn.Sequential(nn.Conv2d(3, 4, 3)))
-    assert "another graph" in reuse(other, measured(prepared_for(MinMax()), X)).failure().reason
+    assert "two graphs" in reuse(other, measured(prepared_for(MinMax()), X)).failure().reason
     assert "expected Statistics" in reuse(prepared, 3).failure().reason  # type: ignore[arg-type]
 
 

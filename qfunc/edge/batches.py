@@ -22,6 +22,9 @@ def not_batches(batches: object) -> list[Problem]:
     'expected an iterable of batches, got a single int'
     """
     single = isinstance(batches, (Tensor, Mapping, str, bytes, nn.Module)) or hasattr(batches, "__array__")
+    if not single and not isinstance(batches, Iterable) and (batches is None or callable(batches)):
+        remedy = "pass the batches themselves: a list, a DataLoader, or what a generator function returns when called"
+        return [BadConfig("batches", f"expected an iterable of batches, got a {type(batches).__name__}", remedy)]
     if single or not isinstance(batches, Iterable):
         reason = f"expected an iterable of batches, got a single {type(batches).__name__}"
         return [BadConfig("batches", reason, "wrap a single batch in a list: [batch]")]

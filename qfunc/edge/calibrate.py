@@ -13,8 +13,8 @@ from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.custom_modules import calibrated_modules
 from qfunc.edge.interpret import Hook
 from qfunc.edge.measure import Options, Progress, measure, wrong_options
-from qfunc.edge.run import Point, Policy, constants
-from qfunc.errors import NoBatches, WrongStage, several
+from qfunc.edge.run import Point, Policy, doubts
+from qfunc.errors import NoBatches, Unobserved, WrongStage, several
 from qfunc.ir import Opaque
 from qfunc.passes.stages import Calibrated, Prepared
 from qfunc.passes.statistics import Statistics
@@ -55,11 +55,11 @@ def calibrate(
 
     Returns:
         The calibrated stage, or `NoBatches`, `BadConfig` for wrong arguments, `BadBatch` for a batch whose structure,
-        shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight to quantize, in a batch or in
-        a value computed from it, `UserFunctionFailed` for an iterable, observer, callback or hook that raises,
-        `UnsupportedDType` for an observed value that is no floating-point tensor, `BadFile` for a checkpoint that is
-        not of this run, `WrongStage`, or what `materialize` reports. An error after the first batch, and Ctrl-C at any
-        time, come with an `Interrupted` that holds the statistics so far.
+        shape, dtype or device does not fit, `NonFinite` for NaN or infinity in a weight or value to quantize,
+        `UserFunctionFailed` for an iterable, observer, callback or hook that raises, `UnsupportedDType` for an observed
+        value that is no floating-point tensor, `BadFile` for a checkpoint that is not of this run, `WrongStage`, or
+        what `materialize` reports. An error after the first batch, and Ctrl-C at any time, come with an `Interrupted`
+        that holds the statistics so far: `kept(error)`. (So that Ctrl-C ends this call, not the loop around it.)
 
     >>> import torch
     >>> from torch import nn
@@ -81,13 +81,20 @@ def calibrate_on(
 ) -> R[Calibrated]:
     """`calibrate` on batches that are read already, or could not be."""
     return measure(prepared, batches, options, total=total).bind(
-        lambda found: finished(prepared, found[0], calibrated_modules(prepared, found[1]))
+        lambda found: completed(prepared, found[0], calibrated_modules(prepared, found[1]))
     )
 
 
-def finished(prepared: Prepared, point: Point, modules: PMap[str, Opaque] = pmap()) -> R[Calibrated]:
+def completed(prepared: Prepared, point: Point, modules: PMap[str, Opaque] = pmap()) -> R[Calibrated]:
     """The stage with what was measured; `NoBatches` where there is something to measure and that was nothing."""
     if not point.statistics.batches and (prepared.measured or prepared.swapped):
-        return Failure(several([*point.warnings, NoBatches()]))
-    warnings = (*point.warnings, *constants(prepared, point.statistics))
+        return Failure(several([*point.warnings, _none_left(point.read)]) if point.read else NoBatches())
+    known = {warning.node for warning in point.warnings if isinstance(warning, Unobserved)}
+    new = (doubt for doubt in doubts(prepared, point.statistics) if doubt.node not in known)
+    warnings = (*point.warnings, *new)
     return Success(Calibrated(prepared, point.statistics, modules, warnings))
+
+
+def _none_left(read: int) -> NoBatches:
+    remedy = "clean the data, or choose policy='clip'"
+    return NoBatches(reason=f"there are none left: all {read} that were read were left out", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from qfunc.ir import Graph
+from qfunc.ir import Graph, structure_digest
+from qfunc.passes.stages import Prepared
+from qfunc.passes.statistics import Statistics
 
 
 def batch_digest(inputs: tuple[Any, ...]) -> int:
     """The SHA-256 of what a batch holds, as a number: dtypes, shapes and values of its tensors, whatever their layout.
 
-    What is no tensor counts by its `repr`. Sums of such numbers modulo 2**256 are digests of multisets of batches
-    (Clarke et al., "Incremental Multiset Hash Functions", 2003; against accidents, not against adversaries).
+    What is no tensor counts as it is pickled, or, where it cannot be, by its type. Sums of such numbers modulo 2**256
+    are digests of multisets of batches (Clarke et al., "Incremental Multiset Hash Functions", 2003; against accidents,
+    not against adversaries).
 
     >>> x = torch.arange(6.0).view(2, 3)
     >>> batch_digest((x,)) == batch_digest((x.t().contiguous().t(),)), batch_digest((x,)) == batch_digest((-x,))
@@ -27,9 +31,21 @@ def batch_digest(inputs: tuple[Any, ...]) -> int:
     leaves, spec = tree_flatten(inputs)
     found = hashlib.sha256(str(spec).encode())
     for leaf in leaves:
-        for part in _parts(leaf) if isinstance(leaf, Tensor) else (repr(leaf).encode(),):
+        for part in _parts(leaf) if isinstance(leaf, Tensor) else (_pickled(leaf),):
             found.update(part)
     return int.from_bytes(found.digest(), "big")
+
+
+def _pickled(value: object) -> bytes:
+    try:
+        return pickle.dumps(value, protocol=4)
+    except Exception:  # noqa: BLE001 - the user's object: anything may come out of it
+        return type(value).__qualname__.encode()
+
+
+def statistics_of(prepared: Prepared) -> Statistics:
+    """The statistics of no data: those of its graph and weights, of which every run of this stage begins."""
+    return Statistics(structure_digest(prepared.graph), weights_digest(prepared.graph))
 
 
 def weights_digest(graph: Graph) -> str:

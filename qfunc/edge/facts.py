@@ -16,6 +16,7 @@ from qfunc.edge.materialize import materialize
 from qfunc.errors import BadExampleInputs, told
 from qfunc.ir import Graph, TensorFact
 from qfunc.ir.node import Fact
+from qfunc.ops import BY_NAME
 from qfunc.result import R
 
 
@@ -59,6 +60,14 @@ def bind_inputs(graph: fx.Graph, inputs: Any) -> tuple[Any, ...] | str:
     if not least <= len(given) <= len(slots):
         return f"{takes}, but {len(given)} {'input was' if len(given) == 1 else 'inputs were'} given"
     return given + tuple(node.args[0] for node in _placeholders(graph)[len(given) :])
+
+
+def may_write(graph: Graph) -> bool:
+    """Whether running a graph may change its inputs: it writes in place, or calls what the vocabulary does not know."""
+    return any(node.aliased or not (node.kind in BY_NAME or node.kind in _HARMLESS) for node in graph)
+
+
+_HARMLESS = frozenset({"placeholder", "output", "get_attr", "observe", "quantize", "dequantize"})
 
 
 def own_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

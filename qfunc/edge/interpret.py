@@ -11,7 +11,7 @@ from returns.result import Failure, Success
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from qfunc.edge.facts import bind_inputs, fact_of, own_inputs
+from qfunc.edge.facts import bind_inputs, fact_of, may_write, own_inputs
 from qfunc.edge.materialize import Emitted, emitted, graph_to_run, not_a_stage
 from qfunc.edge.observer import ObserverError
 from qfunc.errors import BadBatch, BadConfig, Problem, UserFunctionFailed, told
@@ -82,7 +82,7 @@ class Interpreter:
         self.graph, self.module = graph, made.module
         self._ids: Mapping[fx.Node, str] = {node: id for id, node in made.values.items()}
         self._nodes = tuple(made.module.graph.nodes)
-        self._writes = any(node.aliased for node in graph)
+        self._writes = may_write(graph)
         self._walker = fx.Interpreter(made.module)
         self._hook: Hook | None = None
         # The model's own hooks run around `forward` of the module, as ever.
@@ -156,16 +156,25 @@ class Interpreter:
 
     def guarded(self, hook: Hook) -> Hook:
         """The hook, whose exceptions become a `NodeError` at the node it was called for."""
+        name = getattr(hook, "__qualname__", type(hook).__qualname__)
 
         def call(id: str, value: Any) -> None:
+            before = _versions(value)
             try:
                 hook(id, value)
             except Exception as error:
-                name = getattr(hook, "__qualname__", type(hook).__qualname__)
                 reason = f"the hook {name} raised {told(error)}"
                 raise NodeError(UserFunctionFailed(self.graph[id].place, reason)) from error
+            if _versions(value) != before:
+                reason = f"the hook {name} writes to the value, with which the model goes on"
+                raise NodeError(UserFunctionFailed(self.graph[id].place, reason, "have it work on a copy"))
 
         return call
+
+
+def _versions(value: Any) -> list[int]:
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _shown(value: Any) -> str:

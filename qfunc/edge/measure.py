@@ -16,7 +16,7 @@ from torch import fx
 
 from qfunc.config.weights import weights_of
 from qfunc.edge.checkpoint import resumed, save
-from qfunc.edge.content import weights_digest
+from qfunc.edge.content import statistics_of
 from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.interpret import Hook, Interpreter
 from qfunc.edge.materialize import emitted, materialize
@@ -33,8 +33,8 @@ from qfunc.errors import (
     several,
     told,
 )
-from qfunc.ir import structure_digest
 from qfunc.params import loads
+from qfunc.passes.custom_modules import kept_in_modules
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
@@ -86,14 +86,16 @@ def measure(
     prepared: Prepared, batches: Iterator[R[Any]], options: Options, *, total: int | None
 ) -> R[tuple[Point, fx.GraphModule]]:
     """Fold all batches; where that ended, and the module that observed them, which holds the custom ones."""
-    problems = [*_nonfinite_weights(prepared), *_beyond_statistics(prepared, options)]
+    problems = list(_nonfinite_weights(prepared))
+    if options.statistics is not None or options.checkpoint is not None:
+        problems += kept_in_modules(prepared, "calibrate in one run, without statistics and checkpoint")
     if problems:
         return Failure(several(problems))
     made = _runner(prepared, options.hook)
     if isinstance(made, Failure):
         return made
     module, execute = made.unwrap()
-    fresh = Statistics(structure_digest(prepared.graph), weights_digest(prepared.graph))
+    fresh = statistics_of(prepared)
     earlier = fresh if options.statistics is None else options.statistics
     problems += differences(fresh, earlier)
     if problems:
@@ -105,7 +107,9 @@ def measure(
     with ThreadPoolExecutor(max_workers=1) as pool:
         point = start.unwrap()
         run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=execute)
-        error = _Loop(run, prepared, point, earlier, options).over(batches, total)
+        loop = _Loop(run, prepared, point, earlier, options)
+        # What cannot be written, and where, is told before any data.
+        error = loop.save() or loop.over(batches, total)
     return Success((run.point(), module)) if error is None else Failure(error)
 
 
@@ -123,6 +127,8 @@ def _runner(prepared: Prepared, hook: Hook | None) -> R[tuple[fx.GraphModule, Ex
 
 
 _CTRL_C = "Ctrl-C ended calibration"
+_SAME = "make the same call again, which goes on from its checkpoint: with the batch mended, or another policy"
+_AGAIN = "calibrate from the beginning: custom modules keep what they observe in themselves"
 
 
 class _Loop:
@@ -152,11 +158,12 @@ class _Loop:
     def _ended(self, errors: list[QuantError], cause: str) -> QuantError | None:
         """Keep what was measured: in the checkpoint, and in the error if there is one."""
         went_on = self._read >= self._start.read
-        failed = self._save() if went_on else None
+        failed = self.save() if went_on else None
         errors += [] if failed is None else [failed]
         if cause == _CTRL_C or (errors and self._run.batches):
             point = self._run.point()
-            errors.append(Interrupted(point.read, point.statistics, cause))
+            how = (_AGAIN,) if self._prepared.swapped else (_SAME,) if self._options.checkpoint is not None else ()
+            errors.append(Interrupted(point.read, point.statistics, cause, *how))
         return several(errors) if errors else None
 
     def _step(self, batch: R[Any]) -> QuantError | None:
@@ -168,7 +175,7 @@ class _Loop:
         if error is not None:
             return error
         self._read += 1
-        if not passes and self._read % self._options.checkpoint_every == 0 and (failed := self._save()) is not None:
+        if not passes and self._read % self._options.checkpoint_every == 0 and (failed := self.save()) is not None:
             return failed
         return self._tell()
 
@@ -185,7 +192,8 @@ class _Loop:
         remedy = "give the same batches as in the run that wrote it, or another path to begin anew"
         return BadFile(str(self._options.checkpoint), f"it holds {self._start.read} batches, {reason}", remedy)
 
-    def _save(self) -> QuantError | None:
+    def save(self) -> QuantError | None:
+        """Write the checkpoint, if there is to be one; why that failed, if so."""
         if self._options.checkpoint is None:
             return None
         saved = save(self._options.checkpoint, self._run.point(), self._earlier, self._prepared)
@@ -212,12 +220,3 @@ def _nonfinite_weights(prepared: Prepared) -> Iterator[Problem]:
             for load in loads(weight):
                 tensor, _ = graph.sources[load.source].tensors[load.name]
                 yield from unquantizable(tensor, load.name, graph[id].place)
-
-
-def _beyond_statistics(prepared: Prepared, options: Options) -> Iterator[Problem]:
-    """Custom modules, which observe in themselves, where statistics are to be all that a run begins and ends with."""
-    if options.statistics is None and options.checkpoint is None:
-        return
-    for id in (id for id in prepared.graph.order if id in prepared.swapped):
-        reason = "it is a custom module, which keeps what it observes in itself: no statistics or checkpoint hold that"
-        yield BadConfig(prepared.graph[id].place, reason, "calibrate in one run, without statistics and checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
@@ -59,6 +60,7 @@ class ObserverModule(nn.Module):
         self.ch_axis: int | None = fold.observer.spec.ch_axis
         self.tally = Tally(guarded(self.observer, self.tap, self.observer.init))
         self.clips = False
+        self._own = is_own(self.observer)
         self._tells = range_in(self.tally.state) is not None
 
     @property
@@ -68,19 +70,32 @@ class ObserverModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not is_plain(x):
             reason = f"{_described(x)} came by, which is not quantized"
             raise ObserverError(UnsupportedDType(self.tap, reason, _UNKNOWN))
         if self.ch_axis is not None:
             self._check_channels(x, self.ch_axis)
         tally, observer, seen = self.tally, self.observer, x.detach()
         if self.clips:
-            seen = clipped(seen)
+            seen = clipped(seen.to(torch.float32))
         if not self._tells:
             tally.saw(finite(seen))
-        tally.state = guarded(observer, self.tap, observer.update, tally.state, seen)
+        if self._own:
+            tally.state = observer.update(tally.state, seen)
+        else:
+            tally.state = self._updated(seen)
         tally.elements += x.numel()
         return x
+
+    def _updated(self, seen: Tensor) -> Any:
+        """The next state of a user's observer, which may look at the tensor and not write to it."""
+        version = _version(seen)
+        state = guarded(self.observer, self.tap, self.observer.update, self.tally.state, seen)
+        if _version(seen) != version:
+            reason = f"{type(self.observer).__name__}.update writes to the tensor that it is given"
+            remedy = "have it work on a copy, tensor.clone(): the model goes on with this one"
+            raise ObserverError(UserFunctionFailed(self.tap, reason, remedy))
+        return state
 
     def _check_channels(self, x: Tensor, axis: int) -> None:
         """That every tensor has the axis, and as many channels along it as those before."""
@@ -125,5 +140,17 @@ def guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> A
         raise ObserverError(problem) from error
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense: not sparse, not nested, not in a layout of oneDNN's."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def _described(value: object) -> str:
-    return f"a tensor of {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else f"{value!r:.60}"
+    if not isinstance(value, Tensor):
+        return f"{value!r:.60}"
+    kind = "" if is_plain(value) else f" in the layout {str(value.layout).removeprefix('torch.')}"
+    return f"a tensor of {str(value.dtype).removeprefix('torch.')}{kind}"

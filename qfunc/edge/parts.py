@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from returns.result import Failure, Success
 
 from qfunc.edge.batches import length, not_batches, read
-from qfunc.edge.calibrate import finished
+from qfunc.edge.calibrate import completed
 from qfunc.edge.measure import Options, measure
 from qfunc.edge.run import Point
 from qfunc.errors import (
@@ -25,6 +25,7 @@ from qfunc.errors import (
     several,
     told,
 )
+from qfunc.passes.custom_modules import kept_in_modules
 from qfunc.passes.stages import Calibrated, Prepared
 from qfunc.passes.statistics import Statistics, differences, merge, merge_of
 from qfunc.result import R
@@ -78,7 +79,7 @@ def joined(
         measured = f"measured: {name} {ranges(list(done))} of {of}" if done else f"no {name} was measured"
         why = f"{cause}; {measured}" if cause else measured
         errors.append(Interrupted(point.read, point.statistics, why))
-    return Failure(several(errors)) if errors else finished(prepared, point)
+    return Failure(several(errors)) if errors else completed(prepared, point)
 
 
 def interrupted(found: Found) -> str:
@@ -103,11 +104,9 @@ def _unmergeable(prepared: Prepared) -> Iterator[Problem]:
     for fold in prepared.folds:
         if merge_of(fold.observer) is None:
             reason = f"it is observed with {type(fold.observer).__name__}, whose states cannot be merged"
-            remedy = "use MinMax, PerChannelMinMax, MeanSquaredError, Entropy or Percentile, or calibrate in one run"
+            remedy = "use MinMax, MeanSquaredError, Entropy or Percentile, give yours a merge, or calibrate in one run"
             yield BadConfig(graph[fold.taps[0]].place, reason, remedy)
-    for id in (id for id in graph.order if id in prepared.swapped):
-        reason = "it is a custom module, which keeps what it observes in itself"
-        yield BadConfig(graph[id].place, reason, "calibrate in one run")
+    yield from kept_in_modules(prepared, "calibrate in one run")
 
 
 def _merged(start: Point | None, done: Mapping[int, Point], name: str) -> R[Point] | None:

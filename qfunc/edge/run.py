@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from returns.result import Failure
 from torch import Tensor, fx
 
 from qfunc.edge.content import batch_digest
-from qfunc.edge.facts import bind_inputs, own_inputs
-from qfunc.edge.interpret import NodeError
-from qfunc.edge.observer import ObserverError, ObserverModule
-from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, Unobserved, several, told
+from qfunc.edge.facts import bind_inputs, may_write, own_inputs
+from qfunc.edge.interpret import NodeError, interpreter
+from qfunc.edge.observer import ObserverError, ObserverModule, is_plain
+from qfunc.errors import BadBatch, ConstantValue, NonFinite, Problem, QuantError, Unobserved, problems, several, told
 from qfunc.ir import Node, TensorFact
 from qfunc.numerics.statistic import clipped, finite, range_in
 from qfunc.passes.stages import Prepared
@@ -78,11 +79,13 @@ class Run:
         pool: Executor,
         execute: Execute,
     ) -> None:
-        self._graph, self._inputs = prepared.graph, module.graph
+        self._prepared, self._graph, self._inputs = prepared, prepared.graph, module.graph
         self._placeholders = [node for node in prepared.graph if node.kind == "placeholder"]
-        self._writes = any(node.aliased for node in prepared.graph)
-        # What custom modules have observed cannot be taken back.
-        self._policy: Policy = "fail" if prepared.swapped else policy
+        self._tapped = {tap for fold in prepared.folds for tap in fold.taps}
+        self._writes = may_write(prepared.graph)
+        self._policy: Policy = policy
+        # What custom modules have observed cannot be taken back, only kept from them.
+        self._inner_policy: Policy = "fail" if prepared.swapped else policy
         self._start, self._pool, self._execute = start, pool, execute
         self._observers = [child for child in module.modules() if isinstance(child, ObserverModule)]
         answers = Answers(start.statistics)
@@ -123,14 +126,17 @@ class Run:
             return several(misfits)
         digest = self._pool.submit(batch_digest, inputs)
         empty = list(_empty(self._placeholders, inputs, index))
-        faults = [*empty, *_nonfinite(self._placeholders, inputs, index)]
+        faults = [*empty, *self._nonfinite(inputs, index)]
         if faults and self._policy == "fail":
             return several(faults)
         if empty or (faults and self._policy == "skip"):
-            self._move_on(digest.result(), faults, folded=False)
+            self._move_on(digest.result(), _done(faults, _LEFT_OUT), folded=False)
             return None
         if faults:
-            inputs = tuple(clipped(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+            inputs = tuple(
+                clipped(x) if node.id in self._tapped and _measurable(x) else x
+                for node, x in zip(self._placeholders, inputs, strict=True)
+            )
         found = self._observe(inputs, index)
         if not isinstance(found, list):
             return found
@@ -140,15 +146,17 @@ class Run:
         self, inputs: tuple[Any, ...], index: int, digest: int, faults: list[Problem], found: list[Problem]
     ) -> QuantError | None:
         """Keep what a batch gave, or not, as the policy says of the values `found` that are not finite."""
-        if found and self._policy == "fail":
+        policy = self._inner_policy
+        if found and policy == "fail":
             return several(found)
         if found:
             self._take_back()
-        if found and self._policy == "clip":
+        if found and policy == "clip":
             again = self._observe(inputs, index, clips=True)
             if not isinstance(again, list):
                 return again
-        self._move_on(digest, [*faults, *found], folded=not found or self._policy == "clip")
+        kept = not found or policy == "clip"
+        self._move_on(digest, [*_done(faults, "clipped"), *_done(found, "clipped" if kept else _LEFT_OUT)], folded=kept)
         return None
 
     def _move_on(self, digest: int, warnings: list[Problem], *, folded: bool) -> None:
@@ -179,13 +187,28 @@ class Run:
             # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
             if _raised_in(error).startswith("qfunc.numerics"):
                 raise
-            return BadBatch(index, f"the model fails on it: {told(error)}")
+            return self._located(inputs, index) or BadBatch(index, f"the model fails on it: {told(error)}")
         return [] if clips else list(self._not_finite(index))
+
+    def _located(self, inputs: tuple[Any, ...], index: int) -> BadBatch | None:
+        """That the model fails, at the operator at which it does when it is run one by one."""
+        again = interpreter(self._prepared).bind(lambda made: made.run(inputs))
+        found = problems(again.failure()) if isinstance(again, Failure) else ()
+        return next((BadBatch(index, f"at {p.node}, {p.reason}") for p in found if p.node != f"batch {index}"), None)
+
+    def _nonfinite(self, inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
+        """Inputs that hold NaN or infinity, of those that are to be quantized: an additive mask may well."""
+        for node, value in zip(self._placeholders, inputs, strict=True):
+            if node.id in self._tapped and _measurable(value) and not finite(value):
+                remedy = "clean the batch, or choose policy='skip' or 'clip'"
+                yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", remedy)
 
     def _not_finite(self, index: int) -> Iterator[Problem]:
         """The values at which an observer saw NaN or infinity, in graph order."""
         found = {observer.tap for observer in self._observers if not observer.tally.is_finite}
         remedy = "mend the batch or the model, keep what uses the value float, or choose policy='skip' or 'clip'"
+        if self._inner_policy != self._policy:
+            remedy = "mend the batch or the model: custom modules have seen it, which no policy can take back"
         for id in (id for id in self._graph.order if id in found) if found else ():
             yield NonFinite(self._graph[id].place, f"NaN or infinity was computed from batch {index}", remedy)
 
@@ -222,14 +245,33 @@ def unmeasured(prepared: Prepared, earlier: Statistics) -> Iterator[Unobserved]:
         yield Unobserved(prepared.graph[fold.taps[0]].place, reason, remedy)
 
 
-def constants(prepared: Prepared, statistics: Statistics) -> Iterator[ConstantValue]:
-    """The values to be quantized that never changed: dead channels, masks, or too little data."""
+def doubts(prepared: Prepared, statistics: Statistics) -> Iterator[Unobserved | ConstantValue]:
+    """The values that were measured on fewer batches than others, and those that were one and the same number."""
+    answers = Answers(statistics)
+    for fold, less, most in answers.uneven(prepared.folds):
+        reason = f"it was measured on {less.batches} batches, others were on {most}"
+        remedy = "calibrate(prepared, batches) on the same data for all, if that matters"
+        yield Unobserved(prepared.graph[fold.taps[0]].place, reason, remedy)
     for fold in prepared.folds:
-        entry = statistics.measured[fold.key]
-        found = range_in(entry.state)
-        if found is not None and found.observed and bool((found.minimum == found.maximum).all()):
-            place = prepared.graph[fold.taps[0]].place
-            yield ConstantValue(place, found.minimum.max().item(), entry.batches, entry.elements)
+        entry = answers.entry(fold)
+        found = None if entry is None else range_in(entry.state)
+        if entry is None or found is None or not found.observed:
+            continue
+        low, high = found.minimum.min().item(), found.maximum.max().item()
+        if low == high:
+            yield ConstantValue(prepared.graph[fold.taps[0]].place, low, entry.batches, entry.elements)
+
+
+_LEFT_OUT = "the batch was left out"
+
+
+def _done(faults: list[Problem], what: str) -> list[Problem]:
+    """Faults that were borne, as warnings that say how."""
+    return [
+        replace(fault, reason=f"{fault.reason}: {what}", remedy="clean the data, if that matters")
+        for fault in faults
+        if isinstance(fault, (NonFinite, BadBatch))
+    ]
 
 
 def _raised_in(error: Exception) -> str:
@@ -245,8 +287,7 @@ def _misfits(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> I
     for node, value in zip(placeholders, inputs, strict=True):
         differs = _differs(node, value)
         if differs:
-            remedy = "convert it with torch.from_numpy" if hasattr(value, "__array_interface__") else ""
-            yield BadBatch(index, f"{node.place} is {differs}", *([remedy] if remedy else ()))
+            yield BadBatch(index, f"{node.place} is {differs}", *_remedy(node, value))
 
 
 def _empty(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
@@ -257,12 +298,15 @@ def _empty(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Ite
             yield BadBatch(index, reason, "leave empty batches out, or have policy='skip' do so")
 
 
-def _nonfinite(placeholders: list[Node], inputs: tuple[Any, ...], index: int) -> Iterator[Problem]:
-    """Inputs that hold NaN or infinity."""
-    for node, value in zip(placeholders, inputs, strict=True):
-        if isinstance(value, Tensor) and value.layout == torch.strided and not finite(value):
-            remedy = "clean the batch, or choose policy='skip' or 'clip'"
-            yield NonFinite(f"batch {index}", f"{node.place} holds NaN or infinity", remedy)
+def _measurable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and is_plain(value)
+
+
+def _remedy(node: Node, value: Any) -> tuple[str, ...]:
+    fact = node.fact
+    if isinstance(value, Tensor) and isinstance(fact, TensorFact) and str(value.dtype) != f"torch.{fact.dtype}":
+        return (f"convert the batches: x.to(torch.{fact.dtype}), or trace with an example of that dtype",)
+    return ()
 
 
 def _differs(node: Node, value: Any) -> str:

@@ -19,6 +19,7 @@ from qfunc.errors import BadConfig, Problem, told
 from qfunc.numerics.folding import Folding
 from qfunc.numerics.histogram import best_range
 from qfunc.numerics.qparams import UINT8, QParams, QuantSpec, qparams_of_range, validate
+from qfunc.numerics.recording import Recording
 from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.statistic import (
     HistogramState,
@@ -195,7 +196,8 @@ def is_own(observer: object) -> bool:
     >>> is_own(MinMax())
     True
     """
-    return type(getattr(observer, "observer", observer)).__module__.startswith("qfunc.")
+    inner = getattr(observer, "observer", None)
+    return type(observer).__module__.startswith("qfunc.") and (inner is None or is_own(inner))
 
 
 def finished(observer: Observer[Any], state: Any) -> QParams | None | str:
@@ -229,9 +231,10 @@ def _protocol_problems(observer: Any) -> Iterator[Problem]:
             observer.__name__, "it is a class, not an observer", f"make one of it: {observer.__name__}(...)"
         )
     elif not all(callable(getattr(observer, part, None)) for part in ("init", "update", "finish")):
-        yield BadConfig(name, "it is no observer: it has no init, update and finish", remedy)
+        lacking = [part for part in ("init", "update", "finish") if not callable(getattr(observer, part, None))]
+        yield BadConfig(name, f"it is no observer: it has no {' and no '.join(lacking)}", remedy)
     elif not isinstance(getattr(observer, "spec", None), QuantSpec):
-        yield BadConfig(name, "its spec is no QuantSpec", "give it a spec, for example QuantSpec('uint8', 0, 255)")
+        yield BadConfig(name, "its spec is no QuantSpec", "give it one: spec=QuantSpec('uint8', 0, 255), say")
     elif not hasattr(observer, "statistic"):
         yield BadConfig(name, "it does not name its statistic", "give it a hashable value that says what it measures")
     elif not all(map(is_hashable, (observer, observer.statistic))):
@@ -258,6 +261,7 @@ def _scheme_problems(observer: object) -> Iterator[Problem]:
             | Percentile()
             | MeanSquaredError()
             | Entropy()
+            | Recording()
         ) if observer.spec.per_channel:
             reason = f"{name} measures whole tensors, the qscheme {observer.spec.qscheme} is per channel"
             yield BadConfig(name, reason, "use a per-channel observer or a per_tensor qscheme")

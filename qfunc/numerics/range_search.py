@@ -31,6 +31,7 @@ several ranges hold many values each, it can take to the nearest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -124,6 +125,8 @@ def expected_error(state: ExactHistogramState, spec: QuantSpec, low: Tensor, hig
 def least_error_range(state: ExactHistogramState, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The part whose quantization has the least expected squared error; never more than that of the whole range.
 
+    Where the bins are not finer than the steps of the whole range (16 bits, say), it is the whole range.
+
     A valid spec of a per-tensor scheme is assumed, here and below.
 
     >>> from qfunc.numerics.exact_histogram import ExactHistogramStatistic
@@ -134,7 +137,7 @@ def least_error_range(state: ExactHistogramState, spec: QuantSpec) -> tuple[Tens
     (0.0, True)
     """
     least, largest = state.range.minimum, state.range.maximum
-    if state.counts.numel() == 1:
+    if state.counts.numel() == 1 or _coarse(state, spec):
         return least, largest
     low, high = least.item(), largest.item()
     low, high = min(low, 0.0), max(high, 0.0)
@@ -159,6 +162,12 @@ def least_error_range(state: ExactHistogramState, spec: QuantSpec) -> tuple[Tens
             best = _least(best, a, b, error(a, b))
     low_end, high_end = ends(*best[:2])
     return low_end[0], high_end[0]
+
+
+def _coarse(state: ExactHistogramState, spec: QuantSpec) -> bool:
+    """Whether bins are as wide as the steps of the whole range, so that they cannot tell what clipping would cost."""
+    scale = qparams_of_range(state.range.minimum, state.range.maximum, spec).scale.item()
+    return scale <= math.ldexp(1.0, state.exponent)
 
 
 def _scan(error: Callable[[Tensor, Tensor], Tensor], best: _Factors, moves: tuple[bool, bool]) -> _Factors:

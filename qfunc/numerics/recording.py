@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import reduce
 
 from torch import Tensor
 
@@ -19,11 +18,6 @@ class RecordingState:  # noqa: PLW1641 - compared, never a key
     tensors: tuple[Tensor, ...] = ()
     range: RangeState = field(default_factory=RangeState.unobserved)
     """Least and largest value of all."""
-
-    def range_of(self, ch_axis: int) -> RangeState:
-        """Least and largest value of each channel."""
-        statistic = MinMaxStatistic(ch_axis)
-        return reduce(statistic.update, self.tensors, statistic.init())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RecordingState):
@@ -48,7 +42,7 @@ class RecordingStatistic:
 
 @dataclass(frozen=True, slots=True)
 class Recording(Folding[RecordingState]):
-    """Keeps a copy of every tensor; the qparams are those of the range of all values, or of each channel.
+    """Keeps a copy of every tensor; the qparams are those of the range of all values.
 
     >>> import torch
     >>> observer = Recording()
@@ -66,6 +60,5 @@ class Recording(Folding[RecordingState]):
 
     def finish(self, state: RecordingState) -> QParams | None:
         """The qparams of the range, or None if nothing was seen; `state_is_finite(state)` is assumed."""
-        axis = self.spec.ch_axis
-        seen = state.range if axis is None else state.range_of(axis)
+        seen = state.range
         return qparams_of_range(seen.minimum, seen.maximum, self.spec) if seen.observed else None

@@ -216,8 +216,10 @@ def derived(measured: object, state: object, wanted: object) -> object | None:
 
 
 def range_in(state: object) -> RangeState | None:
-    """The range that a state is or has; None for states of what measures none, and for foreign ones."""
-    seen = state if isinstance(state, RangeState) else getattr(state, "range", None)
+    """The range that a state is or has; None for states of what measures none, and for those of a user's statistic."""
+    if isinstance(state, RangeState):
+        return state
+    seen = getattr(state, "range", None) if type(state).__module__.startswith("qfunc.") else None
     return seen if isinstance(seen, RangeState) else None
 
 
@@ -254,16 +256,17 @@ def finite(tensor: Tensor) -> bool:
 
 
 def clipped(tensor: Tensor) -> Tensor:
-    """The tensor in float32, with infinities as its largest and least finite values and NaN as zero; itself if finite.
+    """The tensor with infinities as its largest and least finite values and NaN as zero; itself if all is finite.
 
     >>> clipped(torch.tensor([1.0, math.inf, math.nan, -math.inf]))
     tensor([1., 1., 0., 0.])
     """
-    values = tensor.to(torch.float32)
-    if finite(values):
+    if finite(tensor):
         return tensor
-    kept = torch.where(torch.isfinite(values), values, 0.0)
-    return torch.nan_to_num(values, nan=0.0, posinf=kept.max().item(), neginf=kept.min().item())
+    if tensor.element_size() == 1:
+        return clipped(tensor.to(torch.float32)).to(tensor.dtype)
+    kept = torch.where(torch.isfinite(tensor), tensor, 0)
+    return torch.nan_to_num(tensor, nan=0.0, posinf=kept.max().item(), neginf=kept.min().item())
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -312,6 +315,7 @@ def _blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
 
 def _extremes(data: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest of all values, of which there are some, in new memory."""
+    data = _comparable(data)
     if data.is_contiguous() or data.numel() <= _COPIED:
         return torch.aminmax(in_memory_order(data))
     blocks = [torch.aminmax(in_memory_order(block)) for block in blocks_in_memory_order(data, _COPIED)]
@@ -319,9 +323,14 @@ def _extremes(data: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
+def _comparable(data: Tensor) -> Tensor:
+    """In a type that torch compares: it has no order of 8-bit floats."""
+    return data.to(torch.float32) if data.is_floating_point() and data.element_size() == 1 else data
+
+
 def _range(tensor: Tensor, ch_axis: int | None) -> RangeState:
     """The range of a tensor that is not empty, in new memory."""
-    data = tensor.detach()
+    data = _comparable(tensor.detach())
     if ch_axis is None:
         low, high = _extremes(data)
     else:

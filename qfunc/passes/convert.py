@@ -27,7 +27,7 @@ from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
-from qfunc.passes.statistics import Answers
+from qfunc.passes.statistics import Answers, Measured
 from qfunc.result import R
 
 
@@ -87,8 +87,11 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
         observer = prepared.sites[id].observer
         if not measures(observer):
             continue
-        found_state = answers.find(prepared.sites[id].folds)
-        qparams = None if found_state is None else finished(observer, *found_state)
+        held = answers.find(prepared.sites[id].folds)
+        if held is not None and not isinstance(held, Measured):
+            problems.append(held)
+            continue
+        qparams = None if held is None else finished(observer, held.state)
         if qparams is None:
             problems.append(Unobserved(_place(prepared, id)))
             continue

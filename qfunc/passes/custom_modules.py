@@ -159,3 +159,10 @@ def uncalibrated(calibrated: Calibrated) -> Iterator[Problem]:
         if path not in calibrated.modules:
             reason = "this custom module was not calibrated: statistics do not hold what it observes"
             yield Unobserved(path, reason, "calibrate this stage itself: calibrate(prepared, batches)")
+
+
+def kept_in_modules(prepared: Prepared, remedy: str) -> Iterator[Problem]:
+    """The custom modules, where statistics are to be all that is measured: they observe in themselves."""
+    for id in (id for id in prepared.graph.order if id in prepared.swapped):
+        reason = "it is a custom module, which keeps what it observes in itself: no statistics hold that"
+        yield BadConfig(prepared.graph[id].place, reason, remedy)

@@ -15,9 +15,10 @@ from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
 from qfunc.config.columns import aligned
-from qfunc.errors import BadConfig, Problem, WrongStage, several, told
-from qfunc.numerics.observers import Observer, is_own
-from qfunc.numerics.statistic import RangeState, derived, range_in
+from qfunc.errors import BadConfig, Problem, UserFunctionFailed, WrongStage, several, told
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.observers import Observer
+from qfunc.numerics.statistic import MinMaxStatistic, RangeState, derived, range_in
 from qfunc.result import R
 
 Key: TypeAlias = tuple[tuple[str, ...], Any]
@@ -54,7 +55,7 @@ def folds_of(taps: tuple[str, ...], observer: Observer[Any]) -> tuple[Fold, ...]
 
 def merge_of(observer: Any) -> Merge | None:
     """How states of an observer are merged: by its `merge`, or its statistic's; None where there is none."""
-    inner = getattr(observer, "observer", observer)
+    inner = observer.observer if isinstance(observer, FakeQuantize) else observer
     offered = (getattr(each, "merge", None) for each in (inner, inner.statistic))
     return next((merge for merge in offered if callable(merge)), None)
 
@@ -88,6 +89,9 @@ class Statistics:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return f"Statistics({self.batches} batches, {len(self.measured)} measured)"
+
     def __str__(self) -> str:
         rows = sorted(_row(key, entry) for key, entry in self.measured.items())
         head = f"{self.batches} batches, data {self.data:064x}"
@@ -96,7 +100,7 @@ class Statistics:
     def state(self, folds: Iterable[Fold]) -> Any | None:
         """The state of all that some folds of one observer are of; None where any of it is missing: see `Answers`."""
         found = Answers(self).find(folds)
-        return None if found is None else found[0]
+        return found.state if isinstance(found, Measured) else None
 
 
 class Answers:
@@ -107,27 +111,51 @@ class Answers:
         for (values, statistic), entry in statistics.measured.items():
             self._of.setdefault(values, {})[statistic] = entry
 
-    def find(self, folds: Iterable[Fold]) -> tuple[Any] | None:
-        """The state of all that folds of one observer are of, merged; None where any is missing, or there are none."""
+    def find(self, folds: Iterable[Fold]) -> Measured | Problem | None:
+        """What was measured for all folds of one observer, merged; None where any is missing, or there are none.
+
+        A problem where the states cannot be merged: the values have different numbers of channels, or a user's `merge`
+        raises.
+        """
         asked = tuple(folds)
-        found = [entry.state for fold in asked if (entry := self.entry(fold)) is not None]
+        found = [entry for fold in asked if (entry := self.entry(fold)) is not None]
         if not found or len(found) < len(asked):
             return None
-        merge = merge_of(asked[0].observer)
-        return (found[0] if merge is None else reduce(merge, found),)
+        whole: Measured | Problem = found[0]
+        for fold, entry in zip(asked[1:], found[1:], strict=True):
+            if isinstance(whole, Measured):
+                whole = _joined(fold.key, replace(whole, merge=merge_of(fold.observer)), entry)
+        return whole
+
+    def uneven(self, folds: Iterable[Fold]) -> Iterator[tuple[Fold, Measured, int]]:
+        """The folds that were measured on fewer batches than another one; with how many that has seen."""
+        found = [(fold, entry) for fold in folds if (entry := self.entry(fold)) is not None]
+        most = max((entry.batches for _, entry in found), default=0)
+        yield from ((fold, entry, most) for fold, entry in found if entry.batches < most)
 
     def missing(self, folds: Iterable[Fold]) -> tuple[Fold, ...]:
         """The folds that are still to be run over data."""
         return tuple(fold for fold in folds if self.entry(fold) is None)
 
     def entry(self, fold: Fold) -> Measured | None:
-        """What was measured for a fold, or for something else that tells as much: a histogram has the range."""
+        """What was measured for a fold, or for something else that tells as much: a histogram has the range.
+
+        Where several tell of a range, it is that of them all, which is right however their data overlap; the counts are
+        of the one that saw most.
+        """
         values, wanted = fold.key
         entries = self._of.get(values, {})
-        if wanted in entries:
-            return entries[wanted]
-        told = ((entry, derived(statistic, entry.state, wanted)) for statistic, entry in entries.items())
-        return next((replace(entry, state=state) for entry, state in told if state is not None), None)
+        direct = entries.get(wanted)
+        if not isinstance(wanted, MinMaxStatistic):
+            return direct
+        found = [] if direct is None else [direct]
+        for statistic, entry in entries.items():
+            if statistic != wanted and (state := derived(statistic, entry.state, wanted)) is not None:
+                found.append(replace(entry, state=state))
+        if len(found) < 2:
+            return next(iter(found), None)
+        most = max(found, key=lambda entry: (entry.elements, entry.batches, entry.data))
+        return replace(most, state=reduce(wanted.merge, (entry.state for entry in found)))
 
 
 def merge(a: Statistics, b: Statistics) -> R[Statistics]:
@@ -136,7 +164,7 @@ def merge(a: Statistics, b: Statistics) -> R[Statistics]:
     Returns:
         The statistics, or `BadConfig` for those of other graphs or other weights, and for each value that both measured
         with a statistic that cannot be merged (moving averages, reference histograms), or in shapes that do not go
-        together; `WrongStage`.
+        together; `UserFunctionFailed` for a user's `merge` that raises; `WrongStage`.
 
     >>> merge(Statistics("g", batches=2, data=5), Statistics("g", batches=1, data=7)).unwrap().batches
     3
@@ -177,13 +205,15 @@ def _joined(key: Key, a: Measured, b: Measured) -> Measured | Problem:
         return BadConfig(name, f"states of {of} depend on the order of the data: two cannot be merged", remedy)
     if not _alike(a.state, b.state):
         reason = f"one has {len(a.state.minimum)} channels, the other {len(b.state.minimum)}"
-        return BadConfig(name, reason, "choose the axis of the channels as ch_axis")
+        return BadConfig(
+            name, reason, "choose the axis of the channels as ch_axis, or let the values not share qparams"
+        )
     try:
         state = merge(a.state, b.state)
     except Exception as error:
-        if is_own(key[1]):
+        if str(getattr(merge, "__module__", "")).startswith("qfunc."):
             raise
-        return BadConfig(name, f"the merge of {of} raised {told(error)}", "mend the observer")
+        return UserFunctionFailed(name, f"the merge of {of} raised {told(error)}")
     return Measured(state, a.batches + b.batches, a.elements + b.elements, (a.data + b.data) % MODULUS, merge)
 
 

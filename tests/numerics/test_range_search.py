@@ -235,3 +235,12 @@ def test_values_counted_in_part_may_all_be_zero():
     for observer in (Percentile(stride=2), MeanSquaredError(stride=2), Entropy(stride=2)):
         found = observer.finish(observer.update(observer.init(), x))
         assert torch.isfinite(found.scale) and found.scale > 0
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("int16", -(2**15), 2**15 - 1), QuantSpec("int32", -(2**31), 2**31 - 1)])
+@pytest.mark.parametrize("data", [torch.rand(100) + 1000, torch.randn(5000), torch.randn(100).relu()])
+def test_bins_that_are_coarser_than_steps_do_not_clip(spec, data):
+    observer = MeanSquaredError(spec)
+    qparams = observer.finish(observer.update(observer.init(), data))
+    whole = MinMax(spec)
+    assert qparams == whole.finish(whole.update(whole.init(), data))

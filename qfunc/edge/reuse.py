@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from returns.result import Failure, Success
 
-from qfunc.errors import BadConfig, Problem, Unobserved, WrongStage, several
-from qfunc.ir import structure_digest
+from qfunc.edge.content import statistics_of
+from qfunc.edge.run import doubts
+from qfunc.errors import Problem, Unobserved, WrongStage, several
+from qfunc.passes.custom_modules import kept_in_modules
 from qfunc.passes.stages import Calibrated, Prepared
-from qfunc.passes.statistics import Answers, Statistics
+from qfunc.passes.statistics import Answers, Statistics, differences
 from qfunc.result import R
 
 
@@ -15,11 +17,13 @@ def reuse(prepared: Prepared, statistics: Statistics) -> R[Calibrated]:
     """The prepared graph with statistics of the same graph, whatever configuration they were measured for.
 
     A site is served by what was measured of its values with an observer of the same statistic, or with one that tells
-    as much: histograms have the range, and serve every search over them.
+    as much: histograms have the range, and serve every search over them. Values that were measured on less data than
+    others are told in the `warnings`.
 
     Returns:
         The calibrated stage; `Unobserved` for each value of which the statistics do not tell enough; `BadConfig` for
-        statistics of another graph, and for custom modules, which keep what they observe in themselves; `WrongStage`.
+        statistics of another graph or of other weights, which are read to tell, and for custom modules, which keep what
+        they observe in themselves; `WrongStage`.
 
     >>> import torch
     >>> from torch import nn
@@ -34,20 +38,19 @@ def reuse(prepared: Prepared, statistics: Statistics) -> R[Calibrated]:
     wrong = [WrongStage(type(given).__name__, kind.__name__) for given, kind in kinds if not isinstance(given, kind)]
     if wrong:
         return Failure(several(wrong))
-    if statistics.graph != structure_digest(prepared.graph):
-        remedy = "fuse the same model in the same way, or calibrate this one: calibrate(prepared, batches)"
-        return Failure(BadConfig("statistics", "they were measured on another graph", remedy))
-    problems: list[Problem] = [
+    problems: list[Problem] = list(differences(statistics_of(prepared), statistics))
+    if problems:
+        return Failure(several(problems))
+    answers, graph = Answers(statistics), prepared.graph
+    problems += [
         Unobserved(
-            prepared.graph[fold.taps[0]].place,
-            f"the statistics do not tell what {type(fold.observer).__name__} needs of {', '.join(fold.taps)}",
-            "calibrate(prepared, batches) once more, if need be with statistics= these",
+            graph[fold.taps[0]].place,
+            f"the statistics do not tell what {type(fold.observer).__name__} needs",
+            "measure it as well: calibrate(prepared, batches)",
         )
-        for fold in Answers(statistics).missing(prepared.folds)
+        for fold in answers.missing(prepared.folds)
     ]
-    for id in (id for id in prepared.graph.order if id in prepared.swapped):
-        reason = "it is a custom module, which keeps what it observes in itself: no statistics hold that"
-        problems.append(
-            BadConfig(prepared.graph[id].place, reason, "calibrate this stage: calibrate(prepared, batches)")
-        )
-    return Failure(several(problems)) if problems else Success(Calibrated(prepared, statistics))
+    problems += kept_in_modules(prepared, "calibrate this stage: calibrate(prepared, batches)")
+    if problems:
+        return Failure(several(problems))
+    return Success(Calibrated(prepared, statistics, warnings=tuple(doubts(prepared, statistics))))
