@@ -140,6 +140,19 @@ class BadFile:
 
 
 @dataclass(frozen=True, slots=True)
+class MoreWarnings:
+    """A checkpoint keeps the first warnings; `count` more were given. `node` is its path."""
+
+    node: str
+    count: int
+    remedy: str = "mend the data that the first ones name; a run without a checkpoint tells all of them"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.count} more warnings were given than it keeps"
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """A process or machine that calibrated a part of the data ended before it was done; `node` names the part."""
 
@@ -336,6 +349,7 @@ Problem: TypeAlias = (
     | Interrupted
     | ConstantValue
     | BadFile
+    | MoreWarnings
     | WorkerLost
     | NonFinite
     | Unobserved

@@ -17,8 +17,8 @@ from returns.result import Failure
 from torch import Tensor
 
 from qfunc import Calibrated, Histogram, MinMax, QuantSpec, calibrate, load, unwrap
-from qfunc.edge.checkpoint import MOST_WARNINGS, resumed, save
-from qfunc.edge.container import pack, unpack
+from qfunc.edge.checkpoint import MOST_WARNINGS, resumed, save_checkpoint
+from qfunc.edge.container import decode, encode
 from qfunc.edge.run import Point
 from qfunc.edge.statistics_file import read_statistics, write_statistics
 from qfunc.errors import BadBatch, BadConfig, BadFile, ConstantValue, Interrupted, NonFinite, problems
@@ -46,7 +46,7 @@ def whole(name: str, count: int = COUNT, **options) -> Calibrated:
 def read_of(path: Path) -> int:
     """How many batches a checkpoint says were read."""
     data = path.read_bytes()
-    return unwrap(unpack(data))[0].get("extra").get("read")
+    return unwrap(decode(data))[0].get("extra").get("read")
 
 
 _KILLED = """
@@ -214,7 +214,7 @@ def test_a_great_many_warnings_do_not_end_a_run(path: Path) -> None:
     warnings = tuple(BadBatch(index, "half \ud800", "x" * 200) for index in range(MOST_WARNINGS + 5))
     statistics = whole("MinMax", 1).statistics
     earlier = Statistics(statistics.graph, statistics.weights)
-    unwrap(save(path, Point(statistics, MOST_WARNINGS + 6, 1, warnings), earlier, prepared))
+    unwrap(save_checkpoint(path, Point(statistics, MOST_WARNINGS + 6, 1, warnings), earlier, prepared))
     kept = unwrap(resumed(path, Point(earlier), prepared)).warnings
     assert [warning.index for warning in kept] == list(range(MOST_WARNINGS))
     assert kept[0].reason == "half ?"
@@ -225,7 +225,7 @@ def test_all_kinds_of_warnings_are_kept(path: Path) -> None:
     warnings = (ConstantValue("v", 1.0, 2, 3), NonFinite("v", "r", "m"), BadBatch(1, "r"))
     earlier = Statistics(statistics.graph, statistics.weights)
     point = Point(statistics, 1, 5, warnings)
-    unwrap(save(path, point, earlier, prepared))
+    unwrap(save_checkpoint(path, point, earlier, prepared))
     assert unwrap(resumed(path, Point(earlier), prepared)).warnings == warnings
 
 
@@ -350,6 +350,6 @@ def test_a_hostile_document_names_nothing_that_is_run(path: Path) -> None:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     document = json.loads(header["__metadata__"]["qfunc"])
     document["measured"][0]["state"]["type"] = "tests.edge.test_checkpoint.Loose"
-    path.write_bytes(unwrap(pack(document, unwrap(unpack(data))[1])))
+    path.write_bytes(unwrap(encode(document, unwrap(decode(data))[1])))
     reason = " ".join(bad_files(calibrate(prepared_for(MinMax()), batches(5), checkpoint=path)))
     assert "there is no class 'tests.edge.test_checkpoint.Loose'" in reason

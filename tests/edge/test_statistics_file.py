@@ -18,7 +18,7 @@ from returns.result import Failure, Success
 from safetensors import deserialize
 
 from qfunc import MinMax, Statistics, calibrate, convert, load, merge, save, unwrap
-from qfunc.edge.container import pack, unpack
+from qfunc.edge.container import decode, encode
 from qfunc.edge.statistics_file import from_bytes, read_statistics, to_bytes, write_statistics
 from qfunc.errors import BadConfig, BadFile, WrongStage, problems
 from qfunc.numerics.exact_histogram import ExactHistogramStatistic
@@ -40,7 +40,7 @@ def measured(name: str, count: int = 3) -> Statistics:
 def parts(data: bytes):
     """The document of a file as plain JSON, and its tensors."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    _, tensors = unwrap(unpack(data))
+    _, tensors = unwrap(decode(data))
     return json.loads(header["__metadata__"]["qfunc"]), dict(tensors)
 
 
@@ -48,7 +48,7 @@ def edited(data: bytes, change) -> bytes:
     """The file with its document and tensors changed in place."""
     document, tensors = parts(data)
     change(document, tensors)
-    return unwrap(pack(document, tensors))
+    return unwrap(encode(document, tensors))
 
 
 def reasons(result) -> list[str]:
@@ -477,7 +477,7 @@ def test_any_change_of_the_document(data: st.DataObject) -> None:
         holder[at[-1]] = data.draw(JSON)
     else:
         del holder[at[-1]]
-    assert_valid(from_bytes(unwrap(pack(document, tensors)), types=TYPES))
+    assert_valid(from_bytes(unwrap(encode(document, tensors)), types=TYPES))
 
 
 @given(st.data())
@@ -488,7 +488,7 @@ def test_any_change_of_a_tensor(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]))
     value = data.draw(st.floats(width=32))
     tensors[name] = torch.full(shape, value).to(dtype)
-    assert_valid(from_bytes(unwrap(pack(document, tensors)), types=TYPES))
+    assert_valid(from_bytes(unwrap(encode(document, tensors)), types=TYPES))
 
 
 @dataclass(frozen=True)
@@ -614,7 +614,7 @@ def test_only_statistics_are_saved(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(unwrap(pack({"qfunc": "Recipe", "version": 1}, {})))
+    path.write_bytes(unwrap(encode({"qfunc": "Recipe", "version": 1}, {})))
     assert reasons(load(path)) == ["it holds 'Recipe', and only Statistics can be read"]
 
 
