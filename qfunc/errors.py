@@ -141,10 +141,10 @@ class BadFile:
 
 @dataclass(frozen=True, slots=True)
 class MoreWarnings:
-    """A checkpoint keeps the first warnings; `count` more were given. `node` is its path."""
+    """A checkpoint keeps the first warnings of its run; `count` more were given."""
 
-    node: str
     count: int
+    node: str = "checkpoint"
     remedy: str = "mend the data that the first ones name; a run without a checkpoint tells all of them"
 
     @property

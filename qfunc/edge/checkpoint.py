@@ -26,6 +26,7 @@ from qfunc.errors import (
     UserFunctionFailed,
     several,
 )
+from qfunc.passes.channels import wrong_channels
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
 from qfunc.result import R
@@ -51,19 +52,19 @@ def save_checkpoint(path: str | PathLike[str], point: Point, earlier: Statistics
         "read": point.read,
         "seen": f"{point.seen:x}",
         "base": _told(earlier),
-        "warnings": [_written(warning) for warning in _kept(os.fspath(path), point.warnings)],
+        "warnings": [_written(warning) for warning in _kept(point.warnings)],
     }
     return write_statistics(path, point.statistics, types=types_of(prepared), extra=extra)
 
 
-def _kept(path: str, warnings: tuple[Problem, ...]) -> Iterator[Problem]:
+def _kept(warnings: tuple[Problem, ...]) -> Iterator[Problem]:
     """The first warnings, and how many more there were, in runs before this one too."""
     each = [warning for warning in warnings if not isinstance(warning, MoreWarnings)]
     more = sum(warning.count for warning in warnings if isinstance(warning, MoreWarnings))
     more += len(each[MOST_WARNINGS:])
     yield from each[:MOST_WARNINGS]
     if more:
-        yield MoreWarnings(path, more)
+        yield MoreWarnings(more)
 
 
 def _written(warning: Problem) -> dict[str, Any]:
@@ -95,6 +96,9 @@ def _point(
         for problem in differences(earlier, statistics)
     ]
     problems += (BadFile(path, reason, ANOTHER) for reason in _wrong(extra, statistics))
+    if not problems:
+        misfits = wrong_channels(prepared, statistics)
+        problems += (BadFile(path, f"{misfit.node}: {misfit.reason}", _ANEW) for misfit in misfits)
     if not problems and any(fold.key not in statistics.measured for fold in prepared.folds):
         # Going on would leave the batches out that the file holds of other observers.
         problems.append(BadFile(path, "its run measured for another configuration", _ANEW))
@@ -136,7 +140,8 @@ def _is_warning(row: object) -> bool:
         return False
     hints = get_type_hints(_WARNINGS[row["type"]])
     fields = {field.name: hints[field.name] for field in dataclasses.fields(_WARNINGS[row["type"]])}
-    return row.keys() == {"type", *fields} and all(type(row[name]) is kind for name, kind in fields.items())
+    typed = row.keys() == {"type", *fields} and all(type(row[name]) is kind for name, kind in fields.items())
+    return typed and row.get("count", 1) > 0
 
 
 def _told(statistics: Statistics) -> dict[str, Any]:

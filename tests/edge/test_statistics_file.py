@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,13 @@ from qfunc.edge.statistics_file import from_bytes, read_statistics, to_bytes, wr
 from qfunc.errors import BadConfig, BadFile, WrongStage, problems
 from qfunc.numerics.exact_histogram import ExactHistogramStatistic
 from qfunc.numerics.recording import RecordingStatistic
-from qfunc.numerics.statistic import HistogramState, HistogramStatistic, MinMaxStatistic, RangeState
+from qfunc.numerics.statistic import (
+    HistogramState,
+    HistogramStatistic,
+    MinMaxStatistic,
+    MovingAverageStatistic,
+    RangeState,
+)
 from qfunc.passes.statistics import Measured
 from tests.edge.measuring import OBSERVERS, TYPES, Sketching, batches, prepared_for, same_statistics
 
@@ -104,7 +111,7 @@ def test_states_before_any_data_and_floats_that_json_has_no_number_for() -> None
     statistics = Statistics("g", "w", pmap(entries))
     again, _ = unwrap(from_bytes(unwrap(to_bytes(statistics, types=TYPES)), types=TYPES))
     state = again.measured[(("c",), "nan")].state
-    assert repr(state) == repr((float("nan"), 1e-320, -0.0, 0.1, float("inf")))
+    assert repr(state) == repr((float("nan"), 1e-320, 0.0, 0.1, float("inf")))
     without_nan = replace(again, measured=again.measured.remove((("c",), "nan")))
     assert same_statistics(without_nan, replace(statistics, measured=statistics.measured.remove((("c",), "nan"))))
 
@@ -157,9 +164,21 @@ def test_the_order_of_insertion_changes_no_byte(order: list[int]) -> None:
     )
 
 
-def test_equal_parameters_of_other_types_change_no_byte() -> None:
-    from qfunc.numerics.statistic import MovingAverageStatistic
+@given(st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, -2.0]), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_the_sign_of_zeros_changes_no_byte(rows: list[list[float]]) -> None:
+    """Equal data give equal states, and these equal bytes."""
+    kinds = (MinMaxStatistic(), MinMaxStatistic(0), MovingAverageStatistic(0.5), HistogramStatistic(4, 2))
+    found = []
+    for sign in (1.0, -1.0):
+        tensors = [torch.tensor([sign * 0.0 if value == 0 else value for value in row]) for row in rows]
+        given = {(("v",), of): Measured(reduce(of.update, tensors, of.init())) for of in (*kinds, EXACT, RECORDS)}
+        given |= {(("w",), "mine"): Measured((tensors[0][0], sign * 0.0)), (("x",), sign * 0.0): Measured(None)}
+        found.append(Statistics("g", measured=pmap(given)))
+    assert found[0] == found[1]
+    assert unwrap(to_bytes(found[0])) == unwrap(to_bytes(found[1]))
 
+
+def test_equal_parameters_of_other_types_change_no_byte() -> None:
     one, other = (
         Statistics("g", measured=pmap({(("v",), MovingAverageStatistic(c)): Measured(RangeState.unobserved())}))
         for c in (1, 1.0)
@@ -537,6 +556,9 @@ def test_a_failing_write_leaves_the_old_file(stage: str, tmp_path: Path, monkeyp
 
             def __exit__(self, *_):
                 self.file.close()
+
+            def fileno(self):
+                return self.file.fileno()
 
             def write(self, data):
                 self.file.write(data[:10])
