@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qfunc.config.arguments import shown
 from qfunc.config.reading import Object, as_written
-from qfunc.edge.container import read_file, unpack, write_file
+from qfunc.edge.container import decode
+from qfunc.edge.files import read_file, write_file
 from qfunc.edge.statistic_types import NO_TYPES
 from qfunc.edge.statistics_file import KIND, from_document, to_bytes
 from qfunc.errors import BadConfig, BadFile, Problem, WrongStage, several
@@ -69,7 +70,7 @@ def load(path: str | PathLike[str], *, types: Types = NO_TYPES) -> R[Statistics]
     if problems:
         return Failure(several(problems))
     place = str(Path(path))
-    return read_file(path).bind(lambda data: unpack(data, place)).bind(lambda found: _read(*found, types, place))
+    return read_file(path).bind(lambda data: decode(data, place)).bind(lambda found: _read(*found, types, place))
 
 
 def _read(document: Object, tensors: Mapping[str, Tensor], types: Types, place: str) -> R[Statistics]:

@@ -137,6 +137,19 @@ class BadFile:
 
 
 @dataclass(frozen=True, slots=True)
+class MoreWarnings:
+    """A checkpoint keeps the first warnings of its run; `count` more were given."""
+
+    count: int
+    node: str = "checkpoint"
+    remedy: str = "mend the data that the first ones name; a run without a checkpoint tells all of them"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.count} more warnings were given than it keeps"
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """A process or machine that calibrated a part of the data ended before it was done; `node` names the part."""
 
@@ -335,6 +348,7 @@ Problem: TypeAlias = (
     | Interrupted
     | ConstantValue
     | BadFile
+    | MoreWarnings
     | WorkerLost
     | NonFinite
     | Unobserved

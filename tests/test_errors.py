@@ -570,6 +570,7 @@ def test_an_invalid_graph_is_told_by_verify(made: Stages) -> None:
 def test_every_error_is_reached_by_a_row() -> None:
     reached = {name for row in ROWS for name, _, _ in row.expected} | {"WrongStage", "InvalidGraph"}
     reached |= {"ConstantValue"}  # a warning, see edge/test_calibrate.py
+    reached |= {"MoreWarnings"}  # a warning, see edge/test_checkpoint.py
     reached |= {"WorkerLost"}  # takes processes to lose, see edge/test_sharded.py
     assert reached == {case.__name__ for case in get_args(errors.Problem)}
 

@@ -15,7 +15,18 @@ from qfunc.edge.container import ANOTHER
 from qfunc.edge.run import Point
 from qfunc.edge.statistic_types import OWN, classes_in, is_frozen_dataclass
 from qfunc.edge.statistics_file import read_statistics, write_statistics
-from qfunc.errors import BadBatch, BadFile, ConstantValue, NonFinite, Problem, UserFunctionFailed, several
+from qfunc.errors import (
+    BadBatch,
+    BadFile,
+    ConstantValue,
+    MoreWarnings,
+    NonFinite,
+    Problem,
+    Unobserved,
+    UserFunctionFailed,
+    several,
+)
+from qfunc.passes.channels import wrong_channels
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
 from qfunc.result import R
@@ -24,23 +35,36 @@ _PARTS = {"read", "seen", "base", "warnings"}
 _ANEW = "give another path, or delete it to begin anew"
 
 _WARNINGS: Mapping[str, type] = MappingProxyType(
-    {cls.__name__: cls for cls in (BadBatch, ConstantValue, NonFinite, UserFunctionFailed)}
+    {cls.__name__: cls for cls in (BadBatch, ConstantValue, MoreWarnings, NonFinite, Unobserved, UserFunctionFailed)}
 )
 """What can be warned of."""
 
 MOST_WARNINGS = 10_000
-"""How many warnings a checkpoint keeps: the first, so that no amount of bad data ends a run by its size."""
+"""How many warnings a checkpoint keeps: the first, so that no amount of bad data ends a run by its size.
+
+A last one says how many more there were.
+"""
 
 
-def save(path: str | PathLike[str], point: Point, earlier: Statistics, prepared: Prepared) -> R[None]:
+def save_checkpoint(path: str | PathLike[str], point: Point, earlier: Statistics, prepared: Prepared) -> R[None]:
     """Write a point of a run that began with the statistics `earlier`; the file is there whole or as it was before."""
     extra = {
         "read": point.read,
         "seen": f"{point.seen:x}",
         "base": _told(earlier),
-        "warnings": [_written(warning) for warning in point.warnings[:MOST_WARNINGS]],
+        "warnings": [_written(warning) for warning in _kept(point.warnings)],
     }
     return write_statistics(path, point.statistics, types=types_of(prepared), extra=extra)
+
+
+def _kept(warnings: tuple[Problem, ...]) -> Iterator[Problem]:
+    """The first warnings, and how many more there were, in runs before this one too."""
+    each = [warning for warning in warnings if not isinstance(warning, MoreWarnings)]
+    more = sum(warning.count for warning in warnings if isinstance(warning, MoreWarnings))
+    more += len(each[MOST_WARNINGS:])
+    yield from each[:MOST_WARNINGS]
+    if more:
+        yield MoreWarnings(more)
 
 
 def _written(warning: Problem) -> dict[str, Any]:
@@ -72,6 +96,9 @@ def _point(
         for problem in differences(earlier, statistics)
     ]
     problems += (BadFile(path, reason, ANOTHER) for reason in _wrong(extra, statistics))
+    if not problems:
+        misfits = wrong_channels(prepared, statistics)
+        problems += (BadFile(path, f"{misfit.node}: {misfit.reason}", _ANEW) for misfit in misfits)
     if not problems and any(fold.key not in statistics.measured for fold in prepared.folds):
         # Going on would leave the batches out that the file holds of other observers.
         problems.append(BadFile(path, "its run measured for another configuration", _ANEW))
@@ -113,7 +140,8 @@ def _is_warning(row: object) -> bool:
         return False
     hints = get_type_hints(_WARNINGS[row["type"]])
     fields = {field.name: hints[field.name] for field in dataclasses.fields(_WARNINGS[row["type"]])}
-    return row.keys() == {"type", *fields} and all(type(row[name]) is kind for name, kind in fields.items())
+    typed = row.keys() == {"type", *fields} and all(type(row[name]) is kind for name, kind in fields.items())
+    return typed and row.get("count", 1) > 0
 
 
 def _told(statistics: Statistics) -> dict[str, Any]:

@@ -7,12 +7,7 @@ says what the file holds, and `version`.
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from os import PathLike
-from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +17,7 @@ from torch import Tensor
 
 from qfunc.config.arguments import shown
 from qfunc.config.reading import LONGEST, Object, as_written, parse
-from qfunc.errors import BadConfig, BadFile, problems, several, told
+from qfunc.errors import BadConfig, BadFile, problems, several
 from qfunc.result import R
 
 KEY = "qfunc"
@@ -57,13 +52,13 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 """The dtypes that files hold, by their names in safetensors."""
 
 
-def pack(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R[bytes]:
+def encode(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R[bytes]:
     """A document and tensors of `DTYPES` as the bytes of a file; the same bytes for equal ones.
 
     Returns:
         The bytes, or `BadConfig` where they hold more than can be read again.
 
-    >>> unpack(pack({"qfunc": "Nothing", "version": 1}, {"a": torch.ones(2)}).unwrap()).unwrap()[1]
+    >>> decode(encode({"qfunc": "Nothing", "version": 1}, {"a": torch.ones(2)}).unwrap()).unwrap()[1]
     {'a': tensor([1., 1.])}
     """
     from safetensors import TensorSpec, serialize
@@ -93,10 +88,10 @@ def pack(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R[bytes]
     return Success(data)
 
 
-def unpack(data: bytes, place: str = "file") -> R[tuple[Object, Mapping[str, Tensor]]]:
+def decode(data: bytes, place: str = "file") -> R[tuple[Object, Mapping[str, Tensor]]]:
     """The document and the tensors of a file's bytes; `BadFile` at `place` for anything else. The bytes are copied.
 
-    >>> print(unpack(b"no file").failure().reason)
+    >>> print(decode(b"no file").failure().reason)
     it is no safetensors file: header too small
     """
     from safetensors import SafetensorError, deserialize
@@ -161,60 +156,3 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor | str:
     if dtype == "BOOL" and any(byte > 1 for byte in data):
         return "it holds bytes that are neither true nor false"
     return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
-
-
-def write_file(path: str | PathLike[str], data: bytes) -> R[None]:
-    """Write a file so that at any time there is the old one or the new one, whole; `BadFile` where that fails."""
-    place = os.fspath(path)
-    try:
-        # Replacing a link would leave the file behind it as it was.
-        target = os.path.realpath(place)
-        folder, name = os.path.split(target)
-        # Short, because the name of the file itself may have all the length that a name can have.
-        beside = os.path.join(folder, f".{name[:40]}.{token_hex(8)}.tmp")
-        _replace(target, beside, data)
-        _sync(folder)
-    except (OSError, ValueError) as error:
-        reason = f"it cannot be written: {told(error)}"
-        return Failure(BadFile(place, reason, "give the path of a file in a folder that exists and can be written to"))
-    return Success(None)
-
-
-def _replace(target: str, beside: str, data: bytes) -> None:
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        # Ctrl-C too leaves nothing behind.
-        if os.path.lexists(beside):
-            os.unlink(beside)
-        raise
-
-
-def _sync(folder: str) -> None:
-    """Make a new name last, where the system can; the file itself is whole either way."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def read_file(path: str | PathLike[str]) -> R[bytes]:
-    """The bytes of a file; `BadFile` where it is missing, cannot be read, or is too large or no plain file."""
-    place = os.fspath(path)
-    try:
-        about = os.stat(place)
-        if not stat.S_ISREG(about.st_mode):
-            return Failure(BadFile(place, "it is no plain file", "give the path of a file"))
-        if about.st_size > MOST_BYTES:
-            return Failure(BadFile(place, f"it has {about.st_size} bytes, the most are {MOST_BYTES}", ANOTHER))
-        with open(place, "rb") as file:
-            return Success(file.read(MOST_BYTES))
-    except (OSError, ValueError) as error:
-        reason = f"it cannot be read: {told(error)}"
-        return Failure(BadFile(place, reason, "give the path of a file that exists and can be read"))

@@ -15,7 +15,7 @@ from returns.result import Failure, Success
 from torch import fx
 
 from qfunc.config.weights import weights_of
-from qfunc.edge.checkpoint import resumed, save
+from qfunc.edge.checkpoint import resumed, save_checkpoint
 from qfunc.edge.content import statistics_of
 from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.interpret import Hook, Interpreter
@@ -196,7 +196,7 @@ class _Loop:
         """Write the checkpoint, if there is to be one; why that failed, if so."""
         if self._options.checkpoint is None:
             return None
-        saved = save(self._options.checkpoint, self._run.point(), self._earlier, self._prepared)
+        saved = save_checkpoint(self._options.checkpoint, self._run.point(), self._earlier, self._prepared)
         failed: QuantError | None = saved.failure() if isinstance(saved, Failure) else None
         return failed
 

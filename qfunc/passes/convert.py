@@ -22,6 +22,7 @@ from qfunc.numerics.observers import finished, is_own
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, QuantizeWeight
+from qfunc.passes.channels import wrong_channels
 from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behind, with_codes_given
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
@@ -42,8 +43,8 @@ def convert(calibrated: Calibrated) -> R[Converted]:
 
     Returns:
         The converted graph, or `Unobserved` for every site that no data reached, `UserFunctionFailed` for an observer
-        or a function of the user's that gives no qparams, `BadConfig` for a node whose weights are no parameters, or
-        `WrongStage`.
+        or a function of the user's that gives no qparams, `BadConfig` for a node whose weights are no parameters, and
+        for statistics of other channels than the value has, or `WrongStage`.
     """
     if not isinstance(calibrated, Calibrated):
         return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
@@ -103,6 +104,7 @@ def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]
             found[id] = plain(qparams)
         else:
             problems.append(UserFunctionFailed(_place(prepared, id), wrong))
+    problems += wrong_channels(prepared, statistics)
     return found, problems
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from qfunc import (
     unwrap,
 )
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8, QParams, qparams_of_range
+from qfunc.numerics.statistic import MinMaxStatistic, RangeState
+from qfunc.passes.statistics import Statistics
 
 WEIGHT = PerChannelMinMax(INT8_NARROW_PER_CHANNEL)
 
@@ -113,6 +115,16 @@ def prepared_for(observer, seed: int = 0):
 def batches(count: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(2, 4, generator=generator) for _ in range(count)]
+
+
+def with_channels(statistics: Statistics, count: int) -> Statistics:
+    """The statistics with so many channels wherever they have any."""
+    changed = statistics.measured
+    for key, entry in changed.items():
+        if key[1] != MinMaxStatistic():
+            state = RangeState(torch.linspace(-2, -1, count), torch.linspace(1, 2, count))
+            changed = changed.set(key, replace(entry, state=state))
+    return replace(statistics, measured=changed)
 
 
 def same(a: object, b: object) -> bool:

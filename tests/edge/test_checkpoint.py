@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,24 @@ from returns.result import Failure
 from torch import Tensor
 
 from qfunc import Calibrated, Histogram, MinMax, QuantSpec, calibrate, load, unwrap
-from qfunc.edge.checkpoint import MOST_WARNINGS, resumed, save
-from qfunc.edge.container import pack, unpack
+from qfunc.edge.checkpoint import MOST_WARNINGS, resumed, save_checkpoint
+from qfunc.edge.container import decode, encode
 from qfunc.edge.run import Point
 from qfunc.edge.statistics_file import read_statistics, write_statistics
-from qfunc.errors import BadBatch, BadConfig, BadFile, ConstantValue, Interrupted, NonFinite, problems
+from qfunc.errors import (
+    BadBatch,
+    BadConfig,
+    BadFile,
+    ConstantValue,
+    Interrupted,
+    MoreWarnings,
+    NonFinite,
+    Unobserved,
+    problems,
+)
 from qfunc.numerics.qparams import UINT8, qparams_of_range
 from qfunc.passes.statistics import Statistics
-from tests.edge.measuring import OBSERVERS, batches, prepared_for, same_statistics
+from tests.edge.measuring import OBSERVERS, batches, prepared_for, same_statistics, with_channels
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 11
@@ -46,7 +56,7 @@ def whole(name: str, count: int = COUNT, **options) -> Calibrated:
 def read_of(path: Path) -> int:
     """How many batches a checkpoint says were read."""
     data = path.read_bytes()
-    return unwrap(unpack(data))[0].get("extra").get("read")
+    return unwrap(decode(data))[0].get("extra").get("read")
 
 
 _KILLED = """
@@ -214,18 +224,73 @@ def test_a_great_many_warnings_do_not_end_a_run(path: Path) -> None:
     warnings = tuple(BadBatch(index, "half \ud800", "x" * 200) for index in range(MOST_WARNINGS + 5))
     statistics = whole("MinMax", 1).statistics
     earlier = Statistics(statistics.graph, statistics.weights)
-    unwrap(save(path, Point(statistics, MOST_WARNINGS + 6, 1, warnings), earlier, prepared))
-    kept = unwrap(resumed(path, Point(earlier), prepared)).warnings
+    unwrap(save_checkpoint(path, Point(statistics, MOST_WARNINGS + 6, 1, warnings), earlier, prepared))
+    point = unwrap(resumed(path, Point(earlier), prepared))
+    *kept, last = point.warnings
     assert [warning.index for warning in kept] == list(range(MOST_WARNINGS))
     assert kept[0].reason == "half ?"
+    assert last == MoreWarnings(5)
+    before = path.read_bytes()
+    unwrap(save_checkpoint(path, point, earlier, prepared))
+    assert path.read_bytes() == before
+    unwrap(save_checkpoint(path, replace(point, warnings=(*point.warnings, *kept[:3])), earlier, prepared))
+    assert unwrap(resumed(path, Point(earlier), prepared)).warnings == (*kept, MoreWarnings(8))
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_resumed_runs_with_more_warnings_than_are_kept_agree(
+    count: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qfunc.edge.checkpoint.MOST_WARNINGS", 2)
+    prepared, data = prepared_for(OBSERVERS["MovingAverageMinMax"]), batches(8)
+    for index in (0, 2, 3, 5, 6):
+        data[index] = data[index] / 0
+    expected = unwrap(calibrate(prepared, data, policy="skip", checkpoint=path))
+    assert len(expected.warnings) >= 5
+    assert not any(isinstance(warning, MoreWarnings) for warning in expected.warnings)
+    uninterrupted = path.read_bytes()
+    path.unlink()
+    calibrate(prepared, interrupted_after(count, data), policy="skip", checkpoint=path)
+    found = unwrap(calibrate(prepared, data, policy="skip", checkpoint=path))
+    assert same_statistics(found.statistics, expected.statistics)
+    assert path.read_bytes() == uninterrupted
+
+
+def test_a_run_from_statistics_that_lack_something_is_resumed(path: Path) -> None:
+    prepared, data = prepared_for(MinMax()), batches(6)
+    whole_one = unwrap(calibrate(prepared, data[:2])).statistics
+    earlier = replace(whole_one, measured=whole_one.measured.remove(prepared.folds[0].key))
+    expected = unwrap(calibrate(prepared, data[2:], statistics=earlier))
+    assert any(isinstance(warning, Unobserved) for warning in expected.warnings)
+    calibrate(prepared, interrupted_after(2, data[2:]), statistics=earlier, checkpoint=path)
+    found = unwrap(calibrate(prepared, data[2:], statistics=earlier, checkpoint=path))
+    assert found == expected
+    assert found.warnings == expected.warnings
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_a_checkpoint_of_other_channels_is_refused(channels: int, path: Path) -> None:
+    whole("PerChannelMinMax", 4, checkpoint=path)
+    statistics, extra = unwrap(read_statistics(path))
+    wrong = with_channels(statistics, channels)
+    unwrap(write_statistics(path, wrong, extra=extra))
+    for count in (4, COUNT):
+        found = calibrate(prepared_for(OBSERVERS["PerChannelMinMax"]), batches(count), checkpoint=path)
+        assert f"its statistics are of {channels} channels" in bad_files(found)[0]
 
 
 def test_all_kinds_of_warnings_are_kept(path: Path) -> None:
     prepared, statistics = prepared_for(MinMax()), whole("MinMax", 1).statistics
-    warnings = (ConstantValue("v", 1.0, 2, 3), NonFinite("v", "r", "m"), BadBatch(1, "r"))
+    warnings = (
+        ConstantValue("v", 1.0, 2, 3),
+        NonFinite("v", "r", "m"),
+        BadBatch(1, "r"),
+        Unobserved("v"),
+        MoreWarnings(2),
+    )
     earlier = Statistics(statistics.graph, statistics.weights)
     point = Point(statistics, 1, 5, warnings)
-    unwrap(save(path, point, earlier, prepared))
+    unwrap(save_checkpoint(path, point, earlier, prepared))
     assert unwrap(resumed(path, Point(earlier), prepared)).warnings == warnings
 
 
@@ -261,6 +326,7 @@ GOOD_WARNING = {"type": "NonFinite", "node": "n", "reason": "r", "remedy": "m"}
         {"warnings": [{**GOOD_WARNING, "node": 3}]},
         {"warnings": [{**GOOD_WARNING, "more": 3}]},
         {"warnings": [{"type": "NonFinite"}]},
+        {"warnings": [{"type": "MoreWarnings", "count": 0, "node": "n", "remedy": "m"}]},
         {"warnings": [GOOD_WARNING, {"type": "BadBatch", "index": True, "reason": "r", "remedy": "m"}]},
         {"more": 1},
     ],
@@ -350,6 +416,6 @@ def test_a_hostile_document_names_nothing_that_is_run(path: Path) -> None:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     document = json.loads(header["__metadata__"]["qfunc"])
     document["measured"][0]["state"]["type"] = "tests.edge.test_checkpoint.Loose"
-    path.write_bytes(unwrap(pack(document, unwrap(unpack(data))[1])))
+    path.write_bytes(unwrap(encode(document, unwrap(decode(data))[1])))
     reason = " ".join(bad_files(calibrate(prepared_for(MinMax()), batches(5), checkpoint=path)))
     assert "there is no class 'tests.edge.test_checkpoint.Loose'" in reason

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,18 @@ from returns.result import Failure, Success
 from safetensors import deserialize
 
 from qfunc import MinMax, Statistics, calibrate, convert, load, merge, save, unwrap
-from qfunc.edge.container import pack, unpack
+from qfunc.edge.container import decode, encode
 from qfunc.edge.statistics_file import from_bytes, read_statistics, to_bytes, write_statistics
 from qfunc.errors import BadConfig, BadFile, WrongStage, problems
 from qfunc.numerics.exact_histogram import ExactHistogramStatistic
 from qfunc.numerics.recording import RecordingStatistic
-from qfunc.numerics.statistic import HistogramState, HistogramStatistic, MinMaxStatistic, RangeState
+from qfunc.numerics.statistic import (
+    HistogramState,
+    HistogramStatistic,
+    MinMaxStatistic,
+    MovingAverageStatistic,
+    RangeState,
+)
 from qfunc.passes.statistics import Measured
 from tests.edge.measuring import OBSERVERS, TYPES, Sketching, batches, prepared_for, same_statistics
 
@@ -40,7 +47,7 @@ def measured(name: str, count: int = 3) -> Statistics:
 def parts(data: bytes):
     """The document of a file as plain JSON, and its tensors."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    _, tensors = unwrap(unpack(data))
+    _, tensors = unwrap(decode(data))
     return json.loads(header["__metadata__"]["qfunc"]), dict(tensors)
 
 
@@ -48,7 +55,7 @@ def edited(data: bytes, change) -> bytes:
     """The file with its document and tensors changed in place."""
     document, tensors = parts(data)
     change(document, tensors)
-    return unwrap(pack(document, tensors))
+    return unwrap(encode(document, tensors))
 
 
 def reasons(result) -> list[str]:
@@ -104,7 +111,7 @@ def test_states_before_any_data_and_floats_that_json_has_no_number_for() -> None
     statistics = Statistics("g", "w", pmap(entries))
     again, _ = unwrap(from_bytes(unwrap(to_bytes(statistics, types=TYPES)), types=TYPES))
     state = again.measured[(("c",), "nan")].state
-    assert repr(state) == repr((float("nan"), 1e-320, -0.0, 0.1, float("inf")))
+    assert repr(state) == repr((float("nan"), 1e-320, 0.0, 0.1, float("inf")))
     without_nan = replace(again, measured=again.measured.remove((("c",), "nan")))
     assert same_statistics(without_nan, replace(statistics, measured=statistics.measured.remove((("c",), "nan"))))
 
@@ -157,9 +164,21 @@ def test_the_order_of_insertion_changes_no_byte(order: list[int]) -> None:
     )
 
 
-def test_equal_parameters_of_other_types_change_no_byte() -> None:
-    from qfunc.numerics.statistic import MovingAverageStatistic
+@given(st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, -2.0]), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_the_sign_of_zeros_changes_no_byte(rows: list[list[float]]) -> None:
+    """Equal data give equal states, and these equal bytes."""
+    kinds = (MinMaxStatistic(), MinMaxStatistic(0), MovingAverageStatistic(0.5), HistogramStatistic(4, 2))
+    found = []
+    for sign in (1.0, -1.0):
+        tensors = [torch.tensor([sign * 0.0 if value == 0 else value for value in row]) for row in rows]
+        given = {(("v",), of): Measured(reduce(of.update, tensors, of.init())) for of in (*kinds, EXACT, RECORDS)}
+        given |= {(("w",), "mine"): Measured((tensors[0][0], sign * 0.0)), (("x",), sign * 0.0): Measured(None)}
+        found.append(Statistics("g", measured=pmap(given)))
+    assert found[0] == found[1]
+    assert unwrap(to_bytes(found[0])) == unwrap(to_bytes(found[1]))
 
+
+def test_equal_parameters_of_other_types_change_no_byte() -> None:
     one, other = (
         Statistics("g", measured=pmap({(("v",), MovingAverageStatistic(c)): Measured(RangeState.unobserved())}))
         for c in (1, 1.0)
@@ -477,7 +496,7 @@ def test_any_change_of_the_document(data: st.DataObject) -> None:
         holder[at[-1]] = data.draw(JSON)
     else:
         del holder[at[-1]]
-    assert_valid(from_bytes(unwrap(pack(document, tensors)), types=TYPES))
+    assert_valid(from_bytes(unwrap(encode(document, tensors)), types=TYPES))
 
 
 @given(st.data())
@@ -488,7 +507,7 @@ def test_any_change_of_a_tensor(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]))
     value = data.draw(st.floats(width=32))
     tensors[name] = torch.full(shape, value).to(dtype)
-    assert_valid(from_bytes(unwrap(pack(document, tensors)), types=TYPES))
+    assert_valid(from_bytes(unwrap(encode(document, tensors)), types=TYPES))
 
 
 @dataclass(frozen=True)
@@ -537,6 +556,9 @@ def test_a_failing_write_leaves_the_old_file(stage: str, tmp_path: Path, monkeyp
 
             def __exit__(self, *_):
                 self.file.close()
+
+            def fileno(self):
+                return self.file.fileno()
 
             def write(self, data):
                 self.file.write(data[:10])
@@ -614,7 +636,7 @@ def test_only_statistics_are_saved(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(unwrap(pack({"qfunc": "Recipe", "version": 1}, {})))
+    path.write_bytes(unwrap(encode({"qfunc": "Recipe", "version": 1}, {})))
     assert reasons(load(path)) == ["it holds 'Recipe', and only Statistics can be read"]
 
 
