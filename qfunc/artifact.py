@@ -16,7 +16,8 @@ from qfunc.config.reading import Object, as_written
 from qfunc.edge.container import decode
 from qfunc.edge.files import read_file, write_file
 from qfunc.edge.statistic_types import NO_TYPES
-from qfunc.edge.statistics_file import KIND, from_document, to_bytes
+from qfunc.edge.statistics_file import from_document, to_bytes
+from qfunc.edge.statistics_writing import KIND
 from qfunc.errors import BadConfig, BadFile, Problem, WrongStage, several
 from qfunc.passes.stages import Calibrated
 from qfunc.passes.statistics import Statistics
