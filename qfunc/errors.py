@@ -339,31 +339,11 @@ class Several:
 
 
 Problem: TypeAlias = (
-    NotAModule
-    | InTrainingMode
-    | Untraceable
-    | BadExampleInputs
-    | NoBatches
-    | BadBatch
-    | Interrupted
-    | ConstantValue
-    | BadFile
-    | MoreWarnings
-    | WorkerLost
-    | NonFinite
-    | Unobserved
-    | UnknownName
-    | BadConfig
-    | UnsupportedDType
-    | SeveralDevices
-    | WrongStage
-    | EngineMissing
-    | NotLowered
-    | StaleSource
-    | InvalidGraph
-    | CannotFuse
+    NotAModule | InTrainingMode | Untraceable | BadExampleInputs | NoBatches | BadBatch | Interrupted | ConstantValue
+    | BadFile | MoreWarnings | WorkerLost | NonFinite | Unobserved | UnknownName | BadConfig | UnsupportedDType
+    | SeveralDevices | WrongStage | EngineMissing | NotLowered | StaleSource | InvalidGraph | CannotFuse
     | UserFunctionFailed
-)
+)  # fmt: skip
 """One thing that is wrong."""
 
 QuantError: TypeAlias = Problem | Several
