@@ -59,7 +59,7 @@ def test_a_comparison_reads_as_a_table():
     second = prepared_of(model, inputs, CPU.qconfig_mapping.set_module_name("2", None))
     assert str(unwrap(compare(first, second))).splitlines() == [
         "decision      first                                                  second",
-        "result of _1  Histogram uint8 0..255 per_tensor_affine of _1         -",
+        "result of _1  MeanSquaredError uint8 0..255 per_tensor_affine of _1  -",
         "weight of _2  PerChannelMinMax int8 -127..127 per_channel_symmetric  -",
         "_2            -                                                      float: the configuration keeps it float",
     ]

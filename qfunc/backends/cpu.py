@@ -27,8 +27,9 @@ from qfunc.config.backend_config import BackendConfig, Observation, OperatorConf
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.match import Pattern, Step
-from qfunc.numerics.observers import FixedQParams, Histogram, PerChannelMinMax
+from qfunc.numerics.observers import FixedQParams, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
+from qfunc.numerics.search_observers import MeanSquaredError
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -101,7 +102,7 @@ CPU = BackendConfig(
         recurrent((d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16)),
     ),
     qconfig_mapping=QConfigMapping().set_global(
-        QConfig(activation=Histogram(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
+        QConfig(activation=MeanSquaredError(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
     ),
     lazy=True,
     observe_shared_outputs=False,

@@ -34,6 +34,7 @@ from qfunc.errors import (
     told,
 )
 from qfunc.params import loads
+from qfunc.passes.channels import wrong_channels
 from qfunc.passes.custom_modules import kept_in_modules
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Prepared
@@ -97,7 +98,7 @@ def measure(
     module, execute = made.unwrap()
     fresh = statistics_of(prepared)
     earlier = fresh if options.statistics is None else options.statistics
-    problems += differences(fresh, earlier)
+    problems += [*differences(fresh, earlier), *wrong_channels(prepared, earlier)]
     if problems:
         return Failure(several(problems))
     begun = Point(earlier, warnings=tuple(unmeasured(prepared, earlier)))

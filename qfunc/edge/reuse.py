@@ -7,6 +7,7 @@ from returns.result import Failure, Success
 from qfunc.edge.content import statistics_of
 from qfunc.edge.run import doubts
 from qfunc.errors import Problem, Unobserved, WrongStage, several
+from qfunc.passes.channels import wrong_channels
 from qfunc.passes.custom_modules import kept_in_modules
 from qfunc.passes.stages import Calibrated, Prepared
 from qfunc.passes.statistics import Answers, Statistics, differences
@@ -38,7 +39,10 @@ def reuse(prepared: Prepared, statistics: Statistics) -> R[Calibrated]:
     wrong = [WrongStage(type(given).__name__, kind.__name__) for given, kind in kinds if not isinstance(given, kind)]
     if wrong:
         return Failure(several(wrong))
-    problems: list[Problem] = list(differences(statistics_of(prepared), statistics))
+    problems: list[Problem] = [
+        *differences(statistics_of(prepared), statistics),
+        *wrong_channels(prepared, statistics),
+    ]
     if problems:
         return Failure(several(problems))
     answers, graph = Answers(statistics), prepared.graph

@@ -253,7 +253,7 @@ def test_unknown_names_beyond_the_first_are_told_without_a_guess(monkeypatch):
         calls.append(args)
         return get_close_matches(*args, **options)
 
-    monkeypatch.setattr("qfunc.errors.get_close_matches", counted)
+    monkeypatch.setattr("qfunc.errors.model.get_close_matches", counted)
     mapping = QConfigMapping()
     for index in range(100):
         mapping = mapping.set_module_name(f"layer1.{index + 10}", None)

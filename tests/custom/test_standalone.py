@@ -18,7 +18,7 @@ from qfunc import (
     BackendConfig,
     CustomConfig,
     CustomFusion,
-    Histogram,
+    MeanSquaredError,
     MinMax,
     PerChannelMinMax,
     Prepared,
@@ -270,7 +270,7 @@ def test_sites_inside_have_the_observers_of_the_region() -> None:
     }
     values = {id: type(prepared.sites[site].observer) for id, site in prepared.outputs.items()}
     of_place = {place[id]: observer for id, observer in values.items()}
-    assert uses["first", "input"] is Histogram
+    assert uses["first", "input"] is MeanSquaredError
     assert of_place["sub.0"] is MinMax
     unmatched = inside.set_object_type(nn.Linear, None)
     noted = prepared_with(CustomConfig(standalone_names={"sub": Standalone(unmatched)})).notes

@@ -7,7 +7,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from qfunc import CPU, X86, Cast, Dynamic, QConfigMapping, annotate, calibrate, fuse, prepare, trace, unwrap
+from qfunc import (
+    CPU,
+    X86,
+    Cast,
+    Dynamic,
+    Histogram,
+    MeanSquaredError,
+    QConfigMapping,
+    annotate,
+    calibrate,
+    fuse,
+    prepare,
+    trace,
+    unwrap,
+)
 from qfunc.backends import default_mappings, qconfigs
 from qfunc.errors import UnsupportedDType, problems
 
@@ -147,6 +161,10 @@ def activation_range(stage):
     return {site.observer.spec.quant_max for site in stage.prepared.sites.values()}
 
 
+def observers(stage):
+    return {type(site.observer) for site in stage.prepared.sites.values()}
+
+
 @dataclass(frozen=True)
 class Difference:
     """`look` gives `cpu` at the default backend and `x86` at the parity one."""
@@ -167,6 +185,11 @@ DIFFERENCES = (
         "8 bits of activations",
         "the kernels are exact, as weights are limited on hosts where they could overflow; 6 dB less noise",
         *(Relu, activation_range, {255}, {127}),
+    ),
+    Difference(
+        "least squared error by an exact histogram",
+        "its states merge whatever the order and split of the data, and serve other observers; it is as accurate",
+        *(Relu, observers, {MeanSquaredError}, {Histogram}),
     ),
     Difference(
         "symmetric range of weights",
