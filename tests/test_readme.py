@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -46,10 +48,11 @@ def run(code: str, line: int, namespace: dict[str, object]) -> str:
     return printed.getvalue()
 
 
-def test_readme_prints_what_it_shows() -> None:
-    namespace: dict[str, object] = {"__name__": "readme"}
+def test_readme_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # where dataclasses look for themselves
     for block in blocks(README.read_text()):
-        printed = run(block.code, block.line, namespace)
+        printed = run(block.code, block.line, vars(module))
         assert anywhere(printed).rstrip() == anywhere(block.output).rstrip(), f"README.md:{block.line}"
 
 
