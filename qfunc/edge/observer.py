@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfunc.edge.tally import Tally
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
 from qfunc.numerics.observers import Observer, finished, is_own
 from qfunc.numerics.qparams import QParams
-from qfunc.numerics.statistic import RangeState, clipped, finite, range_in, state_is_finite
+from qfunc.numerics.statistic import RangeState, clipped
 from qfunc.passes.statistics import Fold
 
 
@@ -20,31 +21,6 @@ class ObserverError(Exception):
     def __init__(self, problem: UnsupportedDType | UserFunctionFailed | Unobserved | BadConfig) -> None:
         super().__init__(f"{problem.node}: {problem.reason}")
         self.problem = problem
-
-
-class Tally:
-    """What an observer has folded: the state, how many elements it is of, and whether all of them were finite.
-
-    It is beside the module, because setting an attribute of a module takes longer than to update a small state.
-    """
-
-    __slots__ = ("_all_finite", "elements", "state")
-
-    def __init__(self, state: Any) -> None:
-        self.reset(state, 0)
-
-    def reset(self, state: Any, elements: int) -> None:
-        """Be as after these elements, all of them finite, with this state."""
-        self.state, self.elements, self._all_finite = state, elements, True
-
-    def saw(self, finite: bool) -> None:
-        """Note whether a tensor was finite, of which the state cannot tell."""
-        self._all_finite &= finite
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether neither NaN nor infinity was folded."""
-        return self._all_finite and state_is_finite(self.state)
 
 
 class ObserverModule(nn.Module):
@@ -58,10 +34,9 @@ class ObserverModule(nn.Module):
         super().__init__()
         self.fold, self.observer = fold, fold.observer
         self.ch_axis: int | None = fold.observer.spec.ch_axis
-        self.tally = Tally(guarded(self.observer, self.tap, self.observer.init))
         self.clips = False
-        self._own = is_own(self.observer)
-        self._tells = range_in(self.tally.state) is not None
+        state = guarded(self.observer, self.tap, self.observer.init)
+        self.tally = Tally(self.observer, state, self.observer.update if is_own(self.observer) else self._updated)
 
     @property
     def tap(self) -> str:
@@ -75,22 +50,14 @@ class ObserverModule(nn.Module):
             raise ObserverError(UnsupportedDType(self.tap, reason, _UNKNOWN))
         if self.ch_axis is not None:
             self._check_channels(x, self.ch_axis)
-        tally, observer, seen = self.tally, self.observer, x.detach()
-        if self.clips:
-            seen = clipped(seen.to(torch.float32))
-        if not self._tells:
-            tally.saw(finite(seen))
-        if self._own:
-            tally.state = observer.update(tally.state, seen)
-        else:
-            tally.state = self._updated(seen)
-        tally.elements += x.numel()
+        seen = x.detach()
+        self.tally.add(clipped(seen.to(torch.float32)) if self.clips else seen)
         return x
 
-    def _updated(self, seen: Tensor) -> Any:
+    def _updated(self, before: Any, seen: Tensor) -> Any:
         """The next state of a user's observer, which may look at the tensor and not write to it."""
         version = _version(seen)
-        state = guarded(self.observer, self.tap, self.observer.update, self.tally.state, seen)
+        state = guarded(self.observer, self.tap, self.observer.update, before, seen)
         if _version(seen) != version:
             reason = f"{type(self.observer).__name__}.update writes to the tensor that it is given"
             remedy = "have it work on a copy, tensor.clone(): the model goes on with this one"
@@ -100,7 +67,7 @@ class ObserverModule(nn.Module):
     def _check_channels(self, x: Tensor, axis: int) -> None:
         """That every tensor has the axis, and as many channels along it as those before."""
         state = self.tally.state
-        before = state.minimum if isinstance(state, RangeState) and state.observed else None
+        before = state.minimum if isinstance(state, RangeState) and state.minimum.dim() else None
         shape = tuple(x.shape)
         if axis >= x.dim():
             reason = f"ch_axis {axis} is no axis of its shape {shape}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +19,10 @@ def tracked(
 
     `shown=None` shows it exactly when standard error is a terminal. Close the iterator to take the bar away early.
     """
+    if shown is False or (shown is None and console is None and not sys.stderr.isatty()):
+        yield from items
+        return
+    # only here: it takes as much memory and time to import as a small model
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -51,10 +51,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """What a run has done since it began: the states and element counts of its observers, and the batches."""
+    """What a run has done since it began: which cells of the tallies are settled, and the batches."""
 
-    states: tuple[Any, ...]
-    elements: tuple[int, ...]
+    settled: int = 0
     batches: int = 0
     data: int = 0
     read: int = 0
@@ -92,23 +91,13 @@ class Run:
         self._before = [answers.entry(observer.fold) for observer in self._observers]
         for observer, entry in zip(self._observers, self._before, strict=True):
             if entry is not None:
-                observer.tally.reset(entry.state, 0)
-        self._folded = _Folded(*self._found())
+                observer.tally.start(entry.state)
+        self._folded = _Folded()
 
     @property
     def batches(self) -> int:
         """How many batches were folded."""
         return self._folded.batches
-
-    def _found(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-        tallies = [observer.tally for observer in self._observers]
-        return tuple(t.state for t in tallies), tuple(t.elements for t in tallies)
-
-    def _take_back(self) -> None:
-        """The observers as they were after the last whole batch."""
-        kept = zip(self._observers, self._folded.states, self._folded.elements, strict=True)
-        for observer, state, elements in kept:
-            observer.tally.reset(state, elements)
 
     def digest(self, batch: Any, index: int) -> int | BadBatch:
         """The digest of a batch that is not to be run."""
@@ -149,8 +138,6 @@ class Run:
         policy = self._inner_policy
         if found and policy == "fail":
             return several(found)
-        if found:
-            self._take_back()
         if found and policy == "clip":
             again = self._observe(inputs, index, clips=True)
             if not isinstance(again, list):
@@ -162,7 +149,7 @@ class Run:
     def _move_on(self, digest: int, warnings: list[Problem], *, folded: bool) -> None:
         before = self._folded
         self._folded = _Folded(
-            *self._found(),
+            1 - before.settled if folded else before.settled,
             before.batches + folded,
             (before.data + digest * folded) % MODULUS,
             before.read + 1,
@@ -174,6 +161,7 @@ class Run:
         """Run the observers on one batch; the values that hold NaN or infinity."""
         for observer in self._observers:
             observer.clips = clips
+            observer.tally.go_on(self._folded.settled)
         try:
             with torch.no_grad():
                 self._execute(own_inputs(inputs) if self._writes else inputs)
@@ -217,8 +205,8 @@ class Run:
         start, folded = self._start, self._folded
         earlier = start.statistics
         measured = earlier.measured.evolver()
-        found = zip(self._observers, self._before, folded.states, folded.elements, strict=True)
-        for observer, entry, state, elements in found:
+        for observer, entry in zip(self._observers, self._before, strict=True):
+            state, elements = observer.tally.settled(folded.settled)
             before = Measured(None) if entry is None else entry
             measured[observer.fold.key] = Measured(
                 state,

@@ -323,6 +323,16 @@ def _extremes(data: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the largest value as float32 has them, of a tensor that is not empty; NaN where there is NaN.
+
+    >>> extremes(torch.tensor([1.5, -2.0]))
+    (-2.0, 1.5)
+    """
+    low, high = _extremes(tensor.detach())
+    return low.to(torch.float32).item(), high.to(torch.float32).item()
+
+
 def _comparable(data: Tensor) -> Tensor:
     """In a type that torch compares: it has no order of 8-bit floats."""
     return data.to(torch.float32) if data.is_floating_point() and data.element_size() == 1 else data
