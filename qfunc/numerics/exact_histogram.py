@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qfunc.numerics.qparams import same_values
-from qfunc.numerics.statistic import MinMaxStatistic, RangeState, blocks_in_memory_order
+from qfunc.numerics.statistic import MinMaxStatistic, RangeState, blocks_in_memory_order, extremes
 
 LEAST_EXPONENT = -149
 """That of the least float32."""
@@ -91,7 +91,13 @@ class ExactHistogramStatistic:
         """
         if tensor.numel() == 0:
             return state
-        seen = _JOIN.update(RangeState.unobserved(), tensor)
+        low, high = extremes(tensor)
+        least, largest = state.range.minimum.item(), state.range.maximum.item()
+        if -math.inf < least <= low and high <= largest < math.inf:
+            # no new bins: the usual case, once some data was seen
+            counts = state.counts + _counted(tensor.detach(), self.stride, state)
+            return ExactHistogramState(counts, state.exponent, state.range)
+        seen = RangeState(torch.tensor(low), torch.tensor(high))
         joined = _with_range(self.bins, _joined(state.range, seen), (state,))
         if _finite(joined.range):
             joined.counts.add_(_counted(tensor.detach(), self.stride, joined))

@@ -270,3 +270,13 @@ def test_a_recording_keeps_copies():
 
 def fold_to_qparams(observer, tensors):
     return observer.finish(fold(observer, tensors))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_comes_after_infinity_is_not_counted(value):
+    s = ExactHistogramStatistic(64)
+    spoiled = s.update(s.update(s.init(), torch.ones(3)), torch.tensor([value, 2.0]))
+    after = s.update(spoiled, torch.tensor([1.0, 0.5]))
+    assert not state_is_finite(after)
+    assert after.counts.sum() == 0
+    assert after == s.merge(spoiled, s.update(s.init(), torch.tensor([1.0, 0.5])))
