@@ -64,8 +64,7 @@ class _Folded:
 class Run:
     """Observers that go on from a point; it moves on by whole batches, in one assignment, so that it can stop anywhere.
 
-    `pool` has a thread for the digests of batches, which take about as long
-    as reading the data once.
+    `pool` has a thread for the digests of batches, which take about as long as reading the data once.
     """
 
     def __init__(
