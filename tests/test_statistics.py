@@ -353,6 +353,15 @@ def test_values_that_never_change_are_told(observer, value: float) -> None:
         assert q.spec.quant_min <= q.zero_point.item() <= q.spec.quant_max
 
 
+def test_a_warning_for_each_batch_does_not_drown_the_certificate() -> None:
+    prepared, data = prepared_for(MinMax()), [X[0], *[x * float("nan") for x in X] * 5]
+    found = unwrap(calibrate(prepared, data, policy="skip"))
+    assert len(found.warnings) == 30
+    *first, last = unwrap(convert(found)).notes
+    assert len(first) == 10
+    assert "20 more" in str(last)
+
+
 def test_arrays_are_batches() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
     arrays = [x.numpy() for x in X]

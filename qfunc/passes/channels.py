@@ -17,9 +17,9 @@ def wrong_channels(prepared: Prepared, statistics: Statistics) -> Iterator[BadCo
     Nothing is said of axis 0, which is that of the batch, nor of values of which the example showed no shape.
     """
     answers = Answers(statistics)
-    for fold in prepared.folds:
-        axis, entry = fold.observer.spec.ch_axis, answers.entry(fold)
-        if axis and entry is not None and isinstance(entry.state, RangeState) and entry.state.observed:
+    for fold, axis in ((fold, axis) for fold in prepared.folds if (axis := fold.observer.spec.ch_axis)):
+        entry = answers.entry(fold)
+        if entry is not None and isinstance(entry.state, RangeState) and entry.state.observed:
             yield from _misfits(prepared, fold, axis, tuple(entry.state.minimum.shape))
 
 

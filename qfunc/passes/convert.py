@@ -70,8 +70,19 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     }
     taken = {id: hows[prepared.outputs[id]] for id in prepared.graph.order if id in prepared.quantized_inputs}
     given = {index: hows[prepared.outputs[id]] for index, id in given_codes(prepared).items()}
-    notes = prepared.notes + tuple(Note(warning.node, f"warns: {warning.reason}") for warning in calibrated.warnings)
+    notes = (*prepared.notes, *_warned(calibrated.warnings))
     return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats, notes, pmap(taken), pmap(given)))
+
+
+MOST_WARNINGS = 10
+"""Of the warnings of calibration, which may be one for each batch, the first are told again."""
+
+
+def _warned(warnings: tuple[Problem, ...]) -> Iterator[Note]:
+    yield from (Note(warning.node, f"warns: {warning.reason}") for warning in warnings[:MOST_WARNINGS])
+    if len(warnings) > MOST_WARNINGS:
+        more = len(warnings) - MOST_WARNINGS
+        yield Note("calibration", f"warns of {more} more: the warnings of the calibrated stage have them all")
 
 
 def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
