@@ -44,6 +44,9 @@ class _Searching(Folding[ExactHistogramState]):
 class Percentile(_Searching):
     """The range of `percentile` per cent of the values, which is more than 50 and at most 100; of |x| if symmetric.
 
+    It is as fine as the bins, of which there are `bins` over all that was seen: one value that is larger than the others
+    by orders of magnitude makes them coarse. Where most values are zero, so are most percentiles.
+
     >>> import torch
     >>> observer = Percentile(percentile=98.0)
     >>> qparams = observer.finish(observer.update(observer.init(), torch.linspace(-1, 3, 1001)))
@@ -82,6 +85,9 @@ class MeanSquaredError(_Searching):
 @dataclass(frozen=True, slots=True)
 class Entropy(_Searching):
     """The range whose distribution diverges least from its quantized one, as in TensorRT's calibration.
+
+    It looks at how often values are, not at how large: of probabilities, of which most are tiny and few matter, it may
+    cut off those that do.
 
     >>> import torch
     >>> observer = Entropy()
