@@ -44,8 +44,8 @@ class _Searching(Folding[ExactHistogramState]):
 class Percentile(_Searching):
     """The range of `percentile` per cent of the values, which is more than 50 and at most 100; of |x| if symmetric.
 
-    It is as fine as the bins, of which there are `bins` over all that was seen: one value that is larger than the others
-    by orders of magnitude makes them coarse. Where most values are zero, so are most percentiles.
+    It is as fine as the bins, of which there are `bins` over all that was seen: one value that is larger than the
+    others by orders of magnitude makes them coarse. Where most values are zero, so are most percentiles.
 
     >>> import torch
     >>> observer = Percentile(percentile=98.0)
