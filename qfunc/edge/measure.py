@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +107,7 @@ def measure(
     start = Success(begun) if options.checkpoint is None else resumed(options.checkpoint, begun, prepared)
     if isinstance(start, Failure):
         return start
+    _close_gaps()
     with ThreadPoolExecutor(max_workers=1) as pool:
         point = start.unwrap()
         run = Run(prepared, module, point, policy=options.policy, pool=pool, execute=execute)
@@ -112,6 +115,17 @@ def measure(
         # What cannot be written, and where, is told before any data.
         error = loop.save() or loop.over(batches, total)
     return Success((run.point(), module)) if error is None else Failure(error)
+
+
+def _close_gaps() -> None:
+    """Give back to the system what making the module has freed.
+
+    Otherwise glibc keeps it in pieces that the model's values do not fit into: some tens of megabytes, by chance.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _runner(prepared: Prepared, hook: Hook | None) -> R[tuple[fx.GraphModule, Execute]]:
