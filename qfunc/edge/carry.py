@@ -27,6 +27,14 @@ _UNTYPED: Any = torch.UntypedStorage
 _ADDRESS: Callable[[torch.Tensor], int] = getattr(torch._C, "_data_address")  # noqa: B009
 
 
+def memory(tensor: torch.Tensor, start: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    """`size` bytes of the storage of a tensor on the CPU, from `start` on; of use while the tensor lives.
+
+    To ask for the ordinary address would be to announce a write, and end the sharing of the memory.
+    """
+    return (ctypes.c_char * size).from_address(_ADDRESS(tensor) + start)
+
+
 class Carried:
     """A value that a pickler is to see as its structure, its code and its memory; the value itself comes out."""
 
@@ -129,9 +137,7 @@ class _Memory:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes, str]]:
         storage = self.storage
         tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
-        # To ask for the ordinary address would be to announce a write, and end the sharing of the memory.
-        address = _ADDRESS(tensor)
-        data = (ctypes.c_char * storage.nbytes()).from_address(address).raw if storage.nbytes() else b""
+        data = memory(tensor, 0, storage.nbytes()).raw if storage.nbytes() else b""
         return _filled, (data, str(storage.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import pickle
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from qfunc.edge.carry import memory
 from qfunc.ir import Graph, structure_digest
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import Statistics
@@ -67,7 +67,5 @@ def _parts(tensor: Tensor) -> Iterator[Any]:
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     plain = dense.cpu().resolve_conj().resolve_neg()
     held = (plain.int_repr() if plain.is_quantized else plain).contiguous()
-    # By the address of the storage: data_ptr() would copy memory that is shared until it is written to.
-    storage: int = torch._C._data_address(held)  # type: ignore[attr-defined]
-    size, offset = held.element_size(), int(held.storage_offset())
-    yield (ctypes.c_char * (held.numel() * size)).from_address(storage + offset * size)
+    size = held.element_size()
+    yield memory(held, int(held.storage_offset()) * size, held.numel() * size)
