@@ -172,7 +172,7 @@ class Run:
             return replace(problem, node=nodes[problem.node].place) if problem.node in nodes else problem
         except Exception as error:
             # Operators and the user's modules raise anything on inputs that do not fit; our own mathematics must not.
-            if _raised_in(error).startswith("qfunc.numerics"):
+            if _raised_in(error).startswith(("qfunc.numerics", "qfunc.edge.tally")):
                 raise
             return self._located(inputs, index) or BadBatch(index, f"the model fails on it: {told(error)}")
         return [] if clips else list(self._not_finite(index))
