@@ -11,7 +11,9 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - a batch norm is also folded into the layer behind it, and before the average pool that it follows, where that is
   exact; transposed convolutions take part;
 - the last operators, whose result nobody reads quantized, write float32;
-- a sum or product with a number has its own range, which need not be its input's;
+- a sum or product with a number has its own range, which need not be its input's; so have an average, whose range is
+  narrower, and a ReLU, whose input may have a negative half that is of no use behind it;
+- parts of tensors, their stacks, their paddings and their resizings stay on integers;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
 - the weights of layers can be quantized alone, and most operators can be cast to float16;
 - dropout and identity are removed.
@@ -30,19 +32,22 @@ from qfunc.match import Pattern, Step
 from qfunc.numerics.observers import FixedQParams, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
 from qfunc.numerics.search_observers import MeanSquaredError
+from qfunc.ops.shapes import PARTS
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
-MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
-AVERAGE_POOLS = (
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-)
+MAX_POOLS = tuple(f"{pool}{rank}d" for pool in ("max_pool", "adaptive_max_pool") for rank in (1, 2, 3))
+AVERAGES = (*(f"{pool}{rank}d" for pool in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean", "sum")
+ARITHMETIC = ("add", "sub", "mul", "div")
+ELEMENTWISE = ("relu", "clamp", "hardswish", "silu", "gelu", "leaky_relu", "elu")
 REARRANGEMENTS = (
-    *("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
-    *("dropout", "identity"),
+    *("flatten", "unflatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach"),
+    *("getitem", "narrow", "expand", "repeat", "repeat_interleave"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "dropout", "identity"),
 )
+MOVES = PARTS.union(REARRANGEMENTS)
+"""What only moves elements of one tensor."""
 
 
 _NORMS: tuple[tuple[str, ...], ...] = ((), ("batch_norm",))
@@ -91,11 +96,12 @@ CPU = BackendConfig(
             (d.LAYER, d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16, *_FLOAT_VALUES),
             float_output=True,
         ),
-        OperatorConfig(("add", "mul", "hardswish", "silu", "gelu", "leaky_relu", "elu"), Observation.OWN, _PLAIN),
+        OperatorConfig((*ARITHMETIC, *ELEMENTWISE, *AVERAGES), Observation.OWN, _PLAIN),
         OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0)),
+        # masked scores, most of them -10,000, have no scale that suits them: a softmax reads floats
+        OperatorConfig(("softmax",), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0), inputs=()),
         OperatorConfig(("tanh",), Observation.OWN, (d.PLAIN,), fixed=_fixed(2 / 256, 128)),
-        OperatorConfig((*AVERAGE_POOLS, "mean"), Observation.SHARED, _PLAIN),
-        OperatorConfig((*MAX_POOLS, "relu", "clamp", "cat", *REARRANGEMENTS), Observation.SHARED, _PLAIN),
+        OperatorConfig((*MAX_POOLS, "cat", "stack", "pad", "interpolate", *REARRANGEMENTS), Observation.SHARED, _PLAIN),
         OperatorConfig(
             ("embedding", "embedding_bag"), Observation.OWN, (d.WEIGHT_UINT8, d.WEIGHT_UINT4, d.WEIGHT_INT8)
         ),

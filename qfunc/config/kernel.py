@@ -10,22 +10,48 @@ from qfunc.config.host_report import HostReport
 from qfunc.ir import ListArg, Node, Origin, Ref, map_arg, refs
 from qfunc.ir.node import NamedArgs
 from qfunc.ir.value import Arg
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import Affine, Grid
+from qfunc.numerics.unmeasured import Cast, Dynamic
+
+How: TypeAlias = Affine | Grid | Dynamic | Cast | None
+"""How an operand is given: as codes of known qparams, as floats that are quantized when the model runs, as floats that
+are cast to a smaller type, or as floats."""
+
+CODES: tuple[type, ...] = (Affine,)
+FLOATS: tuple[type, ...] = (type(None),)
+
+ISLAND = "float island"
+"""The name of an engine's row for operators that compute in float between codes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An activation operand of a call: the id of its integer codes and their qparams."""
+    """An activation operand of a call: the id of its value, and how that is given.
 
-    codes: str
-    affine: Affine
+    Of what is quantized or cast as the model runs, `value` is the float value before that.
+    """
+
+    value: str
+    how: How
+
+    @property
+    def codes(self) -> str:
+        """The id of its integer codes."""
+        assert isinstance(self.how, Affine), self
+        return self.value
+
+    @property
+    def affine(self) -> Affine:
+        """The qparams of its codes."""
+        assert isinstance(self.how, Affine), self
+        return self.how
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A quantized operator to find a kernel for.
 
-    `operands` maps each slot that takes activations to its quantized operands, `post.0.other` for a post-op's;
+    `operands` maps each slot that takes activations to its operands, `post.0.other` for a post-op's;
     `output` are the qparams of the result, None for float32; `dead_after` holds the codes that nobody else reads.
     """
 
@@ -54,13 +80,35 @@ class KernelRow:
     plan: Callable[[Call], Plan]
     checked: bool = True
     """Whether a contract must hold on the host; false for what only moves elements."""
+    takes: tuple[type, ...] = CODES
+    """How its operands may be given; by default all as codes of one scale."""
+
+    def accepts(self, call: Call) -> bool:
+        """Whether it takes operands that are given as these are."""
+        return all(isinstance(operand.how, self.takes) for operands in call.operands.values() for operand in operands)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs a lowered graph: kernels, the preferred ones first, and how values pass between them.
+
+    `moves` are the kinds that compute on codes as they do on floats, since they only move elements. `conversions` names
+    the engine's own nodes between floats and codes of `uint8`; other codes go through the plain ones.
+    """
+
+    name: str
+    rows: tuple[KernelRow, ...] = ()
+    moves: frozenset[str] = frozenset()
+    conversions: tuple[tuple[str, str], ...] = ()
+    requantizes: bool = False
+    """Whether it turns codes of one scale into those of another without going through floats."""
 
 
 Codes: TypeAlias = tuple[str | tuple[str, ...], ...]
 """Ids of the codes that a kernel is called with; a tuple among them is given as a list."""
 
 
-def kernel_node(call: Call, kernel: str, codes: Codes, **args: Arg) -> Plan:
+def kernel_node(call: Call, kernel: str, codes: Codes, /, **args: Arg) -> Plan:
     """The node that calls a kernel's module with codes; the other arguments say how the module is made, beforehand."""
     if any(True for arg in args.values() for _ in refs(arg)):
         return "an option is computed by the graph"
@@ -80,7 +128,7 @@ def on_codes(call: Call) -> Node:
     def codes_of(slot: str, value: Arg) -> Arg:
         if slot not in turned:
             return value
-        return map_arg(value, lambda leaf: Ref(next(turned[slot]).codes) if isinstance(leaf, Ref) else leaf)
+        return map_arg(value, lambda leaf: Ref(next(turned[slot]).value) if isinstance(leaf, Ref) else leaf)
 
     args = tuple((slot, codes_of(slot, value)) for slot, value in node.args)
     return Node(node.id, node.kind, args, node.post, node.origin, node.fact, node.aliased)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qfunc.backends.cpu import REARRANGEMENTS
-from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
+from qfunc.backends.cpu import MOVES
+from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node
+from qfunc.engines.island import island
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.ir import Expression, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
@@ -163,20 +164,13 @@ def _cat(call: Call) -> Plan:
     return kernel_node(call, "codes.cat", (codes,), grids=grids, output=call.output, dim=call.node.get("dim"))
 
 
-def rearrange(call: Call) -> Plan:
-    """An operator that only moves elements computes on codes as it is."""
-    if call.output != call.input.affine:
-        return "input and output have different qparams"
-    return on_codes(call)
-
-
 TABULATED = (
     *("relu", "clamp", "leaky_relu", "elu", "hardswish", "silu", "gelu"),
     *("sigmoid", "hardsigmoid", "tanh"),
 )
 """Elementwise functions that run as tables of 256 codes where no kernel has them as a post-op."""
 
-ONEDNN: tuple[KernelRow, ...] = (
+_ROWS: tuple[KernelRow, ...] = (
     *(KernelRow(f"onednn.conv{rank}d", (f"conv{rank}d",), _conv) for rank in (1, 2, 3)),
     KernelRow("onednn.linear", ("linear",), _linear),
     *(KernelRow(name, (name,), _arithmetic) for name in ("add", "mul")),
@@ -187,6 +181,8 @@ ONEDNN: tuple[KernelRow, ...] = (
         for name in (*(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean")
     ),
     KernelRow("cat", ("cat",), _cat),
-    KernelRow("aten", REARRANGEMENTS, rearrange, checked=False),
+    island("codes.float"),
 )
-"""Kernels of the default engine."""
+
+ONEDNN = Engine("onednn", _ROWS, MOVES, requantizes=True)
+"""The default engine."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qfunc.backends.cpu import REARRANGEMENTS
-from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node, on_codes
+from qfunc.backends.cpu import MOVES
+from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node, on_codes
+from qfunc.engines.island import island
 from qfunc.engines.onednn import clips, weight_of
 from qfunc.engines.post_op import PostOpLiteral, breach, post_op
 from qfunc.ir import Expression, Node, Origin, Ref, TensorFact, Written
@@ -147,8 +148,10 @@ _ROWS = (
     KernelRow("quantized.hardswish", ("hardswish",), _hardswish, checked=False),
     KernelRow("quantized.sigmoid", ("sigmoid", "hardsigmoid"), _fixed(1 / 256, 0), checked=False),
     KernelRow("quantized.tanh", ("tanh",), _fixed(2 / 256, 128), checked=False),
-    KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS, *REARRANGEMENTS), _same_qparams, checked=False),
+    KernelRow("quantized.aten", ("relu", "clamp", "mean", *_POOLS), _same_qparams, checked=False),
 )
 
-QUANTIZED: tuple[KernelRow, ...] = tuple(map(_on_uint8, _ROWS))
-"""Kernels of torch's quantized tensors."""
+_CONVERSIONS = tuple((kind, f"quantized.{kind}") for kind in ("quantize", "dequantize"))
+
+QUANTIZED = Engine("quantized", (*map(_on_uint8, _ROWS), island("quantized.float")), MOVES, _CONVERSIONS)
+"""The kernels of torch's quantized tensors."""

@@ -4,11 +4,12 @@ from qfunc.ir.edit import Draft, fresh_id, users
 from qfunc.ir.graph import Graph, ModuleFact, Note, Opaque, Source, Step
 from qfunc.ir.node import Node, Origin, PostOp, TensorFact, Written
 from qfunc.ir.text import digest, structure_digest, to_text
-from qfunc.ir.value import Arg, DictArg, Expression, ListArg, Name, RecordArg, Ref, SliceArg, Token, map_arg, refs
+from qfunc.ir.value import Arg, Body, DictArg, Expression, ListArg, Name, RecordArg, Ref, SliceArg, Token, map_arg, refs
 from qfunc.ir.verify import verify
 
 __all__ = [
     "Arg",
+    "Body",
     "DictArg",
     "Draft",
     "Expression",

@@ -62,6 +62,12 @@ class Expression:
     __slots__ = ()
 
 
+class Body:
+    """Base of plain data that says what a kernel computes; it refers to no node."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class ListArg:
     """A list."""
@@ -104,6 +110,7 @@ Arg: TypeAlias = (
     | Name
     | Token
     | Expression
+    | Body
     | ListArg
     | DictArg
     | SliceArg

@@ -49,6 +49,9 @@ def _parts(name: str, params: str, keywords: str) -> Kind:
     )
 
 
+PARTS = frozenset({"chunk", "split", "unbind"})
+"""The kinds that give a tuple of parts of their input."""
+
 SHAPES: tuple[Kind, ...] = (
     kind(
         "cat",

@@ -13,3 +13,8 @@ from qfunc.ops.spatial import SPATIAL
 
 KINDS: tuple[Kind, ...] = (*LAYERS, *ELEMENTWISE, *SPATIAL, *SHAPES)
 """Every row of the vocabulary."""
+
+WEIGHTED = frozenset(
+    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
+)
+"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
-from qfunc.backends.cpu import REARRANGEMENTS
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.host_report import HostReport
-from qfunc.config.kernel import Call, KernelRow, Operand
+from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
-from qfunc.ir import Draft, Graph, Node, refs, users
+from qfunc.ir import Draft, Graph, Name, Node, refs, users
 from qfunc.ir.node import fact_in
 from qfunc.numerics.grid import Affine, Grid
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import Cast, Dynamic
 from qfunc.ops import BY_NAME
 from qfunc.params import QuantizeWeight
 from qfunc.passes.certificate import Certificate, Entry
+from qfunc.passes.moves import affine_of, moved_on_codes
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Converted
@@ -29,7 +31,7 @@ from qfunc.result import R
 CONVERSIONS = frozenset({"quantize", "dequantize", "quantize_dynamically", "cast"})
 """The kinds of nodes that `convert` inserts."""
 
-_ALL_CONVERSIONS = CONVERSIONS | {"quantized.quantize", "quantized.dequantize"}
+_ALL_CONVERSIONS = CONVERSIONS | {"requantize", *(own for e in ENGINES.values() for _, own in e.conversions)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,9 @@ def lower(
     problems = wrong_engine(engine, host) + wrong_arguments(kernels=kernels)
     if problems:
         return Failure(several(problems))
-    lowering = _Lowering(converted, host, engine, (*kernels, *ENGINES[engine]))
+    chosen = ENGINES[engine]
+    moved, coded = moved_on_codes(converted.graph, chosen)
+    lowering = _Lowering(replace(converted, graph=moved), host, replace(chosen, rows=(*kernels, *chosen.rows)), coded)
     graph = lowering.run()
     limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
     entries = tuple(lowering.entries)
@@ -100,19 +104,21 @@ def wrong_engine(engine: str, host: HostReport) -> list[Problem]:
 
 
 class _Lowering:
-    """One walk over a reference graph."""
+    """One walk over a reference graph, in which what only moves elements computes on codes already."""
 
-    def __init__(self, converted: Converted, host: HostReport, engine: str, rows: tuple[KernelRow, ...]) -> None:
+    def __init__(self, converted: Converted, host: HostReport, engine: Engine, coded: Mapping[str, Affine]) -> None:
         self.entries: list[Entry] = []
         self._graph = converted.graph
         self._intended = converted.intended
         self._floats = converted.floats
         self._host = host
-        self._engine = engine
-        self._draft = Draft(converted.graph)
-        self._users = users(converted.graph)
+        self._conversions = dict(engine.conversions)
+        self._moves = engine.moves
+        self._coded = coded
+        self._draft = Draft(self._graph)
+        self._users = users(self._graph)
         self._rows: dict[str, list[KernelRow]] = {}
-        for row in rows:
+        for row in engine.rows:
             for kind in row.kinds:
                 self._rows.setdefault(kind, []).append(row)
 
@@ -122,10 +128,10 @@ class _Lowering:
         for node in self._graph:
             if node.kind in CONVERSIONS:
                 # quantized tensors of activations are quint8; other codes stay plain, which no kernel of theirs takes
-                affine = _affine(node)
-                if self._engine == "quantized" and affine is not None and affine.dtype == "uint8":
-                    self._draft.put(replace(node, kind=f"quantized.{node.kind}"))
-            elif node.kind not in ("placeholder", "get_attr", "output") and node.id not in numbers:
+                affine = affine_of(node)
+                if affine is not None and affine.dtype == "uint8" and node.kind in self._conversions:
+                    self._draft.put(replace(node, kind=self._conversions[node.kind]))
+            elif node.kind not in ("placeholder", "get_attr", "output", "requantize") and node.id not in numbers:
                 self.entries.append(self._operator(node))
         return _without_dead(self._draft.commit())
 
@@ -133,49 +139,83 @@ class _Lowering:
         """Give a node its kernel, or the reason why it has none."""
         name = " + ".join((node.kind, *(post.kind for post in node.post)))
         entry = Entry(node.id, node.origin.module, name, "", "float32", intended=node.id in self._intended)
-        if node.id in self._floats or not entry.intended:
-            return replace(entry, reason=self._floats.get(node.id, ""))
+        if node.id in self._coded:
+            return replace(entry, kernel="aten", output=self._coded[node.id].dtype)
         call = self._call(node)
-        if isinstance(call, str):
-            return replace(entry, reason=call)
-        reasons: list[str] = []
+        reasons = [self._floats[node.id]] if self._floats.get(node.id) else []
+        meant = entry.intended and node.id not in self._floats
         for row in self._rows.get(node.kind, ()):
-            verdict = self._host.verdict(row.name)
-            planned = row.plan(call) if verdict.ok or not row.checked else f"fails its contract: {verdict.reason}"
+            if not (meant or (row.name == ISLAND and call.output is not None)):
+                continue
+            planned = self._planned(row, call)
             if isinstance(planned, Node):
                 self._replace(node, planned, call.output)
-                kernel = row.name if planned.kind in BY_NAME else planned.kind
-                return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32")
-            reasons.append(f"{row.name}: {planned}")
-        return replace(entry, reason="; ".join(reasons) or f"the engine has no kernel for {node.kind}")
+                kernel = row.name if planned.kind in BY_NAME or row.name == ISLAND else planned.kind
+                why = "; ".join(reasons) if row.name == ISLAND else ""
+                return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32", reason=why)
+            reasons += [planned] if planned not in reasons else []
+        return replace(entry, reason="; ".join(reasons) or (f"the engine has no kernel for {node.kind}" * meant))
 
-    def _call(self, node: Node) -> Call | str:
+    def _planned(self, row: KernelRow, call: Call) -> Plan:
+        """What a row makes of a call: a node, or the reason why it makes none."""
+        if not row.accepts(call):
+            return self._unfit(call, row)
+        verdict = self._host.verdict(row.name)
+        planned = row.plan(call) if verdict.ok or not row.checked else f"fails its contract: {verdict.reason}"
+        return planned if isinstance(planned, Node) else f"{row.name}: {planned}"
+
+    def _unfit(self, call: Call, row: KernelRow) -> str:
+        """Why a row does not take the operands as they are given."""
+        given = (refs_of for slot, refs_of in self._operand_refs(call.node))
+        for id in (id for found in given for id in found):
+            if not isinstance(self._operand(id).how, row.takes):
+                return f"its operand {id!r} {_without_codes(self._graph[id])}"
+        return "it has no quantized operand"
+
+    def _operand_refs(self, node: Node) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The slots of activation operands, and the values in each."""
+        named = BY_NAME[node.kind].tensors if node.kind in BY_NAME else tuple(name for name, _ in node.args)
+        yield from ((slot, tuple(refs(node.get(slot)))) for slot in named)
+        for index, post in enumerate(node.post):
+            yield from ((f"post.{index}.{name}", tuple(refs(arg))) for name, arg in post.args)
+
+    def _call(self, node: Node) -> Call:
         operands: dict[str, tuple[Operand, ...]] = {}
         dead: set[str] = set()
-        named = BY_NAME[node.kind].tensors if node.kind in BY_NAME else tuple(name for name, _ in node.args)
-        slots = [(slot, node.get(slot)) for slot in named]
-        slots += [(f"post.{i}.{name}", arg) for i, post in enumerate(node.post) for name, arg in post.args]
-        for slot, arg in slots:
-            found: list[Operand] = []
-            for id in refs(arg):
-                source = self._graph[id]
-                affine = _affine(source) if source.kind == "dequantize" else None
-                if affine is None:
-                    return f"its operand {id!r} {_without_codes(source)}"
-                codes = next(source.uses())
-                found.append(Operand(codes, affine))
-                if self._read_once(node, id, codes) and self._owns(codes):
-                    dead.add(codes)
+        for slot, ids in self._operand_refs(node):
+            found = [self._operand(id) for id in ids]
+            for id, operand in zip(ids, found, strict=True):
+                is_dead = isinstance(operand.how, Affine) and self._read_once(node, id, operand.value)
+                if is_dead and self._owns(operand.value):
+                    dead.add(operand.value)
             if found:
                 operands[slot] = tuple(found)
-        if not operands:
-            return "it has no quantized operand"
         return Call(node, operands, self._output(node), self._host, frozenset(dead))
+
+    def _operand(self, id: str) -> Operand:
+        """How the value of an operand is given."""
+        source = self._graph[id]
+        match source.kind:
+            case "dequantize":
+                given = source.get("input")
+                how = given if isinstance(given, (Affine, Grid)) else None
+                return Operand(id if how is None else next(source.uses()), how)
+            case "quantize_dynamically":
+                spec = source.get("spec")
+                assert isinstance(spec, QuantSpec), source
+                return Operand(next(source.uses()), Dynamic(spec))
+            case "cast" if self._graph[next(source.uses())].kind == "cast":
+                small = self._graph[next(source.uses())]
+                dtype = small.get("dtype")
+                assert isinstance(dtype, Name), small
+                return Operand(next(small.uses()), Cast(dtype.name.removeprefix("torch.")))
+            case _:
+                return Operand(id, None)
 
     def _output(self, node: Node) -> Affine | None:
         """The qparams of the result where nothing but its quantization reads it."""
         readers = [self._graph[id] for id in self._users[node.id]]
-        return _affine(readers[0]) if [r.kind for r in readers] == ["quantize"] else None
+        return affine_of(readers[0]) if [r.kind for r in readers] == ["quantize"] else None
 
     def _read_once(self, node: Node, floats: str, codes: str) -> bool:
         """Whether one operand of one node is all that reads these codes."""
@@ -185,7 +225,9 @@ class _Lowering:
     def _owns(self, codes: str) -> bool:
         """Whether codes have memory of their own: what moves elements may give a view, and an input is the user's."""
         made = self._graph[codes]
-        return made.kind != "placeholder" and self._graph[next(made.uses())].kind not in REARRANGEMENTS
+        if made.kind == "placeholder" or made.kind in self._moves:
+            return False
+        return self._graph[next(made.uses())].kind not in self._moves
 
     def _replace(self, node: Node, kernel: Node, output: Affine | None) -> None:
         self._draft.put(kernel if output is None else replace(kernel, fact=fact_in(kernel.fact, output.dtype)))
@@ -193,13 +235,6 @@ class _Lowering:
             (codes,) = self._users[node.id]
             self._draft.redirect(codes, node.id)
             self._draft.erase([codes])
-
-
-def _affine(conversion: Node) -> Affine | None:
-    """The qparams of the codes that a conversion makes or reads; None where they are no kernel's."""
-    name = {"quantize": "output", "dequantize": "input"}.get(conversion.kind)
-    value = None if name is None else conversion.get(name)
-    return value if isinstance(value, Affine) else None
 
 
 def _without_codes(source: Node) -> str:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from qfunc.ir import Graph, TensorFact
+from qfunc.ir import Graph, Node, TensorFact
 
 _NUMBERS = frozenset({".size", ".dim", ".numel", ".ndimension", "builtins.len"})
-_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+_SIZES = frozenset({"shape", "ndim"})
+_ATTRIBUTES = _SIZES | {"dtype", "device"}
+
+
+def asks_size(node: Node) -> bool:
+    """Whether it asks a tensor for nothing but its size.
+
+    >>> asks_size(Node("n", ".size", (("0", 3),))), asks_size(Node("n", "relu"))
+    (True, False)
+    """
+    return node.kind in _NUMBERS or (node.kind == "builtins.getattr" and node.get("1") in _SIZES)
 
 
 def non_tensors(graph: Graph) -> set[str]:

@@ -8,13 +8,8 @@ from qfunc.config.backend_config import PARAMETERS, OperatorConfig
 from qfunc.errors import BadConfig, Problem, UnsupportedDType
 from qfunc.ir import Expression, Node, Ref, TensorFact
 from qfunc.numerics.qparams import QuantSpec
-from qfunc.ops import BY_NAME, KINDS
+from qfunc.ops import BY_NAME, WEIGHTED
 from qfunc.params import loads
-
-WEIGHTED = frozenset(
-    row.name for row in KINDS if "weight" in row.weights and row.name.startswith(("conv", "linear", "embedding"))
-)
-"""The layers whose weight is quantized; a norm's and a PReLU's are factors of single channels or elements."""
 
 
 def inputs_of(node: Node, row: OperatorConfig) -> tuple[str, ...]:

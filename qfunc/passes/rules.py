@@ -23,10 +23,12 @@ from qfunc.ir import Expression, Graph, Node, Ref, refs, users
 from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, Quantization, ReuseInput
+from qfunc.ops import WEIGHTED
+from qfunc.ops.shapes import PARTS
+from qfunc.passes.exceptions import float_because
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.roles import (
-    WEIGHTED,
     axis_problems,
     can_write_float,
     computes_weight,
@@ -106,11 +108,12 @@ class Rules:
         for id, (row, qconfig) in self._chosen.items():
             node = self.graph[id]
             operands = self._quantized_operands(node, qconfig)
-            edges = [edge for edge, value in operands if not self._overridden(edge, value)]
+            free = [(edge, value) for edge, value in operands if not self._overridden(edge, value)]
+            edges = [edge for edge, _ in free]
             if isinstance(qconfig.activation, ReuseInput):
                 continue
             given = qconfig.of_inputs
-            inputs.update(pair for edge in edges for pair in _at(edge, given))
+            inputs.update(pair for edge, value in free for pair in _at(edge, self._of(value, given)))
             if self._shares(node, row) and not isinstance(given, (Cast, Dynamic, KeepFloat)):
                 shared = edges or [edge for edge, _ in operands if _has_qparams(self.mapping.edges.get(edge))]
                 if shared:
@@ -153,7 +156,9 @@ class Rules:
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
         row, qconfig = self.backend.operator(node), self._with_inputs(chosen.qconfig)
-        if row is None:
+        if node.kind in PARTS and row is None:
+            self.floats[node.id] = "its parts are read in float"
+        elif row is None:
             self._keep(node, "" if qconfig is None else _hindrance(node, self.graph, self.backend))
         elif qconfig is None:
             self.floats[node.id] = "the configuration keeps it float"
@@ -225,6 +230,8 @@ class Rules:
         ):
             self.problems += weight_problems(node, row)
             reason = "an operand is no floating-point tensor"
+        elif self.backend.lazy and (exception := float_because(node, self.graph)):
+            reason = exception
         elif "other" in inputs_of(node, row) and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
         elif node.kind in ("add", "sub") and node.get("alpha") != 1:
@@ -243,7 +250,11 @@ class Rules:
         """The activation operands that are tensors, with their edges."""
         for slot in inputs_of(node, row):
             for index, value in enumerate(values_in(node, slot)):
-                if value not in self._numbers:
+                whole = self.graph[value]
+                if whole.kind in PARTS and isinstance(whole.get("input"), Ref):
+                    # a part has the range of the whole, which is quantized before it is divided
+                    yield Edge(value, "input"), next(whole.uses())
+                elif value not in self._numbers:
                     yield Edge(node.id, slot, index), value
         for position, post in enumerate(node.post):
             for name, arg in post.args:
@@ -254,6 +265,13 @@ class Rules:
         """Those that are quantized: when that is done as the model runs, the first alone."""
         operands = list(self._operands(node, self._chosen[node.id][0]))
         return operands[:1] if qconfig.is_dynamic else operands
+
+    def _of(self, value: str, given: Quantization) -> Quantization:
+        """How a value is quantized where it is used: with the range of the function that gives it, if that is known."""
+        row = self.backend.operator(self.graph[value]) if self.backend.lazy else None
+        if row is None or row.fixed is None or isinstance(given, UNMEASURED):
+            return given
+        return row.fixed if given.spec == row.fixed.spec else given
 
     def _overridden(self, edge: Edge, value: str) -> bool:
         """Whether the configuration says something of its own about a use."""
@@ -303,7 +321,11 @@ class Rules:
         A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
         so rounds, must have an operand that is produced quantized.
         """
-        readers, values = self._surroundings.readers, {id: frozenset(self._values(id)) for id in self._chosen}
+        values = {id: frozenset(self._values(id)) for id in self._chosen}
+        readers: dict[str, list[str]] = {}
+        for id, operands in values.items():
+            for value in operands:
+                readers.setdefault(value, []).append(id)
         weighted = {id for id, (row, _) in self._chosen.items() if has_weight(self.graph[id], row)}
         shares = {id for id, (row, _) in self._chosen.items() if self._shares(self.graph[id], row)}
         read = Counter(value for id in values for value in values[id])
@@ -317,7 +339,7 @@ class Rules:
             del self._chosen[id]
             self.floats[id] = "it gains nothing on integers here"
             read.subtract(values[id])
-            above = [user for user in readers[id] if id in values.get(user, ())]
+            above = readers.get(id, [])
             for user in above:
                 made[user] -= 1
             queue += [*above, *values[id]]

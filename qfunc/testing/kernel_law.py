@@ -1,14 +1,15 @@
 """Law 12: every kernel of a lowered graph against the piece of the reference graph that it stands for.
 
-The reference graph is run once, and gives the integer codes of every operand. Then all kernels are cut out of the
-lowered graph, and all pieces `dequantize -> operator -> quantize` out of the reference graph, and both are fed those
-codes: errors do not add up, so that one step is all that a kernel may be off. The pieces use the kernels' own weight
-expressions, so that limiting weights, a rewrite that `lower` names, is no error.
+The reference graph, in which what only moves elements computes on codes, is run once, and gives the integer codes of
+every operand. Then all kernels are cut out of the lowered graph, and all pieces `dequantize -> operator -> quantize` of
+the reference graph, and both are fed those codes: errors do not add up, so that one step is all that a kernel may be
+off. The pieces use the kernels' own weight expressions, so that limiting weights, a rewrite that `lower` names, is no
+error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from pyrsistent import pmap
 from torch import Tensor
 
 from qfunc.edge.kernels.quantized_contracts import as_quantized
+from qfunc.engines import ENGINES
 from qfunc.ir import DictArg, Graph, Node, Origin, Ref, Written, users
 from qfunc.numerics.grid import Affine
 from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.lower import Lowered
+from qfunc.passes.moves import moved_on_codes
 from qfunc.passes.stages import Converted
 from qfunc.testing.walk import made, run
 
@@ -28,10 +31,11 @@ _RELATIVE = 1e-4  # of the largest value, for float32 results
 
 def kernels_off(converted: Converted, lowered: Lowered, data: Iterable[tuple[Any, ...]]) -> Iterator[str]:
     """How kernels differ from their reference by more than a step, on what the model computes of each input."""
-    pairs = _Pairs(converted.graph, lowered)
+    reference, moved = moved_on_codes(converted.graph, ENGINES[lowered.engine])
+    pairs = _Pairs(reference, lowered, moved)
     if not pairs.kernels:
         return
-    shown, pieces, kernels = made(_showing(converted.graph, pairs.shown())), made(pairs.pieces()), made(pairs.alone())
+    shown, pieces, kernels = made(_showing(reference, pairs.shown())), made(pairs.pieces()), made(pairs.alone())
     for inputs in data:
         values = run(shown, inputs)
         expected = run(pieces, tuple(values[name] for name in pairs.piece_inputs))
@@ -58,11 +62,12 @@ def _difference(node: Node, got: Tensor, expected: Tensor, output: Affine | None
 class _Pairs:
     """The kernels of a lowered graph and what each stands for in the reference graph."""
 
-    def __init__(self, reference: Graph, lowered: Lowered) -> None:
-        self.reference, self.lowered = reference, lowered
+    def __init__(self, reference: Graph, lowered: Lowered, moved: Mapping[str, Affine]) -> None:
+        self.reference, self.lowered, self._moved = reference, lowered, moved
         self._users = users(reference)
-        self.kernels = tuple(entry.node for entry in lowered.certificate.entries if entry.kernel)
-        self._outputs = {e.node: e.output != "float32" for e in lowered.certificate.entries if e.kernel}
+        kernels = [entry for entry in lowered.certificate.entries if entry.kernel and entry.node not in moved]
+        self.kernels = tuple(entry.node for entry in kernels)
+        self._outputs = {e.node: e.output != "float32" for e in kernels}
         self.kernel_inputs = tuple(dict.fromkeys(used for id in self.kernels for used in lowered.graph[id].uses()))
         dequantized = [used for id in self.kernels for used in reference[id].uses()]
         self.piece_inputs = tuple(dict.fromkeys(map(self._before, dequantized)))
@@ -89,9 +94,8 @@ class _Pairs:
         """A value of the lowered graph, as its engine's kernels take it."""
         source = self.reference[self.twin(id)]
         value = values[source.id]
-        if source.kind == "quantize" and self.lowered.engine == "quantized":
-            affine = source.get("output")
-            assert isinstance(affine, Affine)
+        affine = source.get("output") if source.kind == "quantize" else self._moved.get(source.id)
+        if isinstance(affine, Affine) and affine.dtype == "uint8" and self.lowered.engine == "quantized":
             return as_quantized(value, affine)
         return value
 

@@ -1,0 +1,88 @@
+"""Float islands: an operator computed in float, on operands of which some are codes, whose result may become codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qfunc.edge.kernels.affine import Dequantize, Quantize
+from qfunc.edge.kernels.base import Kernel
+from qfunc.edge.kernels.quantized import DequantizeTensor, QuantizeTensor
+from qfunc.engines.island import IslandCall
+from qfunc.ir import Arg, DictArg, ListArg, Name, Ref, SliceArg
+from qfunc.numerics.grid import Affine
+from qfunc.ops import BY_NAME, canonical_call, resolve
+
+
+class Island(Kernel):
+    """`quantize(operator(dequantize(codes), ...))`; the operator's parameters are float buffers under their names."""
+
+    def __init__(self, call: IslandCall, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        for name, value in parameters.items():
+            self.register_buffer(name, value)
+        self._parameters_named = tuple(parameters)
+        self._into = nn.ModuleList(nn.Identity() if grid is None else self._decoder(grid) for grid in call.grids)
+        self._out_of = nn.Identity() if call.output is None else self._encoder(call.output)
+
+    def _decoder(self, grid: Affine) -> nn.Module:
+        return Dequantize(grid)
+
+    def _encoder(self, grid: Affine) -> nn.Module:
+        return Quantize(grid)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The result on operands given as the call's `grids` say."""
+        values = [decode(value) for decode, value in zip(self._into, inputs, strict=True)]
+        named = {name: _filled(arg, values) for name, arg in self.call.args}
+        named |= {name: getattr(self, name) for name in self._parameters_named}
+        result = computed(self.call.kind, named)
+        for post in self.call.posts:
+            result = computed(post.kind, {"input": result, **{name: _filled(arg, values) for name, arg in post.args}})
+        floats: Tensor = self._out_of(result)
+        return floats
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return " + ".join([self.call.kind, *(post.kind for post in self.call.posts)])
+
+
+class QuantizedIsland(Island):
+    """The same between torch's quantized tensors; codes that are not `uint8` are plain there, too."""
+
+    def _decoder(self, grid: Affine) -> nn.Module:
+        return DequantizeTensor() if grid.dtype == "uint8" else super()._decoder(grid)
+
+    def _encoder(self, grid: Affine) -> nn.Module:
+        return QuantizeTensor(grid) if grid.dtype == "uint8" else super()._encoder(grid)
+
+
+def computed(kind: str, named: Mapping[str, Any]) -> Tensor:
+    """An operator of the vocabulary on values."""
+    target, names = canonical_call(BY_NAME[kind], tuple(named.items()))
+    positional = [named[name] for name in names if not name.endswith("=")]
+    keywords = {name[:-1]: named[name[:-1]] for name in names if name.endswith("=")}
+    result: Tensor = resolve(target)(*positional, **keywords)
+    return result
+
+
+def _filled(arg: Arg, values: list[Any]) -> Any:
+    """An argument with what the kernel is called with in the places kept for it."""
+    match arg:
+        case Ref(index):
+            return values[int(index)]
+        case tuple():
+            return tuple(_filled(item, values) for item in arg)
+        case ListArg(items):
+            return [_filled(item, values) for item in items]
+        case DictArg(items):
+            return {_filled(key, values): _filled(value, values) for key, value in items}
+        case SliceArg(start, stop, step):
+            return slice(_filled(start, values), _filled(stop, values), _filled(step, values))
+        case Name(name):
+            return resolve(name)
+        case _:
+            return arg

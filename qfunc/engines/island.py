@@ -1,0 +1,66 @@
+"""Float islands: operators without an integer kernel, with the conversions at their borders in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qfunc.config.kernel import CODES, FLOATS, ISLAND, Call, KernelRow, Plan, kernel_node
+from qfunc.ir import Arg, Body, Expression, PostOp, Ref, map_arg
+from qfunc.ir.node import NamedArgs
+from qfunc.numerics.grid import Affine
+from qfunc.ops import KINDS, WEIGHTED
+from qfunc.ops.shapes import PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class IslandCall(Body):
+    """What an island computes: `kind` with `args`, and `posts` behind it.
+
+    In the arguments `Ref("0")`, `Ref("1")`, ... stand for what the kernel is called with; `grids` says which of these
+    are codes, and `output` what the result becomes; None is for floats.
+    """
+
+    kind: str
+    args: NamedArgs
+    posts: tuple[PostOp, ...]
+    grids: tuple[Affine | None, ...]
+    output: Affine | None
+
+
+def island(kernel: str) -> KernelRow:
+    """The row of an engine for operators that compute in float, whose results become codes and whose operands may be.
+
+    It is the reference subgraph itself, so that there is nothing to check on a host.
+    """
+
+    def plan(call: Call) -> Plan:
+        inputs: list[str] = []
+        grids: list[Affine | None] = []
+        operands = {slot: iter(found) for slot, found in call.operands.items()}
+
+        def taken(slot: str) -> Callable[[Arg], Arg]:
+            def leaf(value: Arg) -> Arg:
+                if not isinstance(value, Ref):
+                    return value
+                operand = next(operands[slot]) if slot in operands else None
+                inputs.append(value.id if operand is None else operand.value)
+                grids.append(operand.how if operand is not None and isinstance(operand.how, Affine) else None)
+                return Ref(str(len(inputs) - 1))
+
+            return leaf
+
+        node = call.node
+        weights = {name: value for name, value in node.args if isinstance(value, Expression)}
+        args = tuple((name, map_arg(value, taken(name))) for name, value in node.args if name not in weights)
+        posts = tuple(
+            PostOp(post.kind, tuple((name, map_arg(value, taken(f"post.{i}.{name}"))) for name, value in post.args))
+            for i, post in enumerate(node.post)
+        )
+        if any(isinstance(value, Expression) for post in posts for _, value in post.args):
+            return "what is fused behind it has parameters"
+        body = IslandCall(node.kind, args, posts, tuple(grids), call.output)
+        return kernel_node(call, kernel, tuple(inputs), call=body, **weights)
+
+    kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | PARTS)
+    return KernelRow(ISLAND, kinds, plan, checked=False, takes=(*CODES, *FLOATS))
