@@ -43,7 +43,18 @@ ARITHMETIC = ("add", "sub", "mul", "div")
 ELEMENTWISE = ("relu", "clamp", "hardswish", "silu", "gelu", "leaky_relu", "elu")
 REARRANGEMENTS = (
     *("flatten", "unflatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach"),
-    *("getitem", "narrow", "expand", "repeat", "repeat_interleave"),
+    *(
+        "getitem",
+        "narrow",
+        "select",
+        "index_select",
+        "expand",
+        "repeat",
+        "repeat_interleave",
+        "flip",
+        "roll",
+        "movedim",
+    ),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "dropout", "identity"),
 )
 MOVES = PARTS.union(REARRANGEMENTS)

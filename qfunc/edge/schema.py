@@ -15,7 +15,7 @@ VIEWS = frozenset(
     (
         *("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "unflatten", "contiguous", "detach"),
         *("getitem", "narrow", "chunk", "split", "unbind", "expand", "dropout", "identity"),
-        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "interpolate"),
+        *("pixel_shuffle", "pixel_unshuffle", "movedim", "select", "channel_shuffle", "interpolate"),
     )
 )
 """The kinds whose result may share the memory of their input."""

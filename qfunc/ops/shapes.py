@@ -129,5 +129,16 @@ SHAPES: tuple[Kind, ...] = (
         call="torch.detach(input)",
     ),
     kind("contiguous", "input", method("contiguous", "input"), call="torch.clone(input)"),
+    _copy("flip", "input, *dims"),
+    _copy("movedim", "input, source, destination", function("torch.moveaxis", "input, source, destination")),
+    _copy("select", "input, dim, index"),
+    _copy("index_select", "input, dim, index"),
+    kind(
+        "roll",
+        "input, shifts, dims=()",
+        function("torch.roll", "input, shifts, dims=()"),
+        method("roll", "input, shifts, dims=()"),
+        call="torch.roll(input, shifts, dims)",
+    ),
 )
 """The rows of rearrangements, parts, joins and sums."""

@@ -31,7 +31,7 @@ from qfunc.result import R
 CONVERSIONS = frozenset({"quantize", "dequantize", "quantize_dynamically", "cast"})
 """The kinds of nodes that `convert` inserts."""
 
-_ALL_CONVERSIONS = CONVERSIONS | {"requantize", *(own for e in ENGINES.values() for _, own in e.conversions)}
+_ALL_CONVERSIONS = CONVERSIONS.union(own for engine in ENGINES.values() for _, own in engine.conversions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class _Lowering:
         reasons = [self._floats[node.id]] if self._floats.get(node.id) else []
         meant = entry.intended and node.id not in self._floats
         for row in self._rows.get(node.kind, ()):
-            if not (meant or (row.name == ISLAND and call.output is not None)):
+            if not (meant or (row.name == ISLAND and self._borders_on_codes(call))):
                 continue
             planned = self._planned(row, call)
             if isinstance(planned, Node):
@@ -155,6 +155,13 @@ class _Lowering:
                 return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32", reason=why)
             reasons += [planned] if planned not in reasons else []
         return replace(entry, reason="; ".join(reasons) or (f"the engine has no kernel for {node.kind}" * meant))
+
+    def _borders_on_codes(self, call: Call) -> bool:
+        """Whether a float operator can do a conversion itself: of its result, or of an operand that it alone reads."""
+        if call.output is not None:
+            return True
+        alone = (id for id in call.node.uses() if self._users[id] == (call.node.id,))
+        return any(isinstance(self._operand(id).how, Affine) for id in alone)
 
     def _planned(self, row: KernelRow, call: Call) -> Plan:
         """What a row makes of a call: a node, or the reason why it makes none."""
@@ -267,7 +274,7 @@ def _without_dead(graph: Graph) -> Graph:
     dead: list[str] = []
     for id in reversed(graph.order):
         node = graph[id]
-        if node.kind in _ALL_CONVERSIONS and id not in live:
+        if (node.kind in _ALL_CONVERSIONS or node.kind == "requantize") and id not in live:
             dead.append(id)
         else:
             live.update(node.uses())

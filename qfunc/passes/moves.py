@@ -11,8 +11,8 @@ from dataclasses import replace
 from pyrsistent import pmap
 
 from qfunc.config.kernel import Engine
-from qfunc.ir import Graph, Node, Origin, Ref, fresh_id, users
-from qfunc.ir.node import fact_in, substitute
+from qfunc.ir import Draft, Graph, Node, Origin, Ref, fresh_id, users
+from qfunc.ir.node import NamedArgs, fact_in, substitute
 from qfunc.numerics.grid import Affine
 from qfunc.ops.shapes import PARTS
 from qfunc.passes.numbers import asks_size
@@ -28,13 +28,52 @@ def affine_of(conversion: Node) -> Affine | None:
 def moved_on_codes(graph: Graph, engine: Engine) -> tuple[Graph, dict[str, Affine]]:
     """The graph in which what moves elements computes on codes, and the qparams of the codes that each then gives.
 
-    A chain of such operators is moved over only if it ends in a quantization: for what reads floats nothing is gained.
-    What asks for a size asks the codes.
+    That is so where a chain of such operators ends in a quantization, or where nothing else reads the floats, so that
+    fewer bytes are moved. What asks for a size asks the codes.
     """
     if not (engine.moves or engine.requantizes):
         return graph, {}
-    walk = _Moves(graph, engine)
+    walk = _Moves(_quantized_before(graph, engine), engine)
     return walk.run(), walk.coded
+
+
+def _quantized_before(graph: Graph, engine: Engine) -> Graph:
+    """The graph in which what is moved in float, only to be quantized, is quantized before as well.
+
+    `quantize(move(x))` is `quantize(move(dequantize(quantize(x))))`, of which the move then computes on codes.
+    """
+    readers = users(graph)
+    wanted: dict[str, Affine] = {}
+    draft = Draft(graph)
+    for id in reversed(graph.order):
+        node = graph[id]
+        affine = affine_of(node) if node.kind == "quantize" else wanted.get(id)
+        source = next(node.uses(), "")
+        if affine is None or source not in graph.nodes or len(readers[source]) != 1:
+            continue
+        if graph[source].kind in engine.moves and not _takes_part(graph[source], graph):
+            wanted[source] = affine
+        elif node.kind != "quantize" and graph[source].kind not in (*_BORDERS, "dequantize"):
+            codes, floats = draft.fresh(f"{source}_q"), draft.fresh(f"{source}_dq")
+            fact = graph[source].fact
+            args: NamedArgs = (("inputs", (Ref(source),)), ("output", affine))
+            back: NamedArgs = (("inputs", (Ref(codes),)), ("input", affine))
+            draft.insert_before(
+                id, Node(codes, "quantize", args, fact=fact_in(fact, affine.dtype), origin=Origin(codes))
+            )
+            draft.insert_before(id, Node(floats, "dequantize", back, fact=fact, origin=Origin(floats)))
+            draft.put(node.with_args(input=Ref(floats)))
+    return draft.commit()
+
+
+def _takes_part(node: Node, graph: Graph) -> bool:
+    """Whether it is about a tuple of parts, of which others may be read otherwise."""
+    return node.kind in PARTS or graph[next(node.uses())].kind in PARTS
+
+
+_ENLARGING = frozenset({"expand", "repeat", "repeat_interleave", "index_select"})
+_BORDERS = ("placeholder", "get_attr")
+"""What has no kernel that could give codes."""
 
 
 class _Moves:
@@ -44,6 +83,7 @@ class _Moves:
         self.coded: dict[str, Affine] = {}
         self._graph = graph
         self._moves = engine.moves
+        self._shrinking = engine.moves - _ENLARGING
         self._requantizes = engine.requantizes
         self._users = users(graph)
         self._wanted = self._read_by_quantization()
@@ -59,7 +99,7 @@ class _Moves:
         for node in self._graph:
             affine = affine_of(node)
             source = self._codes.get(next(node.uses(), ""))
-            if source is not None and node.id in self._wanted and node.kind in self._moves:
+            if source is not None and node.kind in self._moves and self._gains(node):
                 self._move(node.map(turn), *source)
             elif source is not None and asks_size(node):
                 name = next(name for name, value in node.args if isinstance(value, Ref))
@@ -75,19 +115,28 @@ class _Moves:
         return replace(self._graph, nodes=pmap(self._nodes), order=tuple(self._nodes))
 
     def _read_by_quantization(self) -> set[str]:
-        """What is quantized, at once or behind a chain of moves; of a tuple of parts, all parts."""
+        """What is quantized, at once or behind a chain of moves."""
         wanted: set[str] = set()
         for id in reversed(self._graph.order):
             node = self._graph[id]
             if (node.kind == "quantize" and affine_of(node) is not None) or (id in wanted and node.kind in self._moves):
                 wanted.add(next(node.uses()))
-        for id in [id for id in wanted if self._graph[id].kind in PARTS]:
-            parts = [self._graph[user] for user in self._users[id]]
-            if all(part.kind == "getitem" and isinstance(part.get("index"), int) for part in parts):
-                wanted.update(part.id for part in parts)
-            else:
-                wanted.discard(id)
         return wanted
+
+    def _gains(self, node: Node) -> bool:
+        """Whether codes are to be moved: they are read as such, or nothing else reads the floats."""
+        source = self._graph[next(node.uses())]
+        if source.kind in PARTS:
+            return True  # the parts of codes are codes
+        if node.kind in PARTS:
+            parts = [self._graph[user] for user in self._users[node.id]]
+            if not all(part.kind == "getitem" and isinstance(part.get("index"), int) for part in parts):
+                return False
+            if any(part.id in self._wanted for part in parts):
+                return True
+        return node.id in self._wanted or all(
+            self._graph[user].kind in self._shrinking for user in self._users[source.id]
+        )
 
     def _move(self, node: Node, codes: str, affine: Affine) -> None:
         self._nodes[node.id] = replace(node.with_args(input=Ref(codes)), fact=fact_in(node.fact, affine.dtype))

@@ -205,6 +205,11 @@ SAMPLES: dict[str, list[Sample]] = {
     "chunk": [{**X, "chunks": 2}, {**X, "chunks": 3, "dim": -1}],
     "split": [{**X, "split_size": 1}, {**X, "split_size": [1, 2], "dim": 1}, {**X, "split_size": 2, "dim": -1}],
     "unbind": [X, {**X, "dim": 1}],
+    "flip": [{**X, "dims": [0]}, {**X, "dims": [0, -1]}],
+    "roll": [{**X, "shifts": 1}, {**X, "shifts": [1, 2], "dims": [0, 1]}, {**X, "shifts": -1, "dims": 1}],
+    "movedim": [{**X, "source": 0, "destination": 1}],
+    "select": [{**X, "dim": 1, "index": -1}],
+    "index_select": [{**X, "dim": 1, "index": torch.tensor([1, 0, 1])}],
     "expand": [{"input": t(3, 1), "size": (2, 3, 4)}, {"input": t(3, 1), "size": [-1, 4]}],
     "repeat": [{**X, "repeats": (1, 2, 1, 3)}, {"input": t(3), "repeats": (2, 2)}, {"input": t(3), "repeats": [4]}],
     "repeat_interleave": [
