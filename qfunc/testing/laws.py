@@ -20,9 +20,11 @@ from returns.result import Failure
 
 from qfunc.edge.materialize import materialize
 from qfunc.edge.observer import ObserverError
+from qfunc.engines import ENGINES
 from qfunc.errors import render
 from qfunc.ir import Graph, digest, verify
 from qfunc.passes.convert import convert
+from qfunc.passes.moves import moved_on_codes
 from qfunc.passes.observe import erase_observers, with_observers
 from qfunc.passes.prepare import prepare
 from qfunc.quantize import fuse, lower
@@ -257,6 +259,18 @@ def _kernels_hold(way: Walk) -> str:
     return "; ".join(filter(None, kernels_off(way.converted, way.lowered, way.inputs())))
 
 
+def _moving_is_exact(way: Walk) -> str:
+    """The rewriting before kernels are chosen, which `_kernels_hold` takes for granted."""
+    if way.converted is None or way.lowered is None:
+        return ""
+    graph, _ = moved_on_codes(way.converted.graph, ENGINES[way.case.engine])
+    if graph is way.converted.graph:
+        return ""
+    moved = made(graph)
+    differing = (_differ(way.run("convert", inputs), run(moved, inputs)) for inputs in way.inputs())
+    return next(filter(None, differing), "")
+
+
 _GOOD = 30.0
 _LOSS = 12.0
 
@@ -312,6 +326,7 @@ LAWS: tuple[Law[Walk], ...] = (
     Law(9, "parts", "Statistics of parts of the data, merged in any order, are those of all of it.", parts),
     Law(9, "interpretation", "Run operator by operator, a model gives the same statistics.", interpreted),
     Law(9, "files", "Statistics are the same after they were written and read.", kept),
+    Law(12, "moving is exact", "What moves elements computes on codes what it computes on floats.", _moving_is_exact),
     Law(
         12,
         "kernels keep their contracts",
