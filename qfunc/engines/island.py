@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qfunc.backends.cpu import MOVES
 from qfunc.config.kernel import CODES, FLOATS, ISLAND, Call, KernelRow, Plan, kernel_node
 from qfunc.ir import Arg, Body, Expression, PostOp, Ref, map_arg
 from qfunc.ir.node import NamedArgs
 from qfunc.numerics.grid import Affine
 from qfunc.ops import KINDS, WEIGHTED
-from qfunc.ops.shapes import PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +62,5 @@ def island(kernel: str) -> KernelRow:
         body = IslandCall(node.kind, args, posts, tuple(grids), call.output)
         return kernel_node(call, kernel, tuple(inputs), call=body, **weights)
 
-    kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | PARTS)
+    kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | MOVES)
     return KernelRow(ISLAND, kinds, plan, checked=False, takes=(*CODES, *FLOATS))
