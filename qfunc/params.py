@@ -146,7 +146,7 @@ class QParamsPart(Expression):
         return f"{self.part}({self.of})"
 
 
-def loads(expression: Expression | None) -> Iterator[Load]:
+def loads(expression: Expression | Grid | None) -> Iterator[Load]:
     """The source tensors that an expression reads.
 
     >>> [load.name for load in loads(Load("fc.weight", "float32", (2, 3)))]
@@ -162,13 +162,10 @@ def loads(expression: Expression | None) -> Iterator[Load]:
             yield from loads(value)
             if isinstance(observer, DeriveQParams):
                 yield from loads(observer)
-        case DequantizeWeight(value) | CastWeight(value) | WeightCodes(value):
+        case DequantizeWeight(value) | CastWeight(value) | WeightCodes(value) | QParamsPart(_, value):
             yield from loads(value)
-        case QParamsPart(_, of) if not isinstance(of, Grid):
-            yield from loads(of)
         case DeriveQParams(of):
             for source in of:
-                if not isinstance(source, Grid):
-                    yield from loads(source)
+                yield from loads(source)
         case _:
             return

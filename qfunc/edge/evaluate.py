@@ -175,7 +175,9 @@ def _check_spec(expression: QuantizeWeight, qparams: QParams) -> None:
     meant, found = expression.observer.spec, qparams.spec
     if (meant.dtype, meant.per_channel, meant.ch_axis) != (found.dtype, found.per_channel, found.ch_axis):
         name = next(loads(expression)).name
-        reason = f"its observer is for {meant.dtype} {meant.qscheme}, and gives qparams for {found.dtype} {found.qscheme}"
+        reason = (
+            f"its observer is for {meant.dtype} {meant.qscheme}, and gives qparams for {found.dtype} {found.qscheme}"
+        )
         raise ObserverError(UserFunctionFailed(name, reason))
 
 

@@ -8,8 +8,8 @@ keeps and that a compiler looks for: `quantize_per_tensor` and `dequantize_per_t
 scale, since that is known only when weights are read. Its layer becomes the function that the layer calls.
 
 The operators round as `qfunc.numerics.affine` does, so that the result is the reference form's bit for bit; except for
-codes of 32 bits, which they compute in float32, and except that a symmetric `choose_qparams` differs where
-`_not_chosen` says so, which is an error here.
+codes of 32 bits, which they compute in float32. What they cannot say, or would choose otherwise, is an error here.
+They take float32 (and quantize float16 and bfloat16) and refuse float64; `choose_qparams` refuses an empty tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from qfunc.config.kernel import Engine
 from qfunc.config.weights import RECURRENT
 from qfunc.errors import Problem, UnsupportedDType
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, Ref, TensorFact, Written, users
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Origin, Ref, Written, users
 from qfunc.ir.node import NamedArgs
 from qfunc.ir.value import Name
 from qfunc.numerics.grid import Affine, Grid, bounds_of
@@ -47,7 +47,6 @@ NAMESPACE = "torch.ops.quantized_decomposed."
 CONSUMER = "it is float between its conversions: whoever compiles the graph chooses what runs it"
 KEPT_MODULE = "its weights are no values of the graph: its module stays, with the floats that its integers stand for"
 
-_FLOAT = "float32"
 _LARGEST_INT32 = 2**31 - 128
 """The largest float32 that int32 holds: the operator clamps in float32, where 2**31 - 1 would overflow."""
 
@@ -145,8 +144,7 @@ _WHOLE_UINT8: Mapping[str, Any] = MappingProxyType({"quant_min": 0, "quant_max":
 def _quantize(draft: Draft, node: Node) -> None:
     """A quantization with qparams that are known, now or with the weights."""
     how, (value,) = node.get("output"), node.uses()
-    given = _in_float32(draft, node, value)
-    draft.put(_call(node, *_overload("quantize", draft, node, how, node.id), Ref(given)))
+    draft.put(_call(node, *_overload("quantize", draft, node, how, node.id), Ref(value)))
 
 
 def _dequantize(draft: Draft, node: Node) -> None:
@@ -185,7 +183,7 @@ def _quantize_dynamically(draft: Draft, node: Node) -> None:
     """Qparams of the value's own range, then the value rounded to codes and back."""
     spec, (value,) = node.get("spec"), node.uses()
     assert isinstance(spec, QuantSpec)
-    given, dtype = Ref(_in_float32(draft, node, value, *("float16", "bfloat16"))), _held(spec)
+    given, dtype = Ref(value), _held(spec)
     symmetric = "_symmetric" if spec.symmetric else ""
     bounds: NamedArgs = (("quant_min", spec.quant_min), ("quant_max", spec.quant_max))
     choice: NamedArgs = (("input", given), *bounds, ("eps", spec.eps), ("dtype", Name(f"torch.{dtype}")))
@@ -206,18 +204,6 @@ def _cast(draft: Draft, node: Node) -> None:
     draft.put(_call(node, "convert_element_type.no_fuse", (("dtype", node.get("dtype")),), Ref(value)))
 
 
-def _in_float32(draft: Draft, node: Node, value: str, *others: str) -> str:
-    """A value that the operator would not take, or not compute with in float32: float64, and what else is named."""
-    fact = draft[value].fact
-    wide = isinstance(fact, TensorFact) and fact.dtype in ("float64", *others)
-    return _converted(draft, node, value, _FLOAT) if wide else value
-
-
-def _converted(draft: Draft, node: Node, value: str, dtype: str) -> str:
-    args: NamedArgs = (("input", Ref(value)), ("dtype", Name(f"torch.{dtype}")))
-    return _insert(draft, node, dtype, f"{NAMESPACE}convert_element_type.no_fuse", args)
-
-
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +221,7 @@ def _with_weights(draft: Draft, node: Node) -> None:
                 changes[name] = Ref(_dequantized(draft, node, quantized, path))
             case CastWeight(of):
                 small = _buffer(draft, node, path, WeightCodes(value))
-                changes[name] = Ref(_converted(draft, node, small, next(loads(of)).dtype))
+                changes[name] = Ref(_converted(draft, node, path, small, next(loads(of)).dtype))
             case Expression():
                 changes[name] = Ref(_buffer(draft, node, path, value))
     origin = replace(node.origin, written=None) if is_module else node.origin
@@ -249,7 +235,7 @@ def _is_rewritten(node: Node) -> bool:
 
 
 def _path(value: Arg) -> str:
-    """The name in the model of what a parameter is made of; that of a bias which is a norm's alone follows the weight's."""
+    """The name in the model of what a parameter is made of; a bias that is a norm's alone is named after the weight."""
     gained = isinstance(value, FoldBatchNorm) and value.part == "bias" and value.bias is None
     return "".join([*(load.name for load in islice(_loads(value), 1)), "_bias" * gained])
 
@@ -264,7 +250,13 @@ def _dequantized(draft: Draft, node: Node, quantized: QuantizeWeight, path: str)
     overload, args = _with_buffers("dequantize", draft, node, quantized, path)
     floats = _insert(draft, node, f"{_leaf(path)}_dq", NAMESPACE + overload, (("input", Ref(codes)), *args))
     dtype = next(loads(quantized.value)).dtype
-    return floats if dtype == _FLOAT else _converted(draft, node, floats, dtype)
+    return floats if dtype == "float32" else _converted(draft, node, path, floats, dtype)
+
+
+def _converted(draft: Draft, node: Node, path: str, value: str, dtype: str) -> str:
+    """A parameter in another floating-point type."""
+    args: NamedArgs = (("input", Ref(value)), ("dtype", Name(f"torch.{dtype}")))
+    return _insert(draft, node, f"{_leaf(path)}_{dtype}", f"{NAMESPACE}convert_element_type.no_fuse", args)
 
 
 # Nodes ----------------------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def lower(
     Args:
         converted: the reference form.
         host: what is known of the machine the result will run on, from `check_host`.
-        engine: `"onednn"`, `"quantized"`, `"decomposed"` or `"reference"`. The last two have no kernels: each operator is
-            float between its conversions. Decomposed, these are torch's `quantized_decomposed` operators, around
+        engine: `"onednn"`, `"quantized"`, `"decomposed"` or `"reference"`. The last two have no kernels: operators are
+            float between their conversions. Decomposed, these are torch's `quantized_decomposed` operators, around
             functions with dequantized weights, for `torch.export` and compilers: see `qfunc.engines.decomposed`.
         kernels: rows to try before the engine's own.
         strict: whether an operator that was meant to run on integers and stays float is an error.
