@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from qfunc.config.kernel import Engine
 from qfunc.config.weights import RECURRENT
@@ -128,14 +128,12 @@ def _not_chosen(spec: QuantSpec) -> str:
     """Why qparams cannot be chosen when the model runs, so that they are those of `qfunc.numerics.qparams`."""
     if spec.per_channel:
         return "choose one scale for a tensor, none per channel"
-    if spec.symmetric and spec.torch_dtype.is_signed is False and spec != replace(spec, dtype="uint8", **_WHOLE_UINT8):
-        return "choose 128 as the zero point of all symmetric uint8, and 0 for uint16, which is not the middle here"
+    codes = (spec.dtype, spec.quant_min, spec.quant_max)
+    if spec.symmetric and not spec.torch_dtype.is_signed and codes != ("uint8", 0, 255):
+        return "choose 128 as the zero point of symmetric uint8 and 0 of uint16, which is not the middle of these codes"
     if not spec.symmetric and spec.dtype == "int32":
         return "choose zero points in 32 bits, which overflow for affine int32"
     return _not_dequantized(spec)
-
-
-_WHOLE_UINT8: Mapping[str, Any] = MappingProxyType({"quant_min": 0, "quant_max": 255})
 
 
 # Conversions ----------------------------------------------------------------------------------------------------------
