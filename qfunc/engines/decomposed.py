@@ -9,7 +9,8 @@ scale, since that is known only when weights are read. Its layer becomes the fun
 
 The operators round as `qfunc.numerics.affine` does, so that the result is the reference form's bit for bit; except for
 codes of 32 bits, which they compute in float32. What they cannot say, or would choose otherwise, is an error here.
-They take float32 (and quantize float16 and bfloat16) and refuse float64; `choose_qparams` refuses an empty tensor.
+They take float32, and quantize float16 and bfloat16; they refuse float64. Scales are plain buffers: do not call
+`.half()` on such a module, which would round them.
 """
 
 from __future__ import annotations
@@ -178,13 +179,19 @@ def _with_buffers(verb: str, draft: Draft, node: Node, how: Qparams, name: str) 
 
 
 def _quantize_dynamically(draft: Draft, node: Node) -> None:
-    """Qparams of the value's own range, then the value rounded to codes and back."""
+    """Qparams of the value's own range, then the value rounded to codes and back.
+
+    The range is that of the value and a zero: Inductor's own `choose_qparams` does not widen ranges to hold zero, and
+    would saturate values that are all positive, or all negative. An empty value has a range, too, with it.
+    """
     spec, (value,) = node.get("spec"), node.uses()
     assert isinstance(spec, QuantSpec)
     given, dtype = Ref(value), _held(spec)
     symmetric = "_symmetric" if spec.symmetric else ""
     bounds: NamedArgs = (("quant_min", spec.quant_min), ("quant_max", spec.quant_max))
-    choice: NamedArgs = (("input", given), *bounds, ("eps", spec.eps), ("dtype", Name(f"torch.{dtype}")))
+    flat = _insert(draft, node, "flat", "torch.flatten", (("input", given),))
+    zero = _insert(draft, node, "with_zero", "torch.nn.functional.pad", (("input", Ref(flat)), ("pad", (0, 1))))
+    choice: NamedArgs = (("input", Ref(zero)), *bounds, ("eps", spec.eps), ("dtype", Name(f"torch.{dtype}")))
     chosen = _insert(draft, node, "qparams", f"{NAMESPACE}choose_qparams{symmetric}.tensor", choice)
     parts = [
         _insert(draft, node, name, "operator.getitem", (("input", Ref(chosen)), ("index", index)))

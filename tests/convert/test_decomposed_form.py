@@ -115,7 +115,9 @@ def test_every_integer_type_of_activations(dtype: str, low: int, high: int) -> N
     module = same_as_reference(converted, VECTORS)
     assert operators(module) == {"quantize_per_tensor.default", "dequantize_per_tensor.default"}
     dynamic = converted_of(layer(), VECTORS, annotations(inputs={INPUT: Dynamic(spec)}), [])
-    chosen = same_as_reference(dynamic, VECTORS + 3)
+    chosen = same_as_reference(dynamic, VECTORS + 9)
+    for x in (VECTORS, -VECTORS.abs(), VECTORS[:0], VECTORS[0], torch.zeros(2, 4)):
+        assert same_bits(run(chosen, (x,)), run(unwrap(materialize(dynamic)), (x,)))
     names = {"choose_qparams.tensor", "quantize_per_tensor.tensor", "dequantize_per_tensor.tensor"}
     assert operators(chosen) == names
 
