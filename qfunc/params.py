@@ -125,7 +125,28 @@ class CastWeight(Expression):
         return f"cast({self.value}, {self.dtype})"
 
 
-def loads(expression: Expression | None) -> Iterator[Load]:
+@dataclass(frozen=True, slots=True)
+class WeightCodes(Expression):
+    """What a state holds of a parameter: the integers of a quantized one, the smaller floats of one that is cast."""
+
+    value: QuantizeWeight | CastWeight
+
+    def __str__(self) -> str:
+        return f"codes({self.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class QParamsPart(Expression):
+    """The scale or the zero point of qparams, as a tensor: one number, or one for each channel."""
+
+    part: Literal["scale", "zero_point"]
+    of: QParamsSource
+
+    def __str__(self) -> str:
+        return f"{self.part}({self.of})"
+
+
+def loads(expression: Expression | Grid | None) -> Iterator[Load]:
     """The source tensors that an expression reads.
 
     >>> [load.name for load in loads(Load("fc.weight", "float32", (2, 3)))]
@@ -141,11 +162,10 @@ def loads(expression: Expression | None) -> Iterator[Load]:
             yield from loads(value)
             if isinstance(observer, DeriveQParams):
                 yield from loads(observer)
-        case DequantizeWeight(value) | CastWeight(value):
+        case DequantizeWeight(value) | CastWeight(value) | WeightCodes(value) | QParamsPart(_, value):
             yield from loads(value)
         case DeriveQParams(of):
             for source in of:
-                if not isinstance(source, Grid):
-                    yield from loads(source)
+                yield from loads(source)
         case _:
             return

@@ -26,7 +26,8 @@ class HostReport:
     isa: tuple[str, ...]
     """Integer extensions of the CPU that matter here, such as `avx512_vnni`."""
     engines: tuple[str, ...]
-    """Engines of qfunc that run: `onednn`, and `quantized` where torch has any of its own."""
+    """Engines of qfunc that run: `onednn`, `quantized` where torch has any of its own, and `decomposed` where torch has
+    its operators."""
     quantized_engines: tuple[str, ...]
     """torch's engines for quantized tensors, sorted."""
     onednn_layouts: PairLayouts

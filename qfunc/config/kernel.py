@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qfunc.config.host_report import HostReport
-from qfunc.ir import ListArg, Node, Origin, Ref, map_arg, refs
+from qfunc.errors import Problem
+from qfunc.ir import Graph, ListArg, Node, Origin, Ref, map_arg, refs
 from qfunc.ir.node import NamedArgs
 from qfunc.ir.value import Arg
 from qfunc.numerics.grid import Affine, Grid
@@ -88,12 +89,23 @@ class KernelRow:
         return all(isinstance(operand.how, self.takes) for operands in call.operands.values() for operand in operands)
 
 
+def no_kernel(node: Node) -> str:
+    """Why an operator has no kernel in an engine that has no row for its kind."""
+    return f"the engine has no kernel for {node.kind}"
+
+
+def as_it_is(graph: Graph) -> tuple[Graph, list[Problem]]:
+    """A lowered graph as most engines want it."""
+    return graph, []
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What runs a lowered graph: kernels, the preferred ones first, and how values pass between them.
 
     `moves` are the kinds that compute on codes as they do on floats, since they only move elements. `conversions` names
-    the engine's own nodes between floats and codes of `uint8`; other codes go through the plain ones.
+    the engine's own nodes between floats and codes of `uint8`; other codes go through the plain ones. `write` gives a
+    lowered graph in the engine's own form, or what of it that form cannot say.
     """
 
     name: str
@@ -102,6 +114,9 @@ class Engine:
     conversions: tuple[tuple[str, str], ...] = ()
     requantizes: bool = False
     """Whether it turns codes of one scale into those of another without going through floats."""
+    why_none: Callable[[Node], str] = no_kernel
+    """What the certificate says of an operator of a kind that no row is for."""
+    write: Callable[[Graph], tuple[Graph, list[Problem]]] = as_it_is
 
 
 Codes: TypeAlias = tuple[str | tuple[str, ...], ...]

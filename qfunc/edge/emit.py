@@ -30,7 +30,7 @@ from qfunc.ir import (
 )
 from qfunc.ir.node import NamedArgs
 from qfunc.ops import BY_NAME, canonical_call, emit_target, resolve
-from qfunc.params import Load, loads
+from qfunc.params import Load, QParamsPart, WeightCodes, loads
 
 
 class UncopyableModuleError(Exception):
@@ -234,6 +234,8 @@ class Emitter:
         if expression not in self._tensors:
             if isinstance(expression, Load):
                 made = self._fresh(self._evaluator.source(expression))
+            elif isinstance(expression, (WeightCodes, QParamsPart)):
+                made = self._evaluator.tensor(expression)
             else:
                 sources = [self._evaluator.source(load) for load in loads(expression)]
                 trained = [tensor.requires_grad for tensor in sources if isinstance(tensor, nn.Parameter)]

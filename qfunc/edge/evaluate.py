@@ -25,8 +25,10 @@ from qfunc.params import (
     DeriveQParams,
     FoldBatchNorm,
     Load,
+    QParamsPart,
     QParamsSource,
     QuantizeWeight,
+    WeightCodes,
     loads,
 )
 
@@ -95,6 +97,14 @@ class Evaluator:
             case CastWeight(value, dtype):
                 floats = self.tensor(value)
                 return floats.to(getattr(torch, dtype)).to(floats.dtype)
+            case WeightCodes(QuantizeWeight() as quantized):
+                _check_spec(quantized, self.quantized(quantized).qparams)
+                return self.quantized(quantized).values
+            case WeightCodes(CastWeight(value, dtype)):
+                return self.tensor(value).to(getattr(torch, dtype))
+            case QParamsPart(part, of):
+                found: Tensor = getattr(self.qparams(of), part)
+                return found.clone(memory_format=torch.contiguous_format)
             case _:
                 raise TypeError(f"no rule to compute {expression!r}")
 
@@ -160,6 +170,17 @@ def _check_fit(qparams: QParams, weight: Tensor, name: str) -> None:
         raise ObserverError(UserFunctionFailed(name, f"its qparams cannot be meant: {wrong}"))
 
 
+def _check_spec(expression: QuantizeWeight, qparams: QParams) -> None:
+    """That the qparams are such as the graph was written for; an `ObserverError` otherwise."""
+    meant, found = expression.observer.spec, qparams.spec
+    if (meant.dtype, meant.per_channel, meant.ch_axis) != (found.dtype, found.per_channel, found.ch_axis):
+        name = next(loads(expression)).name
+        reason = (
+            f"its observer is for {meant.dtype} {meant.qscheme}, and gives qparams for {found.dtype} {found.qscheme}"
+        )
+        raise ObserverError(UserFunctionFailed(name, reason))
+
+
 def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
     """Every parameter expression of a graph, with the node that holds it."""
     for node in graph:
@@ -173,7 +194,7 @@ def check_sources(graph: Graph) -> list[Problem]:
     """The source tensors that changed since tracing, and the weights to be quantized that are not finite."""
     found: dict[Problem, None] = {}
     for id, expression in expressions(graph):
-        quantized = isinstance(expression, (QuantizeWeight, DequantizeWeight, CastWeight, DeriveQParams))
+        quantized = not isinstance(expression, (Load, FoldBatchNorm))
         for load in loads(expression):
             source = graph.sources[load.source]
             tensor, _ = source.tensors[load.name]

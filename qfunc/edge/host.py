@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 from qfunc.config.host_report import HostReport
+from qfunc.edge.decomposed import has_decomposed
 from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import check
 from qfunc.edge.kernels.contracts import onednn_contracts, plain_contracts
@@ -54,11 +55,12 @@ def check_host() -> HostReport:
         )
         contracts = (*(onednn_contracts(plain) if onednn else plain_contracts()), *quantized_contracts(layouts))
         verdicts = tuple(sorted((check(contract) for contract in contracts), key=lambda verdict: verdict.kernel))
+    usable = {"onednn": onednn, "quantized": bool(torch_engines), "decomposed": has_decomposed()}
     return HostReport(
         torch_version=torch.__version__,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         isa=_isa(),
-        engines=(*(("onednn",) if onednn else ()), *(("quantized",) if torch_engines else ())),
+        engines=tuple(name for name, usable in usable.items() if usable),
         quantized_engines=torch_engines,
         onednn_layouts=plain,
         quantized_layouts=layouts,

@@ -13,9 +13,11 @@ from returns.result import Failure, Success
 from torch import fx, nn
 
 from qfunc.edge.custom_modules import CustomModuleError, stale_modules
+from qfunc.edge.decomposed import REGISTERED, missing_operators
 from qfunc.edge.emit import Emitter, UncopyableModuleError
 from qfunc.edge.evaluate import check_sources
 from qfunc.edge.observer import ObserverError
+from qfunc.engines.decomposed import uses_decomposed
 from qfunc.errors import UserFunctionFailed, WrongStage, several
 from qfunc.ir import Graph
 from qfunc.passes.lower import Lowered
@@ -57,7 +59,8 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
 
     Returns:
         The module, or `StaleSource` for source tensors that changed since tracing, `NonFinite` for weights that are to
-        be quantized and hold NaN or infinity, `WrongStage`, `UserFunctionFailed`.
+        be quantized and hold NaN or infinity, `EngineMissing` for a decomposed graph where torch has no such operators,
+        `WrongStage`, `UserFunctionFailed`.
     """
     graph = graph_to_run(stage)
     if graph is None:
@@ -67,7 +70,7 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
 
 def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
     """`materialize` of a graph, which also tells where each value is in the module's code."""
-    problems = [*check_sources(graph), *stale_modules(graph)]
+    problems = [*check_sources(graph), *stale_modules(graph), *missing_operators(graph)]
     if problems:
         return Failure(several(problems))
     emitter = Emitter(graph, copy=copy)
@@ -80,6 +83,8 @@ def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
     module = fx.GraphModule(emitter.root, fx_graph, class_name=graph.title or "GraphModule")
     _set_flags(module, graph)
     _keep_attributes(module, graph, emitter.memo)
+    if uses_decomposed(graph):
+        module.meta["registered"] = REGISTERED
     if emitter.unsaved:
         unsave = partial(_unsave, names=tuple(emitter.unsaved))
         unsave(module)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qfunc.config.kernel import Engine
+from qfunc.engines.decomposed import DECOMPOSED
 from qfunc.engines.onednn import ONEDNN
 from qfunc.engines.quantized import QUANTIZED
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
-    {engine.name: engine for engine in (ONEDNN, QUANTIZED, Engine("reference"))}
+    {engine.name: engine for engine in (ONEDNN, QUANTIZED, DECOMPOSED, Engine("reference"))}
 )
-"""The engines, by name. The reference engine has no kernels: it computes in float."""
+"""The engines, by name. The last two have no kernels: they compute in float."""
 
-__all__ = ["ENGINES", "ONEDNN", "QUANTIZED"]
+__all__ = ["DECOMPOSED", "ENGINES", "ONEDNN", "QUANTIZED"]

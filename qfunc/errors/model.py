@@ -150,7 +150,7 @@ class EngineMissing:
 
     @property
     def reason(self) -> str:
-        return f"the host report has no {self.node!r} engine: this machine's torch cannot run its kernels"
+        return f"there is no {self.node!r} engine on this machine: its torch cannot run the operators"
 
     @property
     def remedy(self) -> str:

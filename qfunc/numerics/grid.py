@@ -103,6 +103,16 @@ class Grid:
 _HEADROOM = frozenset({("uint8", 0, 127), ("int8", -64, 63)})
 
 
+def bounds_of(spec: QuantSpec) -> tuple[int, int]:
+    """The smallest and the largest code that `literals` lets qparams for a spec give.
+
+    >>> bounds_of(QuantSpec(quant_max=127)), bounds_of(QuantSpec(quant_max=100))
+    ((0, 255), (0, 100))
+    """
+    has_headroom = not spec.per_channel and (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM
+    return CODE_RANGE[spec.dtype] if has_headroom else (spec.quant_min, spec.quant_max)
+
+
 def literals(qparams: QParams) -> Affine | Grid:
     """Qparams as literals: an `Affine` for one scale and codes of 8 bits, else a `Grid`.
 
@@ -117,5 +127,5 @@ def literals(qparams: QParams) -> Affine | Grid:
     if spec.per_channel or dtype not in CODE_RANGE:
         return Grid.of(qparams)
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    headroom = (spec.dtype, spec.quant_min, spec.quant_max) in _HEADROOM
+    headroom = bounds_of(spec) != (spec.quant_min, spec.quant_max)
     return Affine(scale, zero_point, dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]

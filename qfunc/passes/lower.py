@@ -66,13 +66,15 @@ def lower(
     Args:
         converted: the reference form.
         host: what is known of the machine the result will run on, from `check_host`.
-        engine: `"onednn"`, `"quantized"` or `"reference"`.
+        engine: `"onednn"`, `"quantized"`, `"decomposed"` or `"reference"`. The last two have no kernels: operators are
+            float between their conversions. Decomposed, these are torch's `quantized_decomposed` operators, around
+            functions with dequantized weights, for `torch.export` and compilers: see `qfunc.engines.decomposed`.
         kernels: rows to try before the engine's own.
         strict: whether an operator that was meant to run on integers and stays float is an error.
 
     Returns:
         The lowered graph, or `EngineMissing`, `UnknownName` for the engine, `NotLowered` for each node under `strict`,
-        `WrongStage`.
+        `UnsupportedDType` for what the decomposed operators cannot say, `WrongStage`.
     """
     if not isinstance(converted, Converted):
         return Failure(WrongStage(type(converted).__name__, "Converted"))
@@ -83,9 +85,13 @@ def lower(
     moved, coded = moved_on_codes(converted.graph, chosen)
     lowering = _Lowering(replace(converted, graph=moved), host, replace(chosen, rows=(*kernels, *chosen.rows)), coded)
     graph = lowering.run()
+    conversions = _conversions(graph)
+    graph, unwritable = chosen.write(graph)
+    if unwritable:
+        return Failure(several(unwritable))
     limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
     entries = tuple(lowering.entries)
-    certificate = Certificate(engine, host.title, entries, _conversions(graph), limited, converted.notes)
+    certificate = Certificate(engine, host.title, entries, conversions, limited, converted.notes)
     if strict and certificate.fallbacks:
         return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.fallbacks))
     graph = recorded(converted.graph, graph, "lower", f"engine={engine}")
@@ -114,6 +120,7 @@ class _Lowering:
         self._host = host
         self._conversions = dict(engine.conversions)
         self._moves = engine.moves
+        self._why_none = engine.why_none
         self._coded = coded
         self._draft = Draft(self._graph)
         self._users = users(self._graph)
@@ -154,7 +161,7 @@ class _Lowering:
                 why = "; ".join(reasons) if row.name == ISLAND else ""
                 return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32", reason=why)
             reasons += [planned] if planned not in reasons else []
-        return replace(entry, reason="; ".join(reasons) or (f"the engine has no kernel for {node.kind}" * meant))
+        return replace(entry, reason="; ".join(reasons) or (self._why_none(node) if meant else ""))
 
     def _borders_on_codes(self, call: Call) -> bool:
         """Whether a float operator can do a conversion itself: of its result, or of an operand that it alone reads."""

@@ -254,6 +254,14 @@ def reference(prepared: fx.GraphModule, **options: Any) -> fx.GraphModule:
         return convert_to_reference_fx(copy.deepcopy(prepared), **options)
 
 
+def decomposed(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The same in `quantized_decomposed` operators; weights stay in modules, which quantize them in their forward."""
+    with _quiet():
+        from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
+
+        return _convert_to_reference_decomposed_fx(copy.deepcopy(prepared))
+
+
 def quantize(
     model: nn.Module, batches: Iterable[tuple[object, ...]], backend: str = "x86", **options: Any
 ) -> fx.GraphModule:

@@ -37,7 +37,7 @@ def test_every_kernel_that_qfunc_uses_keeps_its_contract_here():
     report = check_host()
     assert [v for v in report.verdicts if not v.ok and v.kernel not in MAY_FAIL] == []
     assert [v.kernel for v in report.verdicts] == sorted(v.kernel for v in report.verdicts)
-    assert report.engines == ("onednn", "quantized")
+    assert report.engines == ("onednn", "quantized", "decomposed")
 
 
 def test_a_report_is_a_value():
