@@ -177,6 +177,17 @@ ELEMENTWISE: tuple[Kind, ...] = (
         call="torch.bmm(input, other)",
     ),
     kind(
+        "attention",
+        "input, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
+        function(
+            f"{_F}.scaled_dot_product_attention",
+            "input:query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False",
+        ),
+        tensors="input key value",
+        call=f"{_F}.scaled_dot_product_attention"
+        "(input, key, value, attn_mask, dropout_p, is_causal, scale=, enable_gqa=)",
+    ),
+    kind(
         "masked_fill",
         "input, mask, value",
         function("torch.masked_fill", "input, mask, value"),

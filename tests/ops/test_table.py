@@ -125,6 +125,11 @@ SAMPLES: dict[str, list[Sample]] = {
     ],
     "floor_divide": [{**X, "other": t(2, 3, 4, 5)}, {**X, "other": 0.5}],
     "matmul": [{**X, "other": t(5, 2)}, {**X, "other": t(2, 1, 5, 3)}, {"input": t(4), "other": t(4)}],
+    "attention": [
+        {"input": t(2, 3, 4), "key": t(2, 5, 4), "value": t(2, 5, 6)},
+        {"input": t(2, 3, 4), "key": t(2, 3, 4), "value": t(2, 3, 4), "is_causal": True, "scale": 0.3},
+        {"input": t(2, 3, 4), "key": t(2, 5, 4), "value": t(2, 5, 4), "attn_mask": t(3, 5)},
+    ],
     "bmm": [{"input": t(2, 3, 4), "other": t(2, 4, 2)}],
     "addmm": [
         {"bias": t(5), "input": t(3, 4), "weight": t(4, 5)},
