@@ -95,3 +95,22 @@ def test_tied_weight_is_read_in_float_by_the_embedding():
 def test_torch_ao_cannot_trace_it():
     with pytest.raises(TypeError, match="slice indices must be integers"):
         oracle.quantize(float_model(), BATCHES)
+
+
+class OwnSoftmax(nn.Module):
+    """What some write in place of a function; torch.fx cannot trace a module that is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("positions", torch.randn(1, 9))
+
+    def forward(self, x):
+        x = x + self.positions[:, : x.size(1)]
+        return nn.Softmax(dim=-1)(self.fc(x))
+
+
+@pytest.mark.xfail(reason="a second attempt, with buffers as constants, fails at the slice, and that is what is told")
+def test_error_names_what_cannot_be_traced():
+    problem = trace(OwnSoftmax().eval()).failure()
+    assert "nn.Softmax(dim=-1)" in problem.reason
