@@ -123,9 +123,11 @@ class _Recorded:
 def _record(replaced: Replaced, modules: Mapping[str, nn.Module], custom: CustomConfig) -> _Recorded | Untraceable:
     """Trace with buffers as traced values, so that reading and writing them is recorded; failing that, as constants.
 
-    A forward that decides by a buffer's value can only be traced the second way.
+    A forward that decides by a buffer's value can only be traced the second way. Where both fail, what is told is the
+    failure of the way that came further: the other one stumbled over what the user could have left as it is.
     """
     model = replaced.model
+    failures: list[tuple[int, Untraceable]] = []
     for buffers in (True, False):
         tracer = _Tracer(custom, replaced, buffers=buffers)
         notes = replaced.notes
@@ -139,10 +141,10 @@ def _record(replaced: Replaced, modules: Mapping[str, nn.Module], custom: Custom
                     str(n.target): _attribute(model, str(n.target)) for n in fx_graph.nodes if n.op == "get_attr"
                 }
         except Exception as error:  # noqa: BLE001 - the model's forward is the user's code: anything may come out of it
-            last: _Recorded | Untraceable = diagnose(error, model)
+            failures.append((_recorded_of_inputs(tracer), diagnose(error, model)))
         else:
             if written:
-                last = Untraceable(type(model).__name__, "", *_WRITTEN)
+                failures.append((_recorded_of_inputs(tracer), Untraceable(type(model).__name__, "", *_WRITTEN)))
             else:
                 tensors = {k: v for k, v in attributes.items() if isinstance(v, Tensor)}
                 source = source_of(model, tensors, replaced.original, replaced.originals)
@@ -151,8 +153,16 @@ def _record(replaced: Replaced, modules: Mapping[str, nn.Module], custom: Custom
                 return _Recorded(model, modules, fx_graph, scopes, source, attributes, notes, preserved, own)
         if not any(True for _ in model.buffers()):
             break
-    assert isinstance(last, Untraceable)
-    return last
+    return max(failures, key=lambda failure: failure[0])[1]
+
+
+def _recorded_of_inputs(tracer: fx.Tracer) -> int:
+    """How many operators on what comes from inputs a tracer has recorded; those on buffers alone may be constants."""
+    found: set[fx.Node] = set()
+    for node in tracer.graph.nodes if hasattr(tracer, "graph") else ():
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return len(found)
 
 
 _WRITTEN = (

@@ -110,7 +110,6 @@ class OwnSoftmax(nn.Module):
         return nn.Softmax(dim=-1)(self.fc(x))
 
 
-@pytest.mark.xfail(reason="a second attempt, with buffers as constants, fails at the slice, and that is what is told")
 def test_error_names_what_cannot_be_traced():
     problem = trace(OwnSoftmax().eval()).failure()
     assert "nn.Softmax(dim=-1)" in problem.reason
