@@ -11,8 +11,8 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - a batch norm is also folded into the layer behind it, and before the average pool that it follows, where that is
   exact; transposed convolutions take part;
 - the last operators, whose result nobody reads quantized, write float32;
-- a sum or product with a number has its own range, which need not be its input's; so have an average, whose range is
-  narrower, and a ReLU, whose input may have a negative half that is of no use behind it;
+- a sum or product with a number has its own range, which need not be its input's, and so has an average, whose range is
+  narrower; a float value is quantized behind a ReLU or clamp, not before it;
 - parts of tensors, their stacks, their paddings and their resizings stay on integers;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
 - the weights of layers can be quantized alone, and most operators can be cast to float16;
@@ -40,7 +40,7 @@ TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 MAX_POOLS = tuple(f"{pool}{rank}d" for pool in ("max_pool", "adaptive_max_pool") for rank in (1, 2, 3))
 AVERAGES = (*(f"{pool}{rank}d" for pool in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean", "sum")
 ARITHMETIC = ("add", "sub", "mul", "div")
-ELEMENTWISE = ("relu", "clamp", "hardswish", "silu", "gelu", "leaky_relu", "elu")
+ELEMENTWISE = ("hardswish", "silu", "gelu", "leaky_relu", "elu")
 REARRANGEMENTS = (
     *("flatten", "unflatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach"),
     *(
@@ -112,6 +112,7 @@ CPU = BackendConfig(
         # masked scores, most of them -10,000, have no scale that suits them: a softmax reads floats
         OperatorConfig(("softmax",), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0), inputs=()),
         OperatorConfig(("tanh",), Observation.OWN, (d.PLAIN,), fixed=_fixed(2 / 256, 128)),
+        OperatorConfig(("relu", "clamp"), Observation.SHARED, _PLAIN, narrows=True),
         OperatorConfig((*MAX_POOLS, "cat", "stack", "pad", "interpolate", *REARRANGEMENTS), Observation.SHARED, _PLAIN),
         OperatorConfig(
             ("embedding", "embedding_bag"), Observation.OWN, (d.WEIGHT_UINT8, d.WEIGHT_UINT4, d.WEIGHT_INT8)

@@ -39,9 +39,11 @@ class OperatorConfig:
 
     `dtypes` are the combinations it takes. `forms` restricts it to some ways of writing it; `by_tensor_count` says how
     the output is quantized where so many operands are tensors, and not numbers. `fixed` gives the output the qparams of
-    the function's range; `float_output` says that its kernel can also write float32. `inputs`, `weight` and `bias` name
-    its arguments, where those of the vocabulary are not meant or the vocabulary does not know the operator (whose
-    arguments are called by their positions or keywords, as in "0", "dim"); a recurrent layer's weight is `PARAMETERS`.
+    the function's range; `float_output` says that its kernel can also write float32; `narrows` that its result has a
+    narrower range than its operand, so that in a lazy backend a float operand is not quantized before it. `inputs`,
+    `weight` and `bias` name its arguments, where those of the vocabulary are not meant or the vocabulary does not know
+    the operator (whose arguments are called by their positions or keywords, as in "0", "dim"); a recurrent layer's
+    weight is `PARAMETERS`.
     """
 
     kinds: tuple[str, ...]
@@ -51,6 +53,7 @@ class OperatorConfig:
     by_tensor_count: tuple[tuple[int, Observation], ...] = ()
     fixed: Observer[Any] | None = None
     float_output: bool = False
+    narrows: bool = False
     inputs: tuple[str, ...] | None = None
     weight: str | None = None
     bias: str | None = None

@@ -292,6 +292,7 @@ _OPERATOR = Record(
         "by_tensor_count": Many(Row({"count": INT, "observation": Choices(Observation)})),
         "fixed": Maybe(Quantized()),
         "float_output": FLAG,
+        "narrows": FLAG,
         "inputs": Maybe(Many(TEXT)),
         "weight": Maybe(TEXT),
         "bias": Maybe(TEXT),

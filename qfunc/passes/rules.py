@@ -319,7 +319,7 @@ class Rules:
         """Drop the operators that gain nothing by running on integers; gives the values that are read quantized.
 
         A weighted operator always gains. Any other one must have its result read quantized; and one that computes, and
-        so rounds, must have an operand that is produced quantized.
+        so rounds, or that narrows the range, must have an operand that is produced quantized.
         """
         values = {id: frozenset(self._values(id)) for id in self._chosen}
         readers: dict[str, list[str]] = {}
@@ -327,7 +327,7 @@ class Rules:
             for value in operands:
                 readers.setdefault(value, []).append(id)
         weighted = {id for id, (row, _) in self._chosen.items() if has_weight(self.graph[id], row)}
-        shares = {id for id, (row, _) in self._chosen.items() if self._shares(self.graph[id], row)}
+        shares = {id for id, (row, _) in self._chosen.items() if self._shares(self.graph[id], row) and not row.narrows}
         read = Counter(value for id in values for value in values[id])
         made = {id: sum(value in values for value in values[id]) for id in values}
         queue = list(self._chosen)
