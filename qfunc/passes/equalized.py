@@ -1,0 +1,218 @@
+"""A prepared stage with its equalizations done: inputs scaled, weights scaled back, and sites for the scaled values.
+
+A layer whose result only equalized layers read takes their scale into its own rows, if that changes no code of its
+weight; behind all others the graph multiplies. Either way the float values are scaled, before they are quantized.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from pyrsistent import pmap
+
+from qfunc.config.annotation import Derived
+from qfunc.config.point import Edge
+from qfunc.errors import BadConfig, Problem, Unobserved
+from qfunc.ir import Draft, Expression, Node, Origin, Ref, TensorFact, Written, fresh_id, users
+from qfunc.numerics.equalization import equalization_scale, scaled_range
+from qfunc.numerics.observers import MinMax
+from qfunc.numerics.qparams import QParams, QuantSpec
+from qfunc.numerics.statistic import RangeState
+from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.params import Constant, DivideColumns, MultiplyRows
+from qfunc.passes.equalize import SPATIAL, grouped_weight
+from qfunc.passes.stages import Calibrated, Equalization, Prepared, Site, measures
+
+_HOMOGENEOUS = frozenset({"relu", "leaky_relu"})
+"""What a positive factor may be moved across."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """An equalization with its scale, and the range of the scaled value."""
+
+    of: Equalization
+    scale: tuple[float, ...]
+    range: RangeState
+
+    @property
+    def value(self) -> str:
+        return self.of.site.taps[0]
+
+
+def equalized(calibrated: Calibrated) -> tuple[Prepared, dict[str, QParams], list[Problem]]:
+    """The stage without equalizations that means the same, the qparams of its new sites, and the problems.
+
+    Those come from all of the range that was measured, whatever the observer of the layer's input: nothing observed
+    the scaled values. The problems are `Unobserved` for values without data, and for layers of whose weights the range
+    is unknown, and `BadConfig` for statistics of other channels than a weight has.
+    """
+    prepared = calibrated.prepared
+    if not prepared.equalizations:
+        return prepared, {}, []
+    found: list[_Scaling] = []
+    problems: list[Problem] = []
+    for equalization in _in_order(prepared):
+        made = _scaling(calibrated, equalization)
+        if isinstance(made, _Scaling):
+            found.append(made)
+        else:
+            problems.append(made)
+    if problems:
+        return prepared, {}, problems
+    applying = _Applying(prepared)
+    for scaling in found:
+        applying.divide(scaling)
+    for scaling in found:
+        applying.multiply(scaling)
+    return applying.prepared(), applying.qparams, []
+
+
+def _in_order(prepared: Prepared) -> list[Equalization]:
+    position = {id: index for index, id in enumerate(prepared.graph.order)}
+    return sorted(prepared.equalizations.values(), key=lambda e: (position[e.site.taps[0]], e.site.id))
+
+
+def _scaling(calibrated: Calibrated, of: Equalization) -> _Scaling | Problem:
+    graph, place = calibrated.prepared.graph, calibrated.prepared.graph[of.site.taps[0]].place
+    state = calibrated.statistics.state(of.site.folds)
+    if not isinstance(state, RangeState) or not state.observed:
+        return Unobserved(place)
+    columns: RangeState | None = None
+    for edge in of.edges:
+        weights = calibrated.columns.get(edge.user)
+        if weights is None:
+            reason = "it is to be equalized, and the range of its weights is not known"
+            return Unobserved(graph[edge.user].place, reason, "calibrate(prepared, batches) or reuse(...) tells it")
+        if weights.minimum.shape != state.minimum.shape:
+            reason = f"its weight has {len(weights.minimum)} input channels, the statistics have {len(state.minimum)}"
+            return BadConfig(graph[edge.user].place, reason, "calibrate with data that the model takes")
+        columns = weights if columns is None else _joined(columns, weights)
+    assert columns is not None, of
+    scale = equalization_scale(state, columns)
+    return _Scaling(of, tuple(scale.tolist()), scaled_range(state, scale))
+
+
+def _joined(a: RangeState, b: RangeState) -> RangeState:
+    return RangeState(torch.minimum(a.minimum, b.minimum), torch.maximum(a.maximum, b.maximum))
+
+
+class _Applying:
+    """The edits that equalize one stage; `qparams` are those of the new sites."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.qparams: dict[str, QParams] = {}
+        self._before = prepared
+        self._draft = Draft(prepared.graph)
+        self._users = users(prepared.graph)
+        self._derived = any(
+            isinstance(spec, Derived)
+            for spec in (*(s.observer for s in prepared.sites.values()), *prepared.biases.values())
+        )
+        self._sites = dict(prepared.sites)
+        self._outputs, self._inputs = dict(prepared.outputs), dict(prepared.inputs)
+        self._floats, self._unrounded = dict(prepared.floats), set(prepared.unrounded)
+
+    def prepared(self) -> Prepared:
+        """The stage after all edits."""
+        return replace(
+            self._before,
+            graph=self._draft.commit(),
+            sites=pmap(self._sites),
+            outputs=pmap(self._outputs),
+            inputs=pmap(self._inputs),
+            floats=pmap(self._floats),
+            unrounded=frozenset(self._unrounded),
+            equalizations=pmap(),
+        )
+
+    def divide(self, scaling: _Scaling) -> None:
+        """Divide the columns of the weights that read the scaled value."""
+        for edge in scaling.of.edges:
+            node = self._draft[edge.user]
+            weight, groups = grouped_weight(node)
+            self._draft.put(node.with_args(weight=DivideColumns(weight, scaling.scale, groups)))
+
+    def multiply(self, scaling: _Scaling) -> None:
+        """Scale the value, and give its scaled uses sites of their own."""
+        value = scaling.value
+        if self._folds(scaling):
+            self._into_rows(value, scaling.scale)
+            self._outputs.pop(value, None)
+        else:
+            value = self._behind(scaling)
+            for edge in scaling.of.edges:
+                self._draft.put(self._draft[edge.user].with_args(input=Ref(value)))
+        named: dict[QuantSpec, str] = {}
+        for edge, spec in zip(scaling.of.edges, scaling.of.specs, strict=True):
+            if spec not in named:
+                named[spec] = self._site(scaling, spec, value)
+            self._inputs[edge] = named[spec]
+
+    def _site(self, scaling: _Scaling, spec: QuantSpec, value: str) -> str:
+        observer = MinMax(spec)
+        id = fresh_id(scaling.of.site.id, self._sites)
+        self._sites[id] = Site(id, observer, (value,))
+        qparams = observer.finish(scaling.range)
+        assert qparams is not None, scaling
+        self.qparams[id] = qparams
+        return id
+
+    def _folds(self, scaling: _Scaling) -> bool:
+        """Whether the layer that makes the value takes the scale into its rows, at no cost in its own codes."""
+        prepared, node = self._before, self._before.graph[scaling.value]
+        if node.kind != "linear" and node.kind not in SPATIAL:
+            return False
+        weight, bias = node.get("weight"), node.get("bias")
+        scaled = {edge.user: edge for edge in scaling.of.edges}
+        readers = self._users[node.id]
+        read_once = all(Counter(prepared.graph[user].uses())[node.id] == 1 for user in readers)
+        return (
+            isinstance(weight, Expression)
+            and (bias is None or isinstance(bias, Expression))
+            and set(readers) == scaled.keys()
+            and read_once
+            and all(_rank_behind(prepared.graph[user]) == _rank_behind(node) for user in scaled)
+            and all(post.kind in _HOMOGENEOUS for post in node.post)
+            and self._rows_are_free(node.id)
+        )
+
+    def _rows_are_free(self, id: str) -> bool:
+        """Whether the rows of a weight may have any scale: it is float, or has a scale for each of them."""
+        spec = self._before.weights.get(id, KeepFloat())
+        if self._derived or id in self._before.biases:
+            return False
+        own = spec.spec if measures(spec) else None
+        return isinstance(spec, KeepFloat) or (own is not None and own.per_channel and own.ch_axis == 0)
+
+    def _into_rows(self, id: str, scale: tuple[float, ...]) -> None:
+        node = self._draft[id]
+        given = {name: node.get(name) for name in ("weight", "bias")}
+        rows = {name: MultiplyRows(value, scale) for name, value in given.items() if isinstance(value, Expression)}
+        self._draft.put(node.with_args(**rows))
+
+    def _behind(self, scaling: _Scaling) -> str:
+        """Multiply behind a value; gives the id of the product."""
+        value, draft = scaling.value, self._draft
+        fact = self._before.graph[value].fact
+        dtype = fact.dtype if isinstance(fact, TensorFact) else "float32"
+        ranks = _rank_behind(self._before.graph[scaling.of.edges[0].user])
+        shape = (len(scaling.scale), *[1] * ranks)
+        scale = draft.fresh(f"{value}_equalization_scale")
+        written = Written("get_attr", scale)
+        constant = Constant(scaling.scale, shape, dtype)
+        draft.insert_after(value, Node(scale, "get_attr", (("value", constant),), origin=Origin(written=written)))
+        product = draft.fresh(f"{value}_equalized")
+        args = (("input", Ref(value)), ("other", Ref(scale)))
+        draft.insert_after(value, Node(product, "mul", args, fact=fact))
+        self._floats[product] = "it scales the channels of what equalized layers read"
+        if value in self._outputs and value not in self._before.quantized_inputs:
+            self._unrounded.add(Edge(product, "input"))
+        return product
+
+
+def _rank_behind(layer: Node) -> int:
+    """How many axes follow that of the channels in what a layer reads and makes."""
+    return SPATIAL.get(layer.kind, 0)
