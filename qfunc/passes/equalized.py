@@ -7,7 +7,10 @@ weight; behind all others the graph multiplies. Either way the float values are 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from pyrsistent import pmap
@@ -27,6 +30,11 @@ from qfunc.passes.stages import Calibrated, Equalization, Prepared, Site, measur
 
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu"})
 """What a positive factor may be moved across."""
+
+_CHOOSING: Mapping[str, int | None] = MappingProxyType(
+    {"relu": None, "dropout": None, "identity": None, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
+)
+"""What hands on some of the values of each channel, the largest among them; pools with the rank of their channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +145,9 @@ class _Applying:
 
     def multiply(self, scaling: _Scaling) -> None:
         """Scale the value, and give its scaled uses sites of their own."""
-        value = scaling.value
-        if self._folds(scaling):
-            self._into_rows(value, scaling.scale)
-            self._outputs.pop(value, None)
+        value, path = scaling.value, self._path(scaling)
+        if path:
+            self._into_rows(path[-1], scaling.scale)
         else:
             value = self._behind(scaling)
             for edge in scaling.of.edges:
@@ -150,6 +157,10 @@ class _Applying:
             if spec not in named:
                 named[spec] = self._site(scaling, spec, value)
             self._inputs[edge] = named[spec]
+        for id in path:
+            observed = self._outputs.pop(id, None) is not None
+            if observed and id != value:
+                self._outputs[id] = named[scaling.of.specs[0]]
 
     def _site(self, scaling: _Scaling, spec: QuantSpec, value: str) -> str:
         observer = MinMax(spec)
@@ -160,21 +171,41 @@ class _Applying:
         self.qparams[id] = qparams
         return id
 
-    def _folds(self, scaling: _Scaling) -> bool:
-        """Whether the layer that makes the value takes the scale into its rows, at no cost in its own codes."""
-        prepared, node = self._before, self._before.graph[scaling.value]
-        if node.kind != "linear" and node.kind not in SPATIAL:
+    def _path(self, scaling: _Scaling) -> tuple[str, ...]:
+        """The values from the scaled one up to the layer that takes the scale into its rows; empty where none can.
+
+        Between the two only the largest values are chosen, so that the range of the scaled value does for all.
+        """
+        graph, path = self._before.graph, [scaling.value]
+        readers = {edge.user for edge in scaling.of.edges}
+        while self._read_by(path[-1], readers):
+            node = graph[path[-1]]
+            value = node.get("input") if node.kind in _CHOOSING and not node.post and not node.aliased else None
+            if not isinstance(value, Ref):
+                return tuple(path) if self._takes(node, scaling, path) else ()
+            readers = {node.id}
+            path.append(value.id)
+        return ()
+
+    def _read_by(self, value: str, readers: AbstractSet[str]) -> bool:
+        """Whether a value is read by these alone, by each of them once."""
+        graph = self._before.graph
+        return set(self._users[value]) == readers and all(Counter(graph[id].uses())[value] == 1 for id in readers)
+
+    def _takes(self, node: Node, scaling: _Scaling, path: Sequence[str]) -> bool:
+        """Whether a layer takes the scale of what is made of its result into its rows, at no cost in its own codes."""
+        graph, outputs = self._before.graph, self._before.outputs
+        if node.aliased or (node.kind != "linear" and node.kind not in SPATIAL):
             return False
-        weight, bias = node.get("weight"), node.get("bias")
-        scaled = {edge.user: edge for edge in scaling.of.edges}
-        readers = self._users[node.id]
-        read_once = all(Counter(prepared.graph[user].uses())[node.id] == 1 for user in readers)
+        rank = _rank_behind(node)
+        sites = [self._before.sites[outputs[id]].observer for id in path[1:] if id in outputs]
+        bias = node.get("bias")
         return (
-            isinstance(weight, Expression)
+            isinstance(node.get("weight"), Expression)
             and (bias is None or isinstance(bias, Expression))
-            and set(readers) == scaled.keys()
-            and read_once
-            and all(_rank_behind(prepared.graph[user]) == _rank_behind(node) for user in scaled)
+            and all(_rank_behind(graph[edge.user]) == rank for edge in scaling.of.edges)
+            and all(_CHOOSING[graph[id].kind] in (None, rank) for id in path[:-1])
+            and all(measures(site) and {site.spec} == set(scaling.of.specs) for site in sites)
             and all(post.kind in _HOMOGENEOUS for post in node.post)
             and self._rows_are_free(node.id)
         )
