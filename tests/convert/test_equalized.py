@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from qfunc import (
     calibrate,
     convert,
     fuse,
+    interpret,
     layers,
     lower,
     materialize,
@@ -27,9 +29,10 @@ from qfunc import (
     reuse,
     trace,
     unwrap,
-)  # fmt: skip
+)
 from qfunc.config.annotation import Annotations
 from qfunc.config.point import Edge
+from qfunc.edge.evaluate import Evaluator
 from qfunc.errors import BadConfig, Unobserved, problems
 from qfunc.ir import Draft, Graph
 from qfunc.numerics.equalization import column_range
@@ -55,7 +58,7 @@ def steps(channels: int) -> torch.Tensor:
 
 def seeded(*layers_made: nn.Module) -> None:
     """Chains of layers whose channels between them have very different ranges."""
-    for layer, behind in zip(layers_made, layers_made[1:], strict=False):
+    for layer, behind in pairwise(layers_made):
         with torch.no_grad():
             factor = spread(layer.weight.shape[0])
             layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.dim() - 1)))
@@ -156,7 +159,7 @@ MODELS: dict[str, Any] = {
     "branches": (Branches, inputs_of((2, 4, 8, 8))),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
-each_backend = pytest.mark.parametrize("backend", (CPU, X86), ids=lambda backend: backend.name)
+each_backend = pytest.mark.parametrize("backend", [CPU, X86], ids=lambda backend: backend.name)
 
 
 def made(name: str) -> tuple[nn.Module, list[torch.Tensor]]:
@@ -257,8 +260,6 @@ def test_the_range_of_a_scaled_input_is_that_of_the_scaled_values(name):
     )
     bare = unquantized(converted.graph)
     seen: dict[str, list[torch.Tensor]] = {}
-    from qfunc import interpret
-
     for batch in batches:
         unwrap(interpret(bare, batch, lambda id, value: seen.setdefault(id, []).append(value)))
     scaled = [node for node in converted.graph if node.kind == "quantize" and _feeds_a_layer(node, converted.graph)]
@@ -309,8 +310,6 @@ def test_the_codes_of_a_layer_that_takes_a_scale_stay():
     for equalize in (None, lambda graph: [id for id in layers(graph) if id == "c"]):
         module = unwrap(convert(calibrated_of(model, batches, equalize=equalize)).bind(lower))
         (node,) = (node for node in module.graph if node.kind.endswith("linear") and node.origin.module == "b")
-        from qfunc.edge.evaluate import Evaluator
-
         codes = next(value for _, value in node.args if isinstance(value, QuantizeWeight))
         weights.append(Evaluator(module.graph.sources).quantized(codes).values)
     assert torch.equal(*weights)
@@ -380,11 +379,11 @@ def test_shared_and_per_channel_inputs_are_not_equalized():
     weight, first, second = MinMax(INT8_SYMMETRIC), Edge("relu", "input"), Edge("c", "input")
     per_channel = PerChannelMinMax(QuantSpec(qscheme="per_channel_affine", ch_axis=1))
     given = Annotations(pmap({first: MinMax(), second: MinMax()}), weights=pmap({"relu": weight, "c": weight}))
-    for annotations, reason in (
+    for annotated, reason in (
         (replace(given, groups=frozenset({(first, second)})), "shares its qparams"),
         (replace(given, inputs=given.inputs.set(first, per_channel)), "qparams for each channel already"),
     ):
-        prepared = unwrap(prepare(graph, annotations, equalize=layers))
+        prepared = unwrap(prepare(graph, annotated, equalize=layers))
         assert any(reason in note.text for note in prepared.notes), reason
     assert len(unwrap(prepare(graph, given, equalize=layers)).equalizations) == 2
 
