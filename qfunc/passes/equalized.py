@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from pyrsistent import pmap
@@ -20,13 +21,14 @@ from qfunc.config.point import Edge
 from qfunc.errors import BadConfig, Problem, Unobserved
 from qfunc.ir import Draft, Expression, Node, Origin, Ref, TensorFact, Written, fresh_id, users
 from qfunc.numerics.equalization import equalization_scale, scaled_range
+from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.qparams import QParams, QuantSpec
 from qfunc.numerics.statistic import RangeState
 from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.params import Constant, DivideColumns, MultiplyRows
 from qfunc.passes.equalize import SPATIAL, grouped_weight
-from qfunc.passes.stages import Calibrated, Equalization, Prepared, Site, measures
+from qfunc.passes.stages import Calibrated, Equalization, Prepared, Site, SiteObserver, measures
 
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu"})
 """What a positive factor may be moved across."""
@@ -114,6 +116,8 @@ class _Applying:
         self.qparams: dict[str, QParams] = {}
         self._before = prepared
         self._draft = Draft(prepared.graph)
+        tensors = (name for source in prepared.graph.sources.values() for name in source.tensors)
+        self._names = {*prepared.graph.order, *prepared.graph.modules, *tensors}
         self._users = users(prepared.graph)
         self._derived = any(
             isinstance(spec, Derived)
@@ -198,14 +202,14 @@ class _Applying:
         if node.aliased or (node.kind != "linear" and node.kind not in SPATIAL):
             return False
         rank = _rank_behind(node)
-        sites = [self._before.sites[outputs[id]].observer for id in path[1:] if id in outputs]
+        sites: list[Any] = [self._before.sites[outputs[id]].observer for id in path[1:] if id in outputs]
         bias = node.get("bias")
         return (
             isinstance(node.get("weight"), Expression)
             and (bias is None or isinstance(bias, Expression))
             and all(_rank_behind(graph[edge.user]) == rank for edge in scaling.of.edges)
             and all(_CHOOSING[graph[id].kind] in (None, rank) for id in path[:-1])
-            and all(measures(site) and {site.spec} == set(scaling.of.specs) for site in sites)
+            and all(_only_measures(site) and {site.spec} == set(scaling.of.specs) for site in sites)
             and all(post.kind in _HOMOGENEOUS for post in node.post)
             and self._rows_are_free(node.id)
         )
@@ -231,17 +235,28 @@ class _Applying:
         dtype = fact.dtype if isinstance(fact, TensorFact) else "float32"
         ranks = _rank_behind(self._before.graph[scaling.of.edges[0].user])
         shape = (len(scaling.scale), *[1] * ranks)
-        scale = draft.fresh(f"{value}_equalization_scale")
+        scale = self._fresh(f"{value}_equalization_scale")
         written = Written("get_attr", scale)
         constant = Constant(scaling.scale, shape, dtype)
         draft.insert_after(value, Node(scale, "get_attr", (("value", constant),), origin=Origin(written=written)))
-        product = draft.fresh(f"{value}_equalized")
+        product = self._fresh(f"{value}_equalized")
         args = (("input", Ref(value)), ("other", Ref(scale)))
         draft.insert_after(value, Node(product, "mul", args, fact=fact))
         self._floats[product] = "it scales the channels of what equalized layers read"
         if value in self._outputs and value not in self._before.quantized_inputs:
             self._unrounded.add(Edge(product, "input"))
         return product
+
+    def _fresh(self, base: str) -> str:
+        """A name for a node, and for a buffer of the module that is to be made."""
+        name = fresh_id(base, self._names)
+        self._names.add(name)
+        return name
+
+
+def _only_measures(observer: SiteObserver) -> bool:
+    """Whether the range is one that was found, not one that is known."""
+    return measures(observer) and not is_fixed(observer)
 
 
 def _rank_behind(layer: Node) -> int:

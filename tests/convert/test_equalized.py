@@ -30,20 +30,22 @@ from qfunc import (
     trace,
     unwrap,
 )
-from qfunc.config.annotation import Annotations
+from qfunc.config.annotation import Annotations, Derived
 from qfunc.config.point import Edge
 from qfunc.edge.evaluate import Evaluator
 from qfunc.errors import BadConfig, Unobserved, problems
 from qfunc.ir import Draft, Graph
-from qfunc.numerics.equalization import column_range
+from qfunc.numerics.equalization import column_range, equalization_scale, scaled_range
 from qfunc.numerics.observers import FixedQParams, MinMax, PerChannelMinMax
-from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED, QuantSpec
+from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, UINT8_REDUCED, QParams, QuantSpec
 from qfunc.numerics.statistic import MinMaxStatistic, RangeState
-from qfunc.params import DequantizeWeight, MultiplyRows, QuantizeWeight
+from qfunc.params import DequantizeWeight, DivideColumns, MultiplyRows, QuantizeWeight
 from qfunc.passes.stages import Calibrated, Converted
 from qfunc.passes.statistics import Measured
 from qfunc.testing import oracle, sqnr
 from qfunc.testing.walk import fingerprint
+
+INT32 = QuantSpec("int32", -(2**31), 2**31 - 1, "per_tensor_symmetric")
 
 
 def spread(channels: int, by: float = 30.0) -> torch.Tensor:
@@ -386,6 +388,78 @@ def test_shared_and_per_channel_inputs_are_not_equalized():
         prepared = unwrap(prepare(graph, annotated, equalize=layers))
         assert any(reason in note.text for note in prepared.notes), reason
     assert len(unwrap(prepare(graph, given, equalize=layers)).equalizations) == 2
+
+
+def test_a_bias_that_derives_its_qparams_has_those_of_the_scaled_input():
+    model, batches = made("linears")
+    graph = unwrap(fuse(unwrap(trace(model, batches[0]))))
+
+    def product(given: tuple[QParams, ...]) -> QParams:
+        scale = given[0].scale * given[1].scale.max()
+        return QParams(scale, torch.zeros((), dtype=torch.int64), INT32)
+
+    points = (Edge("c", "input"), Edge("c", "weight"))
+    weight = PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)
+    given = Annotations(
+        pmap({points[0]: MinMax()}), weights=pmap({"c": weight}), biases=pmap({"c": Derived(points, product, INT32)})
+    )
+    prepared = unwrap(prepare(graph, given, equalize=lambda _: ["c"]))
+    converted = unwrap(convert(unwrap(calibrate(prepared, batches, progress=False))))
+    layer = converted.graph["c"]
+    known, found = layer.get("bias").value.observer.of
+    assert known.scale == (converted.graph[next(layer.uses())].get("input").scale,)
+    assert isinstance(found.value, DivideColumns)
+    assert quality(converted, model, batches) > 35
+
+
+def test_values_between_a_layer_and_those_that_are_equalized_share_the_range():
+    """The pool moves the codes of the layer before it, which are scaled already."""
+    model, batches = made("conv2d")
+    lowered = unwrap(convert(calibrated_of(model, batches)).bind(lower))
+    kinds = {entry.operator: entry.output for entry in lowered.certificate.entries}
+    assert kinds["max_pool2d"] == "uint8"
+    converted = unwrap(convert(calibrated_of(model, batches)))
+    of = {next(node.uses()): node.get("output") for node in converted.graph if node.kind == "quantize"}
+    assert of["relu"] == of["pool"]
+    assert _is_scaled(converted.graph["relu"])
+
+
+def test_a_known_range_between_them_is_kept():
+    model, batches = made("conv2d")
+    mapping = CPU.qconfig_mapping.set_output("relu", FixedQParams(UINT8, 0.5, 0))
+    converted = unwrap(convert(calibrated_of(model, batches, mapping)))
+    of = {next(node.uses()): node.get("output") for node in converted.graph if node.kind == "quantize"}
+    assert of["relu"].scale == 0.5
+    assert not _is_scaled(converted.graph["relu"])
+
+
+def test_a_scale_has_a_name_that_the_model_does_not_use():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.x_equalization_scale = nn.Linear(8, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.fc(x) * self.x_equalization_scale
+
+    torch.manual_seed(0)
+    model, batches = Named().eval(), inputs_of((16, 8))
+    module = unwrap(materialize(unwrap(convert(calibrated_of(model, batches)))))
+    assert torch.equal(module.x_equalization_scale, model.x_equalization_scale)
+    assert module.x_equalization_scale_1.shape == (8,)
+    assert sqnr(model(batches[0]), module(batches[0])) > 30
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scaled_channels_have_the_range_of_their_weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = -torch.rand(6, generator=generator), torch.rand(6, generator=generator) * 9
+    inputs, weights = RangeState(low, high), RangeState(low * 3, high.flip(0))
+    scale = equalization_scale(inputs, weights)
+    scaled = (inputs.maximum - inputs.minimum) * scale
+    torch.testing.assert_close(scaled, (weights.maximum - weights.minimum) / scale)
+    whole = scaled_range(inputs, scale)
+    assert (whole.minimum, whole.maximum) == ((low * scale).min(), (high * scale).max())
 
 
 def test_weights_of_no_use_and_constant_channels_are_borne():
