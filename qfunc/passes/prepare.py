@@ -57,10 +57,9 @@ def prepare(
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
     if not isinstance(qconfig_mapping, Annotations):
-        asked = backend.qconfig_mapping if qconfig_mapping is None else qconfig_mapping
         found = annotate(graph, qconfig_mapping, backend=backend, custom=custom)
         return found.bind(lambda made: _prepared(graph, made, backend.name, equalize)).map(
-            lambda made: replace(made, configuration=Configuration(asked, backend, custom, _equalized(made)))
+            lambda made: replace(made, configuration=_configuration(made, qconfig_mapping, backend, custom))
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend, custom=custom)
     problems = problems or list(wrong_borders(graph, qconfig_mapping))
@@ -69,10 +68,12 @@ def prepare(
     return _prepared(graph, _with_reasons(graph, qconfig_mapping), backend.name, equalize)
 
 
-def _equalized(prepared: Prepared) -> tuple[str, ...]:
-    """The layers that are equalized, in graph order."""
+def _configuration(
+    prepared: Prepared, mapping: QConfigMapping | None, backend: BackendConfig, custom: CustomConfig
+) -> Configuration:
     found = {edge.user for e in prepared.equalizations.values() for edge in e.edges}
-    return tuple(id for id in prepared.graph.order if id in found)
+    equalized = tuple(id for id in prepared.graph.order if id in found)
+    return Configuration(backend.qconfig_mapping if mapping is None else mapping, backend, custom, equalized)
 
 
 def _with_reasons(graph: Graph, annotations: Annotations) -> Annotations:
