@@ -165,6 +165,9 @@ class _Applying:
             observed = self._outputs.pop(id, None) is not None
             if observed and id != value:
                 self._outputs[id] = named[scaling.of.specs[0]]
+        for edge in map(_input, path[:-1]):
+            if edge in self._inputs:
+                self._inputs[edge] = named[scaling.of.specs[0]]
 
     def _site(self, scaling: _Scaling, spec: QuantSpec, value: str) -> str:
         observer = MinMax(spec)
@@ -198,11 +201,13 @@ class _Applying:
 
     def _takes(self, node: Node, scaling: _Scaling, path: Sequence[str]) -> bool:
         """Whether a layer takes the scale of what is made of its result into its rows, at no cost in its own codes."""
-        graph, outputs = self._before.graph, self._before.outputs
+        graph, outputs, inputs = self._before.graph, self._before.outputs, self._before.inputs
         if node.aliased or (node.kind != "linear" and node.kind not in SPATIAL):
             return False
         rank = _rank_behind(node)
-        sites: list[Any] = [self._before.sites[outputs[id]].observer for id in path[1:] if id in outputs]
+        named = [outputs[id] for id in path[1:] if id in outputs]
+        named += [inputs[edge] for edge in map(_input, path[:-1]) if edge in inputs]
+        sites: list[Any] = [self._before.sites[name].observer for name in named]
         bias = node.get("bias")
         return (
             isinstance(node.get("weight"), Expression)
@@ -252,6 +257,10 @@ class _Applying:
         name = fresh_id(base, self._names)
         self._names.add(name)
         return name
+
+
+def _input(id: str) -> Edge:
+    return Edge(id, "input")
 
 
 def _only_measures(observer: SiteObserver) -> bool:

@@ -424,6 +424,19 @@ def test_values_between_a_layer_and_those_that_are_equalized_share_the_range():
     assert _is_scaled(converted.graph["relu"])
 
 
+def test_a_use_between_them_with_a_site_of_its_own_has_the_scaled_range_too():
+    """The layer is float and its value is quantized for the pool alone."""
+    model, batches = made("conv2d")
+    mapping = QConfigMapping().set_global(QConfig(MinMax(UINT8), PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)))
+    calibrated = calibrated_of(model, batches, mapping.set_module_name("a", None))
+    assert Edge("pool", "input") in calibrated.prepared.inputs
+    converted = unwrap(convert(calibrated))
+    assert isinstance(converted.graph["relu"].get("weight"), MultiplyRows)
+    of = {next(node.uses()): node.get("output") for node in converted.graph if node.kind == "quantize"}
+    assert of["relu"] == of["pool"]
+    assert quality(converted, model, batches) > 20
+
+
 def test_a_known_range_between_them_is_kept():
     model, batches = made("conv2d")
     mapping = CPU.qconfig_mapping.set_output("relu", FixedQParams(UINT8, 0.5, 0))
