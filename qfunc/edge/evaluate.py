@@ -109,14 +109,19 @@ class Evaluator:
             case QParamsPart(part, of):
                 found: Tensor = getattr(self.qparams(of), part)
                 return found.clone(memory_format=torch.contiguous_format)
+            case Constant() | DivideColumns() | MultiplyRows():
+                return self._equalized(expression)
+            case _:
+                raise TypeError(f"no rule to compute {expression!r}")
+
+    def _equalized(self, expression: Constant | DivideColumns | MultiplyRows) -> Tensor:
+        match expression:
             case Constant(values, shape, dtype):
                 return torch.tensor(values, dtype=getattr(torch, dtype)).view(shape)
             case DivideColumns(value, scale, groups):
                 return divide_columns(self.tensor(value), torch.tensor(scale), groups)
             case MultiplyRows(value, scale):
                 return multiply_rows(self.tensor(value), torch.tensor(scale))
-            case _:
-                raise TypeError(f"no rule to compute {expression!r}")
 
     def _folded(self, fold: FoldBatchNorm) -> Tensor:
         """The weight or bias with the norm in it; both are computed, and the other is kept for its turn."""
