@@ -146,6 +146,41 @@ class QParamsPart(Expression):
         return f"{self.part}({self.of})"
 
 
+@dataclass(frozen=True, slots=True)
+class Constant(Expression):
+    """Numbers that a pass has computed, of a dtype and shape."""
+
+    values: tuple[float, ...]
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"constant({len(self.values)} numbers)"
+
+
+@dataclass(frozen=True, slots=True)
+class DivideColumns(Expression):
+    """The weight of an equalized layer: each input channel is divided by the scale that its input is multiplied by."""
+
+    value: Expression
+    scale: tuple[float, ...]
+    groups: int = 1
+
+    def __str__(self) -> str:
+        return f"divide_columns({self.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class MultiplyRows(Expression):
+    """The weight or bias of a layer whose output channels are scaled, for the layers behind it."""
+
+    value: Expression
+    scale: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"multiply_rows({self.value})"
+
+
 def loads(expression: Expression | Grid | None) -> Iterator[Load]:
     """The source tensors that an expression reads.
 
@@ -163,6 +198,8 @@ def loads(expression: Expression | Grid | None) -> Iterator[Load]:
             if isinstance(observer, DeriveQParams):
                 yield from loads(observer)
         case DequantizeWeight(value) | CastWeight(value) | WeightCodes(value) | QParamsPart(_, value):
+            yield from loads(value)
+        case DivideColumns(value) | MultiplyRows(value):
             yield from loads(value)
         case DeriveQParams(of):
             for source in of:

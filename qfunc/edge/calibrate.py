@@ -10,6 +10,7 @@ from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
 from qfunc.edge.batches import length, not_batches, read
+from qfunc.edge.columns import weight_columns
 from qfunc.edge.custom_modules import calibrated_modules
 from qfunc.edge.interpret import Hook
 from qfunc.edge.measure import Options, Progress, measure, wrong_options
@@ -92,7 +93,7 @@ def completed(prepared: Prepared, point: Point, modules: PMap[str, Opaque] = pma
     known = {warning.node for warning in point.warnings if isinstance(warning, Unobserved)}
     new = (doubt for doubt in doubts(prepared, point.statistics) if doubt.node not in known)
     warnings = (*point.warnings, *new)
-    return Success(Calibrated(prepared, point.statistics, modules, warnings))
+    return Success(Calibrated(prepared, point.statistics, modules, warnings, weight_columns(prepared)))
 
 
 def _none_left(read: int) -> NoBatches:

@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 from qfunc.edge.observer import ObserverError, observe_once
-from qfunc.edge.tensors import is_current
+from qfunc.edge.tensors import is_current, share
 from qfunc.errors import BadConfig, NonFinite, Problem, StaleSource, UserFunctionFailed
 from qfunc.ir import Expression, Graph, Source
 from qfunc.numerics.affine import dequantize, quantize
 from qfunc.numerics.batch_norm import fold_batch_norm, fold_batch_norm_before
 from qfunc.numerics.derive import derived_qparams, plain, wrong_qparams
+from qfunc.numerics.equalization import divide_columns, multiply_rows
 from qfunc.numerics.grid import Grid
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.saturation import limit_pair_sums
 from qfunc.numerics.statistic import finite
 from qfunc.params import (
     CastWeight,
+    Constant,
     DequantizeWeight,
     DeriveQParams,
+    DivideColumns,
     FoldBatchNorm,
     Load,
+    MultiplyRows,
     QParamsPart,
     QParamsSource,
     QuantizeWeight,
@@ -105,8 +109,19 @@ class Evaluator:
             case QParamsPart(part, of):
                 found: Tensor = getattr(self.qparams(of), part)
                 return found.clone(memory_format=torch.contiguous_format)
+            case Constant() | DivideColumns() | MultiplyRows():
+                return self._equalized(expression)
             case _:
                 raise TypeError(f"no rule to compute {expression!r}")
+
+    def _equalized(self, expression: Constant | DivideColumns | MultiplyRows) -> Tensor:
+        match expression:
+            case Constant(values, shape, dtype):
+                return torch.tensor(values, dtype=getattr(torch, dtype)).view(shape)
+            case DivideColumns(value, scale, groups):
+                return divide_columns(self.tensor(value), torch.tensor(scale), groups)
+            case MultiplyRows(value, scale):
+                return multiply_rows(self.tensor(value), torch.tensor(scale))
 
     def _folded(self, fold: FoldBatchNorm) -> Tensor:
         """The weight or bias with the norm in it; both are computed, and the other is kept for its turn."""
@@ -188,6 +203,24 @@ def expressions(graph: Graph) -> Iterable[tuple[str, Expression]]:
             for _, value in args:
                 if isinstance(value, Expression):
                     yield node.id, value
+
+
+def tensors_of(
+    groups: Mapping[str, Mapping[str, Expression]], sources: Mapping[str, Source], *, copy: bool
+) -> dict[str, dict[str, Tensor]]:
+    """The values of groups of expressions by name; source tensors share their memory until either side writes to it."""
+    evaluator = Evaluator(sources)
+
+    def value(expression: Expression) -> Tensor:
+        tensor = evaluator.tensor(expression)
+        if isinstance(expression, Load):
+            return tensor.clone() if copy else share(evaluator.source(expression))
+        return tensor
+
+    return {
+        group: {name: value(parts[name]) for name in sorted(parts, reverse=True)}
+        for group, parts in sorted(groups.items())
+    }
 
 
 def check_sources(graph: Graph) -> list[Problem]:

@@ -10,15 +10,15 @@ from types import MethodType
 from typing import Any
 
 from returns.result import Failure, Success
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qfunc.edge.custom_modules import CustomModuleError, stale_modules
 from qfunc.edge.decomposed import REGISTERED, missing_operators
 from qfunc.edge.emit import Emitter, UncopyableModuleError
-from qfunc.edge.evaluate import check_sources
+from qfunc.edge.evaluate import check_sources, tensors_of
 from qfunc.edge.observer import ObserverError
 from qfunc.engines.decomposed import uses_decomposed
-from qfunc.errors import UserFunctionFailed, WrongStage, several
+from qfunc.errors import BadConfig, UserFunctionFailed, WrongStage, several
 from qfunc.ir import Graph
 from qfunc.passes.lower import Lowered
 from qfunc.passes.observe import with_observers
@@ -53,6 +53,9 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     Its parameters share the source model's memory until either side writes to them, unless `copy` is asked for; ties
     between parameters are kept. The source model is never changed.
 
+    Where `convert` was asked for the original weights, the module has them as `original_weights`, a dict of dicts of
+    tensors, by the paths of layers: no part of its `state_dict`, sharing memory as parameters do.
+
     Args:
         stage: a `Graph`, `Prepared`, `Calibrated`, `Converted` or `Lowered`.
         copy: whether to copy the parameters at once.
@@ -60,12 +63,27 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     Returns:
         The module, or `StaleSource` for source tensors that changed since tracing, `NonFinite` for weights that are to
         be quantized and hold NaN or infinity, `EngineMissing` for a decomposed graph where torch has no such operators,
-        `WrongStage`, `UserFunctionFailed`.
+        `WrongStage`, `UserFunctionFailed`; `BadConfig` for a model with an attribute `original_weights` of its own,
+        where those are asked for.
     """
     graph = graph_to_run(stage)
     if graph is None:
         return Failure(not_a_stage(stage))
-    return emitted(graph, copy=copy).map(lambda made: made.module)
+    made = emitted(graph, copy=copy).map(lambda made: made.module)
+    if isinstance(stage, (Converted, Lowered)) and stage.original_weights:
+        tensors = tensors_of(stage.original_weights, graph.sources, copy=copy)
+        return made.bind(lambda module: _with_originals(module, tensors))
+    return made
+
+
+def _with_originals(module: fx.GraphModule, tensors: dict[str, dict[str, Tensor]]) -> R[fx.GraphModule]:
+    """The module with the original weights, in a way that survives `deepcopy`."""
+    if hasattr(module, "original_weights"):
+        remedy = "rename the model's attribute, or convert without keep_original_weights"
+        return Failure(BadConfig("original_weights", "the model has an attribute of this name", remedy))
+    module.meta[_KEEP]["original_weights"] = tensors
+    module.original_weights = tensors  # type: ignore[assignment]
+    return Success(module)
 
 
 def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from returns.result import Failure, Success
 
+from qfunc.edge.columns import weight_columns
 from qfunc.edge.content import statistics_of
 from qfunc.edge.run import doubts
 from qfunc.errors import Problem, Unobserved, WrongStage, several
@@ -57,4 +58,5 @@ def reuse(prepared: Prepared, statistics: Statistics) -> R[Calibrated]:
     problems += kept_in_modules(prepared, "calibrate this stage: calibrate(prepared, batches)")
     if problems:
         return Failure(several(problems))
-    return Success(Calibrated(prepared, statistics, warnings=tuple(doubts(prepared, statistics))))
+    warnings = tuple(doubts(prepared, statistics))
+    return Success(Calibrated(prepared, statistics, warnings=warnings, columns=weight_columns(prepared)))

@@ -83,3 +83,17 @@ def _rebuilt(result: Arg, elements: tuple[Arg, ...]) -> Arg:
             return DictArg(tuple((key, element) for (key, _), element in zip(items, elements, strict=True)))
         case _:
             return elements[0]
+
+
+def without_unread(graph: Graph, before: Graph) -> Graph:
+    """The graph without the nodes that `before` does not have and that nobody reads."""
+    read: set[str] = set()
+    unread: list[str] = []
+    for node in (graph[id] for id in reversed(graph.order)):
+        if node.id in before.nodes or node.id in read:
+            read.update(node.uses())
+        else:
+            unread.append(node.id)
+    draft = Draft(graph)
+    draft.erase(unread)
+    return draft.commit()

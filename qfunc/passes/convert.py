@@ -10,48 +10,70 @@ from returns.result import Failure, Success
 
 from qfunc.config.annotation import ParameterSpec
 from qfunc.config.point import Edge, edges_by_slot, values_in
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
-from qfunc.errors import BadConfig, Problem, Unobserved, UserFunctionFailed, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Note, Opaque, Origin, PostOp, Ref, map_arg, structure_digest
+from qfunc.errors import BadConfig, Problem, WrongStage, several
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Note, Opaque, Origin, PostOp, Ref, map_arg
 from qfunc.ir.node import NamedArgs, Written
 from qfunc.ir.value import Name
-from qfunc.numerics.derive import plain, wrong_qparams
 from qfunc.numerics.grid import Grid, literals
-from qfunc.numerics.observers import finished, is_own
-from qfunc.numerics.qparams import QParams
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, QuantizeWeight
-from qfunc.passes.channels import wrong_channels
-from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behind, with_codes_given
+from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behind, with_codes_given, without_unread
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
+from qfunc.passes.equalized import equalized
+from qfunc.passes.finish import finish
+from qfunc.passes.originals import original_weights
+from qfunc.passes.partial import partly
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
-from qfunc.passes.statistics import Answers, Measured
 from qfunc.result import R
 
 
-def convert(calibrated: Calibrated) -> R[Converted]:
+def convert(
+    calibrated: Calibrated, *, qconfig_mapping: QConfigMapping | None = None, keep_original_weights: bool = False
+) -> R[Converted]:
     """The reference form: every quantized value goes through `quantize` and `dequantize`, every weight expression too.
 
     A value with a site of its own is quantized once, right behind its producer, for all its users; a float value with
-    quantized uses once for each site, for those uses alone. What is quantized dynamically goes through one node, which
-    rounds it to codes of its own range and gives float again; what is cast through two casts, there and back, where
-    float16 overflows to infinity as `Tensor.to` does. Qparams that a function makes of a weight's are an expression,
-    like the weight. Nothing of the input changes, so that it can be converted any number of times.
+    quantized uses once for each site, for those uses alone; what nobody reads quantized is not. What is quantized
+    dynamically goes through one node, which rounds it to codes of its own range and gives float again; what is cast
+    through two casts, there and back, where float16 overflows to infinity as `Tensor.to` does. Qparams that a function
+    makes of a weight's are an expression, like the weight. Nothing of the input changes, so that it can be converted
+    any number of times.
+
+    What equalized layers read is multiplied by a scale per channel before it is quantized, with qparams of the scaled
+    range, and their weights are divided by it: see `qfunc.passes.equalized`. The weights of the model stay as they are.
+
+    Args:
+        calibrated: a prepared stage and its statistics.
+        qconfig_mapping: the mapping that was prepared with some of its entries, or new ones, set to `None`: what they
+            name stays float, as if it had been prepared so.
+        keep_original_weights: whether materialized modules are to have `original_weights`: of each layer whose weight
+            became integers, the float `"weight"` and `"bias"` (those of a fused layer, with its batch norm folded in),
+            by the path of its module, or the id of its node if that is no module, or one that is called elsewhere too.
 
     Returns:
         The converted graph, or `Unobserved` for every site that no data reached, `UserFunctionFailed` for an observer
-        or a function of the user's that gives no qparams, `BadConfig` for a node whose weights are no parameters, and
-        for statistics of other channels than the value has, or `WrongStage`.
+        or a function of the user's that gives no qparams, `BadConfig` for a node whose weights are no parameters, for
+        statistics of other channels than the value has, and for each entry of a second mapping that is not the first's
+        and does not keep float, or `WrongStage`.
     """
     if not isinstance(calibrated, Calibrated):
         return Failure(WrongStage(type(calibrated).__name__, "Calibrated"))
-    prepared = calibrated.prepared
-    found, problems = _qparams(calibrated)
+    if qconfig_mapping is None:
+        return _converted(calibrated, keep_original_weights)
+    return partly(calibrated, qconfig_mapping).bind(lambda stage: _converted(stage, keep_original_weights))
+
+
+def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Converted]:
+    found, problems = finish(calibrated)
+    before = calibrated.prepared
+    prepared, scaled, wrong = equalized(calibrated)
+    found, problems = found | scaled, problems + wrong
     weights = {id: weights_of(prepared.graph, prepared.graph[id]) for id in prepared.weights}
-    problems += _equalized(prepared)
     problems += [_no_weight(prepared.graph, id) for id, parts in weights.items() if not parts]
     underivable = list(wrong_derived(prepared))
     if underivable:
@@ -62,7 +84,7 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     problems += [*derivations.problems, *uncalibrated(calibrated)]
     if problems:
         return Failure(several(problems))
-    graph = _insert(prepared, hows, parameters, to_quantize(calibrated))
+    made = _insert(prepared, hows, parameters, to_quantize(calibrated))
     meant = {*prepared.outputs, *prepared.weights, *prepared.refused}
     meant |= {edge.user for edge, site in prepared.inputs.items() if isinstance(hows[site], (Dynamic, Cast))}
     intended = {
@@ -70,8 +92,18 @@ def convert(calibrated: Calibrated) -> R[Converted]:
     }
     taken = {id: hows[prepared.outputs[id]] for id in prepared.graph.order if id in prepared.quantized_inputs}
     given = {index: hows[prepared.outputs[id]] for index, id in given_codes(prepared).items()}
-    notes = (*prepared.notes, *_warned(calibrated.warnings))
-    return Success(Converted(graph, prepared.backend, pmap(intended), prepared.floats, notes, pmap(taken), pmap(given)))
+    return Success(
+        Converted(
+            recorded(before.graph, made, "convert", f"backend={prepared.backend}"),
+            prepared.backend,
+            pmap(intended),
+            prepared.floats,
+            (*prepared.notes, *_warned(calibrated.warnings)),
+            pmap(taken),
+            pmap(given),
+            original_weights(before) if keep_original_weights else pmap(),
+        )
+    )
 
 
 MOST_WARNINGS = 10
@@ -83,56 +115,6 @@ def _warned(warnings: tuple[Problem, ...]) -> Iterator[Note]:
     if len(warnings) > MOST_WARNINGS:
         more = len(warnings) - MOST_WARNINGS
         yield Note("calibration", f"warns of {more} more: the warnings of the calibrated stage have them all")
-
-
-def _qparams(calibrated: Calibrated) -> tuple[dict[str, QParams], list[Problem]]:
-    """The qparams of each site that is measured, and what is wrong where there are none."""
-    prepared, statistics = calibrated.prepared, calibrated.statistics
-    if prepared.sites and statistics.graph != structure_digest(prepared.graph):
-        reason = "the statistics were measured on another graph"
-        remedy = "calibrate this one: calibrate(prepared, batches)"
-        return {}, [Unobserved(_place(prepared, id), reason, remedy) for id in _in_order(prepared)]
-    answers = Answers(statistics)
-    found: dict[str, QParams] = {}
-    problems: list[Problem] = []
-    for id in _in_order(prepared):
-        observer = prepared.sites[id].observer
-        if not measures(observer):
-            continue
-        held = answers.find(prepared.sites[id].folds)
-        if held is not None and not isinstance(held, Measured):
-            problems.append(held)
-            continue
-        qparams = None if held is None else finished(observer, held.state)
-        if qparams is None:
-            problems.append(Unobserved(_place(prepared, id)))
-            continue
-        if is_own(observer) and isinstance(qparams, QParams):
-            found[id] = qparams  # right by construction
-            continue
-        wrong = wrong_qparams(qparams, observer.spec) if isinstance(qparams, QParams) else qparams
-        if isinstance(qparams, QParams) and not wrong:
-            found[id] = plain(qparams)
-        else:
-            problems.append(UserFunctionFailed(_place(prepared, id), wrong))
-    problems += wrong_channels(prepared, statistics)
-    return found, problems
-
-
-def _equalized(prepared: Prepared) -> Iterator[Problem]:
-    for _, equalization in sorted(prepared.equalizations.items()):
-        place = prepared.graph[equalization.site.taps[0]].place
-        reason = "it is measured for equalization, of which there is no reference form"
-        yield BadConfig(place, reason, "prepare without equalize")
-
-
-def _in_order(prepared: Prepared) -> list[str]:
-    position = {id: index for index, id in enumerate(prepared.graph.order)}
-    return sorted(prepared.sites, key=lambda id: position[prepared.sites[id].taps[0]])
-
-
-def _place(prepared: Prepared, site: str) -> str:
-    return prepared.graph[prepared.sites[site].taps[0]].place
 
 
 def _how(prepared: Prepared, derivations: Derivations, site: str) -> How | None:
@@ -220,8 +202,8 @@ def _insert(
     for id, given in parameters.items():
         draft.put(draft[id].with_args(**given))
     made = with_codes_given(_unrounded(prepared, draft.commit()), prepared.quantized_outputs)
-    made = replace(made, objects=made.objects.update(custom)) if custom else made
-    return recorded(graph, made, "convert", f"backend={prepared.backend}")
+    made = without_unread(made, graph)
+    return replace(made, objects=made.objects.update(custom)) if custom else made
 
 
 def _unrounded(prepared: Prepared, graph: Graph) -> Graph:

@@ -14,7 +14,7 @@ from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
-from qfunc.ir import Draft, Graph, Name, Node, refs, users
+from qfunc.ir import Draft, Expression, Graph, Name, Node, refs, users
 from qfunc.ir.node import fact_in
 from qfunc.numerics.grid import Affine, Grid
 from qfunc.numerics.qparams import QuantSpec
@@ -46,6 +46,8 @@ class Lowered:
     """The qparams of the inputs that are codes, by the ids of their nodes."""
     output_qparams: PMap[int, Any] = pmap()
     """The qparams of the items of the output that are codes, by position."""
+    original_weights: PMap[str, PMap[str, Expression]] = pmap()
+    """Those of the converted stage."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -95,7 +97,8 @@ def lower(
     if strict and certificate.fallbacks:
         return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.fallbacks))
     graph = recorded(converted.graph, graph, "lower", f"engine={engine}")
-    return Success(Lowered(graph, certificate, engine, host, converted.input_qparams, converted.output_qparams))
+    codes = (converted.input_qparams, converted.output_qparams)
+    return Success(Lowered(graph, certificate, engine, host, *codes, converted.original_weights))
 
 
 def wrong_engine(engine: str, host: HostReport) -> list[Problem]:

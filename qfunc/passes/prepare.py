@@ -25,7 +25,7 @@ from qfunc.passes.annotate import NOTHING, annotate
 from qfunc.passes.borders import wrong_borders
 from qfunc.passes.derived import wrong_derived
 from qfunc.passes.equalize import equalizations
-from qfunc.passes.stages import Prepared, Site, SiteObserver, measures
+from qfunc.passes.stages import Configuration, Prepared, Site, SiteObserver, measures
 from qfunc.result import R
 
 
@@ -57,14 +57,23 @@ def prepare(
     if not isinstance(graph, Graph):
         return Failure(WrongStage(type(graph).__name__, "Graph"))
     if not isinstance(qconfig_mapping, Annotations):
-        return annotate(graph, qconfig_mapping, backend=backend, custom=custom).bind(
-            lambda found: _prepared(graph, found, backend.name, equalize)
+        found = annotate(graph, qconfig_mapping, backend=backend, custom=custom)
+        return found.bind(lambda made: _prepared(graph, made, backend.name, equalize)).map(
+            lambda made: replace(made, configuration=_configuration(made, qconfig_mapping, backend, custom))
         )
     problems = list(wrong_annotations(qconfig_mapping, graph)) or wrong_arguments(backend=backend, custom=custom)
     problems = problems or list(wrong_borders(graph, qconfig_mapping))
     if problems:
         return Failure(several(problems))
     return _prepared(graph, _with_reasons(graph, qconfig_mapping), backend.name, equalize)
+
+
+def _configuration(
+    prepared: Prepared, mapping: QConfigMapping | None, backend: BackendConfig, custom: CustomConfig
+) -> Configuration:
+    found = {edge.user for e in prepared.equalizations.values() for edge in e.edges}
+    equalized = tuple(id for id in prepared.graph.order if id in found)
+    return Configuration(backend.qconfig_mapping if mapping is None else mapping, backend, custom, equalized)
 
 
 def _with_reasons(graph: Graph, annotations: Annotations) -> Annotations:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard
 
 from pyrsistent import PMap, pmap
 
 from qfunc.config.annotation import Derived, ParameterSpec
-from qfunc.config.custom_config import Swap
+from qfunc.config.backend_config import BackendConfig
+from qfunc.config.custom_config import CustomConfig, Swap
 from qfunc.config.point import Edge
+from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import Problem
-from qfunc.ir import Graph, Note, Opaque
+from qfunc.ir import Expression, Graph, Note, Opaque
 from qfunc.numerics.observers import Observer
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.statistic import RangeState
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.passes.statistics import Fold, Statistics, folds_of
 
@@ -41,10 +47,40 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Equalization:
-    """A value that layers read scaled channel by channel: `site` measures it, `edges` are the uses that are scaled."""
+    """A value that layers read scaled channel by channel: `site` measures it, `edges` are the uses that are scaled.
+
+    `specs` are those that the scaled uses are quantized for, in the order of the edges.
+    """
 
     site: Site
     edges: tuple[Edge, ...]
+    specs: tuple[QuantSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a stage was prepared from; `equalized` are the layers that were picked.
+
+    It is pickled where it can be: a stage is no less itself without.
+    """
+
+    qconfig_mapping: QConfigMapping
+    backend: BackendConfig
+    custom: CustomConfig
+    equalized: tuple[str, ...] = ()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Callable[..., Configuration | None], tuple[bytes]]:
+        parts = (self.qconfig_mapping, self.backend, self.custom, self.equalized)
+        try:
+            return _configured, (pickle.dumps(parts),)
+        except Exception:  # noqa: BLE001 - what a user's selector or observer raises when it is pickled is the user's code
+            return _configured, (b"",)
+
+
+def _configured(parts: bytes) -> Configuration | None:
+    return Configuration(*pickle.loads(parts)) if parts else None  # noqa: S301 - within what is being unpickled
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +111,8 @@ class Prepared:
     equalizations: PMap[str, Equalization] = pmap()
     swapped: PMap[str, Swap] = pmap()
     unrounded: frozenset[Edge] = frozenset()
+    configuration: Configuration | None = field(default=None, compare=False, repr=False)
+    """What it was made of; None for annotations."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -100,6 +138,8 @@ class Calibrated:
     """The custom modules that were calibrated, by the paths of the modules they stand for."""
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     """What was wrong with the data and could be borne: batches left out, values clipped, values that never change."""
+    columns: PMap[str, RangeState] = pmap()
+    """The ranges of the weights of layers to be equalized, by input channel; the layers by the ids of their nodes."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -124,5 +164,7 @@ class Converted:
     """The qparams of the inputs that are codes, by the ids of their nodes."""
     output_qparams: PMap[int, Any] = pmap()
     """The qparams of the items of the output that are codes, by position."""
+    original_weights: PMap[str, PMap[str, Expression]] = pmap()
+    """The float parameters of layers whose weights became integers, where they were asked for: see `convert`."""
 
     __hash__ = None  # type: ignore[assignment]
