@@ -136,7 +136,7 @@ def test_no_memory_is_moved_for_other_processes(spawned: Any) -> None:
     for answer in answers:
         measured = unwrap(answer.found).statistics.measured
         tensors += [tensor for entry in measured.values() for tensor in (entry.state.minimum, entry.state.maximum)]
-    assert len(tensors) == 6 + 4 + 2 * 3 * 2
+    assert len(tensors) == 6 + 4 + 2 * 4 * 2
     assert not any(tensor.is_shared() for tensor in tensors)
 
 
@@ -233,7 +233,7 @@ def untouched(function: Any, items: Any) -> Any:
 def test_what_can_be_told_before_any_data() -> None:
     other = unwrap(calibrate(prepared(seed=1), batches(1))).statistics
     weights = prepared()
-    places = ["second", "first", "input 'x'"]
+    places = ["second", "mean", "first", "input 'x'"]
     rows = [
         (calibrate_sharded(unmergeable(), THREE, untouched), [("BadConfig", each) for each in places]),
         (calibrate_sharded(weights, THREE, untouched, statistics=other), [("BadConfig", "statistics")]),
