@@ -327,7 +327,11 @@ class Rules:
             for value in operands:
                 readers.setdefault(value, []).append(id)
         weighted = {id for id, (row, _) in self._chosen.items() if has_weight(self.graph[id], row)}
-        shares = {id for id, (row, _) in self._chosen.items() if self._shares(self.graph[id], row) and not row.narrows}
+        shares = {
+            id
+            for id, (row, qconfig) in self._chosen.items()
+            if self._shares(self.graph[id], row) and not (row.narrows and _has_qparams(qconfig.of_inputs))
+        }
         read = Counter(value for id in values for value in values[id])
         made = {id: sum(value in values for value in values[id]) for id in values}
         queue = list(self._chosen)
