@@ -34,11 +34,15 @@ from qfunc.backends import (
     get_default_qconfig_mapping,
 )
 from qfunc.config.annotation import Annotations, Derived, SharedWith, Unshared, combine
-from qfunc.config.as_json import from_json, to_json
+from qfunc.config.as_json import from_json, read_certificate, read_host_report, to_json
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
+from qfunc.config.certificate import Certificate, Entry
+from qfunc.config.certificate_diff import CertificateDiff
 from qfunc.config.custom_config import CustomConfig, CustomModule, Standalone
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.host_report import HostReport, Verdict
+from qfunc.config.kernel import KernelRow
 from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
@@ -48,7 +52,7 @@ from qfunc.edge.calibrate import calibrate
 from qfunc.edge.distributed import calibrate_distributed
 from qfunc.edge.fuse_modules import fuse_modules, fuse_modules_qat
 from qfunc.edge.fusers import fuse_known_modules
-from qfunc.edge.host import check_host
+from qfunc.edge.host import check_host, check_kernels
 from qfunc.edge.interpret import interpret
 from qfunc.edge.materialize import materialize
 from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
@@ -56,6 +60,7 @@ from qfunc.edge.reuse import reuse
 from qfunc.edge.sharded import calibrate_sharded
 from qfunc.edge.ship import pack, unpack
 from qfunc.edge.trace import trace
+from qfunc.engines.own import Trial, own_kernel
 from qfunc.errors import QuantError, kept, render
 from qfunc.match import MatchAllNode, Pattern, Step
 from qfunc.numerics.fake_quantize import FakeQuantize
@@ -97,6 +102,8 @@ __all__ = [
     "BackendConfig",
     "Calibrated",
     "Cast",
+    "Certificate",
+    "CertificateDiff",
     "Comparison",
     "Converted",
     "CustomConfig",
@@ -109,11 +116,14 @@ __all__ = [
     "Dynamic",
     "Edge",
     "Entropy",
+    "Entry",
     "FakeQuantize",
     "FixedQParams",
     "FusionReport",
     "Histogram",
+    "HostReport",
     "KeepFloat",
+    "KernelRow",
     "Lowered",
     "MatchAllNode",
     "MeanSquaredError",
@@ -140,12 +150,15 @@ __all__ = [
     "Standalone",
     "Statistics",
     "Step",
+    "Trial",
     "Unshared",
+    "Verdict",
     "annotate",
     "calibrate",
     "calibrate_distributed",
     "calibrate_sharded",
     "check_host",
+    "check_kernels",
     "combine",
     "compare",
     "convert",
@@ -170,10 +183,13 @@ __all__ = [
     "materialize",
     "merge",
     "observed_lstm",
+    "own_kernel",
     "pack",
     "prepare",
     "quantize",
     "quantized_lstm",
+    "read_certificate",
+    "read_host_report",
     "render",
     "reuse",
     "save",

@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any
 
 from pyrsistent import pmap
-from returns.result import Failure
+from returns.result import Failure, Success
 from torch import nn
 
 from qfunc.backends import CPU, X86
@@ -22,11 +22,22 @@ from qfunc.config.resolve import problems_of
 from qfunc.edge.batches import length, not_batches, read
 from qfunc.edge.calibrate import calibrate_on
 from qfunc.edge.call_fuser import call_fuser
-from qfunc.edge.host import check_host
+from qfunc.edge.host import check_host, check_kernels
 from qfunc.edge.measure import Options, wrong_options
 from qfunc.edge.run import BINDING, Policy
 from qfunc.edge.trace import NOTHING, trace
-from qfunc.errors import BadBatch, BadExampleInputs, InTrainingMode, NoBatches, NotAModule, Problem, QuantError, several
+from qfunc.engines.choice import AUTO, best_engine
+from qfunc.errors import (
+    BadBatch,
+    BadExampleInputs,
+    InTrainingMode,
+    NoBatches,
+    NotAModule,
+    Problem,
+    QuantError,
+    WrongStage,
+    several,
+)
 from qfunc.errors import problems as problems_in
 from qfunc.ir import Graph
 from qfunc.passes import fuse as fusing
@@ -38,6 +49,7 @@ from qfunc.passes.statistics import Statistics
 from qfunc.result import R
 
 _BACKENDS = pmap({"quantized": X86})
+"""What suits an engine, by the first part of its name; any other has `CPU`."""
 
 
 def fuse(graph: Graph, *, backend: BackendConfig = CPU, qat: bool = False, custom: CustomConfig = NOTHING) -> R[Graph]:
@@ -60,10 +72,13 @@ def lower(
 ) -> R[passes.Lowered]:
     """The graph of kernels of `engine`, for `host` (by default this machine, whose kernels are checked once).
 
-    See `qfunc.passes.lower.lower`, the pure function of graph and host report.
+    Kernels of the user's are checked here where no `host` is given; a given one has their verdicts from
+    `check_kernels`. See `qfunc.passes.lower.lower`, the pure function of graph and host report.
     """
-    report = check_host() if host is None else host
-    return passes.lower(converted, report, engine=engine, kernels=kernels, strict=strict)
+    if not isinstance(converted, Converted):
+        return Failure(WrongStage(type(converted).__name__, "Converted"))
+    report = check_kernels(kernels) if host is None else Success(host)
+    return report.bind(lambda known: passes.lower(converted, known, engine=engine, kernels=kernels, strict=strict))
 
 
 def quantize(
@@ -74,6 +89,7 @@ def quantize(
     backend: BackendConfig | None = None,
     engine: str = "onednn",
     host: HostReport | None = None,
+    kernels: tuple[KernelRow, ...] = (),
     custom: CustomConfig = NOTHING,
     strict: bool = False,
     statistics: Statistics | None = None,
@@ -90,10 +106,11 @@ def quantize(
             read once; the first also serves as the example of shapes.
         qconfig_mapping: what to quantize and how; by default the backend's own.
         backend: what can be quantized; by default what suits the engine.
-        engine: whose kernels to use, see `lower`.
+        engine: whose kernels to use, see `lower`; `"auto"` for the best that the machine runs.
         host: the machine to lower for; by default this one.
+        kernels: kernels of the user's own, see `own_kernel`.
         custom: exceptions for the model.
-        strict: whether a fallback to float is an error.
+        strict: whether a fallback to float, or a kernel that fails its contract, is an error.
         statistics: earlier ones, to go on from.
         limit: the most batches to read.
         policy: what to do about NaN, infinity and empty batches.
@@ -109,16 +126,18 @@ def quantize(
     >>> quantize(model, [torch.randn(1, 3, 8, 8)]).unwrap().certificate.in_int8
     1
     """
-    chosen = _BACKENDS.get(engine, CPU) if backend is None and isinstance(engine, str) else backend
     mapping = QConfigMapping() if qconfig_mapping is None else qconfig_mapping
-    report = check_host() if host is None else host
+    checked = check_kernels(kernels) if host is None else Success(host)
+    report = checked.value_or(host or check_host())
+    chosen = _suiting(engine, report) if backend is None else backend
     options = Options(statistics, limit=limit, policy=policy, checkpoint=checkpoint, progress=progress)
     problems = [
         *_wrong_model(model, mapping, custom),
         *not_batches(batches),
         *wrong_options(options),
         *passes.wrong_engine(engine, report),
-        *wrong_arguments(backend=CPU if chosen is None else chosen, qconfig_mapping=mapping, custom=custom),
+        *(problems_in(checked.failure()) if isinstance(checked, Failure) else ()),
+        *wrong_arguments(backend=chosen, qconfig_mapping=mapping, custom=custom),
     ]
     if problems:
         return Failure(several(problems))
@@ -132,11 +151,19 @@ def quantize(
     return (
         trace(model, first.unwrap(), custom=custom)
         .lash(_of_first_batch)
-        .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen or CPU, custom))
+        .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen, custom))
         .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), options, total=total))
         .bind(convert)
-        .bind(lambda converted: lower(converted, engine=engine, host=report, strict=strict))
+        .bind(lambda converted: lower(converted, engine=engine, host=report, kernels=kernels, strict=strict))
     )
+
+
+def _suiting(engine: str, host: HostReport) -> BackendConfig:
+    """The backend that suits an engine; for what is none, any."""
+    if not isinstance(engine, str) or not isinstance(host, HostReport):
+        return CPU
+    name = best_engine(host)[0] if engine == AUTO else engine
+    return _BACKENDS.get(name.partition(".")[0], CPU)
 
 
 def _wrong_model(model: object, mapping: object, custom: object) -> list[Problem]:

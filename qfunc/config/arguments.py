@@ -23,9 +23,9 @@ _EXPECTED: Mapping[str, tuple[type, str]] = MappingProxyType(
         "qconfig_mapping": (QConfigMapping, "pass a QConfigMapping, or None for the backend's own"),
         "custom": (CustomConfig, "pass a CustomConfig, or leave it out"),
         "host": (HostReport, "pass the report of check_host(), or leave it out"),
-        "engine": (str, "pass the name of an engine: 'onednn', 'quantized' or 'reference'"),
+        "engine": (str, "pass the name of an engine: 'onednn', 'quantized' or 'reference', or 'auto'"),
         "qat": (bool, "pass qat=True to fuse for training, qat=False for evaluation"),
-        "kernels": (tuple, "pass a tuple of KernelRow"),
+        "kernels": (tuple, "pass a tuple of rows: kernels=(unwrap(own_kernel(...)),)"),
     }
 )
 

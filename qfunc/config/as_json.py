@@ -1,16 +1,18 @@
-"""Configurations as JSON: `to_json` and `from_json`."""
+"""Configurations, host reports and certificates as JSON: `to_json` and `from_json`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from returns.result import Failure, Success
 
 from qfunc.config.arguments import shown
 from qfunc.config.backend_config import BackendConfig
+from qfunc.config.certificate import Certificate
+from qfunc.config.host_report import HostReport
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.reading import LONGEST, MOST_PROBLEMS, Object, Reader, as_written, parse
@@ -21,6 +23,10 @@ from qfunc.errors import BadConfig, Problem, several
 from qfunc.result import R
 
 Configuration: TypeAlias = QConfig | QConfigMapping | BackendConfig
+Document: TypeAlias = Configuration | HostReport | Certificate
+"""What a document holds."""
+
+_Value = TypeVar("_Value", HostReport, Certificate)
 
 VERSION = 1
 """The version of the documents that are written, and the only one that is read."""
@@ -28,8 +34,8 @@ VERSION = 1
 _NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 
 
-def to_json(configuration: Configuration, *, names: Mapping[str, type | Callable[..., Any]] = _NO_NAMES) -> R[str]:
-    """A configuration as a JSON document, the same text for equal ones.
+def to_json(configuration: Document, *, names: Mapping[str, type | Callable[..., Any]] = _NO_NAMES) -> R[str]:
+    """A configuration, host report or certificate as a JSON document, the same text for equal ones.
 
     Observers of qfunc are written as the names of their classes and their fields, operators of patterns as their
     canonical names, selectors of `qfunc.config.selectors` as their own. What is the user's own is written as a name:
@@ -45,8 +51,8 @@ def to_json(configuration: Configuration, *, names: Mapping[str, type | Callable
     pmap({'head': None})
     """
     kind = type(configuration).__name__
-    if type(configuration) not in (QConfig, QConfigMapping, BackendConfig):
-        remedy = "pass a QConfig, a QConfigMapping or a BackendConfig"
+    if kind not in DOCUMENTS or type(configuration) is not DOCUMENTS[kind].type:
+        remedy = "pass a QConfig, QConfigMapping, BackendConfig, HostReport or Certificate"
         return Failure(BadConfig("configuration", f"there is no document of {shown(configuration)}", remedy))
     writer, problems = Writer(names), list(_wrong_names(names))
     body = {} if problems else writer.write(DOCUMENTS[kind], configuration, ())
@@ -60,8 +66,8 @@ def to_json(configuration: Configuration, *, names: Mapping[str, type | Callable
     return Success(text)
 
 
-def from_json(text: str, *, names: Mapping[str, type | Callable[..., Any]] = _NO_NAMES) -> R[Configuration]:
-    """The configuration that a document of `to_json`, or one written by hand, stands for.
+def from_json(text: str, *, names: Mapping[str, type | Callable[..., Any]] = _NO_NAMES) -> R[Document]:
+    """The value that a document of `to_json`, or one written by hand, stands for.
 
     Fields that are left out have their defaults. The text need not be trusted: what it names is looked up among qfunc's
     observers, torch's operators and `names`, and never imported or evaluated; only classes of observers in `names` are
@@ -82,7 +88,27 @@ def from_json(text: str, *, names: Mapping[str, type | Callable[..., Any]] = _NO
     return Failure(several(problems)) if problems else parse(text).bind(lambda found: _document(found, names))
 
 
-def _document(found: Any, names: Mapping[str, Any]) -> R[Configuration]:
+def read_host_report(text: str) -> R[HostReport]:
+    """The host report of a document of `to_json`, as to lower for another machine; `BadConfig` as of `from_json`."""
+    return _read(HostReport, text)
+
+
+def read_certificate(text: str) -> R[Certificate]:
+    """The certificate of a document of `to_json`, as to compare another with it; `BadConfig` as of `from_json`."""
+    return _read(Certificate, text)
+
+
+def _read(expected: type[_Value], text: str) -> R[_Value]:
+    def of_type(found: Document) -> R[_Value]:
+        if isinstance(found, expected):
+            return Success(found)
+        reason = f"expected a {expected.__name__}, got a {type(found).__name__}"
+        return Failure(BadConfig("qfunc", reason, f"pass the text that to_json made of a {expected.__name__}"))
+
+    return from_json(text).bind(of_type)
+
+
+def _document(found: Any, names: Mapping[str, Any]) -> R[Document]:
     if not isinstance(found, Object):
         return Failure(BadConfig("document", "it is no object", 'write {"qfunc": "QConfigMapping", "version": 1, ...}'))
     problems = list(_wrong_header(found))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Self
 
+from qfunc.config.columns import aligned
 from qfunc.numerics.saturation import PairLayouts
 
 
@@ -18,7 +20,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """A machine as qfunc's kernels see it. Equal reports lower a graph equally."""
+    """A machine as qfunc's kernels see it; prints as a table. Equal reports lower a graph equally."""
 
     torch_version: str
     cpu_capability: str
@@ -36,6 +38,20 @@ class HostReport:
     """The same for each of torch's engines; fbgemm's depthwise kernels saturate on a CPU with VNNI, too."""
     verdicts: tuple[Verdict, ...]
     """One for each kernel, in the order of their names."""
+
+    def __str__(self) -> str:
+        layouts = (("onednn", self.onednn_layouts), *self.quantized_layouts)
+        pairs = ", ".join(f"{name} {p.dense}/{p.depthwise}" for name, p in layouts if p.saturates)
+        rows = [(v.kernel, "yes" if v.ok else "no", v.reason) for v in self.verdicts]
+        return "\n".join(
+            [
+                f"torch {self.torch_version} on {self.title}, with {', '.join(self.isa) or 'no integer extensions'}",
+                f"engines: {', '.join((*self.engines, 'reference'))}",
+                f"torch's engines for quantized tensors: {', '.join(self.quantized_engines) or 'none'}",
+                f"pairs that are added in 16 bits, dense/depthwise: {pairs or 'none'}",
+                *aligned([("kernel", "right", "why not"), *rows]),
+            ]
+        )
 
     @property
     def title(self) -> str:
@@ -63,3 +79,21 @@ class HostReport:
         """The pair layouts of `onednn`, or of one of torch's engines; unknown engines count as the worst."""
         unknown = PairLayouts("any", "any")
         return self.onednn_layouts if engine == "onednn" else dict(self.quantized_layouts).get(engine, unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class Consulted(HostReport):
+    """A report that keeps which verdicts were asked for, so that a certificate can name what a kernel relies on."""
+
+    asked: dict[str, Verdict] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, host: HostReport) -> Self:
+        """The same report, of which nothing was asked yet."""
+        return cls(**{each.name: getattr(host, each.name) for each in fields(HostReport)})
+
+    def verdict(self, kernel: str) -> Verdict:
+        """The verdict on a kernel, and the memory of it."""
+        found = HostReport.verdict(self, kernel)
+        self.asked[kernel] = found
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from qfunc.config.host_report import HostReport
 from qfunc.errors import Problem
@@ -68,6 +68,15 @@ class Call:
         return next(iter(self.operands.values()))[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A kernel of the user's: what makes it, and what it is checked on (see `qfunc.engines.own`)."""
+
+    make: Callable[[Any], Callable[..., Any]]
+    operators: tuple[str, ...]
+    trials: tuple[Any, ...]
+
+
 Plan: TypeAlias = Node | str
 """The node to put in place of the operator, or why this kernel cannot take it."""
 
@@ -83,6 +92,8 @@ class KernelRow:
     """Whether a contract must hold on the host; false for what only moves elements."""
     takes: tuple[type, ...] = CODES
     """How its operands may be given; by default all as codes of one scale."""
+    own: Own | None = None
+    """What makes and checks a kernel of the user's; None for qfunc's."""
 
     def accepts(self, call: Call) -> bool:
         """Whether it takes operands that are given as these are."""

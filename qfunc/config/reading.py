@@ -105,6 +105,9 @@ class Reader:
                 if not isinstance(value, str) or value not in known:
                     return self._mistyped(at, " or ".join(map(repr, known)), value)
                 return known[value]
+            case s.Word(words):
+                fit = isinstance(value, str) and value in words
+                return value if fit else self._mistyped(at, " or ".join(map(repr, words)), value)
             case s.Maybe(of):
                 return None if value is None else self.read(of, value, at)
             case s.Many(of):

@@ -10,22 +10,26 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from torch import nn
 
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
+from qfunc.config.certificate import Certificate, Entry, Form
 from qfunc.config.custom_fusion import CustomFusion
 from qfunc.config.dtype_config import DTypeConfig, DTypeWithConstraints
+from qfunc.config.host_report import HostReport, Verdict
 from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.selectors import SELECTORS
+from qfunc.ir import Note
 from qfunc.match import Anything, Constant, MatchAllNode, Pattern, Step
 from qfunc.numerics import observers
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.recording import Recording
+from qfunc.numerics.saturation import PairLayout, PairLayouts
 from qfunc.numerics.search_observers import Entropy, MeanSquaredError, Percentile
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat, ReuseInput
 from qfunc.ops import FORMS, resolve
@@ -48,6 +52,13 @@ class Choices:
     """A member of an enumeration, by its value."""
 
     members: type[Observation]
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A str of a few."""
+
+    known: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +166,7 @@ Shape: TypeAlias = (
     Scalar
     | Plain
     | Choices
+    | Word
     | Maybe
     | Many
     | Names
@@ -312,8 +324,49 @@ _BACKEND = Record(
     },
 )
 
+_VERDICTS = Many(Record(Verdict, {"kernel": TEXT, "ok": FLAG, "reason": TEXT}))
+_LAYOUT = Word(get_args(PairLayout))
+_LAYOUTS = Record(PairLayouts, {"dense": _LAYOUT, "depthwise": _LAYOUT})
+_HOST = Record(
+    HostReport,
+    {
+        **dict.fromkeys(("torch_version", "cpu_capability"), TEXT),
+        **{name: Many(TEXT) for name in ("isa", "engines", "quantized_engines")},
+        "onednn_layouts": _LAYOUTS,
+        "quantized_layouts": Many(Row({"engine": TEXT, "layouts": _LAYOUTS})),
+        "verdicts": _VERDICTS,
+    },
+)
+_ENTRY = Record(
+    Entry,
+    {
+        **dict.fromkeys(("node", "module", "operator", "kernel", "output", "reason", "weight", "engine"), TEXT),
+        "form": Word(get_args(Form)),
+        "intended": FLAG,
+        "inputs": Many(TEXT),
+        "contracts": _VERDICTS,
+        "multiply_adds": Maybe(INT),
+    },
+)
+_CERTIFICATE = Record(
+    Certificate,
+    {
+        **dict.fromkeys(("engine", "host"), TEXT),
+        "entries": Many(_ENTRY),
+        **dict.fromkeys(("conversions", "requantizations", "weight_bytes", "float_weight_bytes"), INT),
+        "limited": FLAG,
+        "notes": Many(Record(Note, {"node": TEXT, "text": TEXT})),
+    },
+)
+
 DOCUMENTS: Mapping[str, Record] = MappingProxyType(
-    {"QConfig": QCONFIG, "QConfigMapping": _MAPPING, "BackendConfig": _BACKEND}
+    {
+        "QConfig": QCONFIG,
+        "QConfigMapping": _MAPPING,
+        "BackendConfig": _BACKEND,
+        "HostReport": _HOST,
+        "Certificate": _CERTIFICATE,
+    }
 )
 """What a document can hold."""
 

@@ -80,6 +80,9 @@ class Writer:
                 return self._plain(value, at)
             case s.Choices(members):
                 return value.value if isinstance(value, members) else self._mistyped(at, members.__name__, value)
+            case s.Word(known):
+                words = " or ".join(map(repr, known))
+                return value if isinstance(value, str) and value in known else self._mistyped(at, words, value)
             case s.Maybe(of):
                 return None if value is None else self.write(of, value, at)
             case s.Many(of):

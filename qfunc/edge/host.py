@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations
 from types import MappingProxyType
@@ -13,19 +13,26 @@ from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from returns.result import Failure, Success
 from torch import Tensor
 
+from qfunc.config.arguments import wrong_arguments
 from qfunc.config.host_report import HostReport
+from qfunc.config.kernel import KernelRow
 from qfunc.edge.decomposed import has_decomposed
+from qfunc.edge.host_cache import forget, kept
 from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import check
 from qfunc.edge.kernels.contracts import onednn_contracts, plain_contracts
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
+from qfunc.edge.kernels.own import check_own
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall, QuantizedLinear, TorchEngine
 from qfunc.edge.kernels.quantized_contracts import as_quantized, quantized_contracts
+from qfunc.errors import several
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import UNPAIRED, PairLayout, PairLayouts
+from qfunc.result import R
 
 _ONEDNN_OPERATORS = (
     ("qconv_prepack", "default"),
@@ -36,12 +43,45 @@ _ONEDNN_OPERATORS = (
 )
 
 
-@cache
-def check_host() -> HostReport:
-    """Probe this CPU and check every kernel's contract on it; a second or less, once per process.
+def check_host(*, fresh: bool = False) -> HostReport:
+    """Probe this CPU and check every kernel's contract on it: a second or less, once for each machine and version.
 
-    Draws no global random numbers, and leaves torch's engine and warnings as they were.
+    The report is kept, for the process and in a file of the user's cache directory (`QFUNC_CACHE` names another one;
+    empty, it keeps none), under all that it depends on: nothing but the time tells whether it was. With `fresh` all is
+    checked again. Draws no global random numbers, and leaves torch's engine and warnings as they were.
     """
+    if fresh:
+        _known.cache_clear()
+        forget()
+    return _known()
+
+
+@cache
+def _known() -> HostReport:
+    return kept(_probed)
+
+
+def check_kernels(kernels: tuple[KernelRow, ...], host: HostReport | None = None) -> R[HostReport]:
+    """A host report, by default of this machine, with the verdicts of kernels of the user's, which are run here.
+
+    Returns:
+        The report, or `BadConfig` for what is no such kernel.
+    """
+    known = check_host() if host is None else host
+    problems = wrong_arguments(kernels=kernels, host=known)
+    if problems:
+        return Failure(several(problems))
+    own = [row for row in kernels if row.own is not None]
+    if not own:
+        return Success(known)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        found = {row.name: check_own(row) for row in own}
+    others = (verdict for verdict in known.verdicts if verdict.kernel not in found)
+    verdicts = sorted((*others, *found.values()), key=lambda verdict: verdict.kernel)
+    return Success(replace(known, verdicts=tuple(verdicts)))
+
+
+def _probed() -> HostReport:
     torch_engines: tuple[TorchEngine, ...] = tuple(
         cast("TorchEngine", e) for e in sorted(torch.backends.quantized.supported_engines) if e != "none"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qfunc.edge.build import Builder, Literals, literal, output, weights
+from qfunc.edge.custom_modules import CustomModuleError
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
@@ -16,6 +17,7 @@ from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.grid import DequantizeGrid, QuantizeDynamically, QuantizeGrid
 from qfunc.edge.kernels.island import Island, QuantizedIsland, computed
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
+from qfunc.edge.kernels.own import made
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.kernels.quantized import (
@@ -29,6 +31,9 @@ from qfunc.edge.kernels.quantized import (
     QuantizeTensor,
 )
 from qfunc.edge.observer import ObserverModule
+from qfunc.engines.island import IslandCall
+from qfunc.engines.own import OWN
+from qfunc.errors import UserFunctionFailed, told
 from qfunc.ir import Arg, Expression, Node, Opaque, Token
 from qfunc.numerics.grid import Affine, Grid, literals
 from qfunc.params import DeriveQParams
@@ -149,6 +154,15 @@ def _island(kernel: type[Island]) -> Builder:
     return build
 
 
+def _own(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Module:
+    token, call = node.get("make"), node.get("call")
+    assert isinstance(token, Token) and isinstance(call, IslandCall)
+    try:
+        return made(objects[token.id].value, call)
+    except Exception as error:
+        raise CustomModuleError(UserFunctionFailed(token.id.removeprefix("kernel:"), told(error))) from error
+
+
 _MAX_POOL = literal(
     lambda g: MaxPool(g.kernel_size, g.stride, g.padding, g.dilation, ceil_mode=g.ceil_mode),
 )
@@ -166,6 +180,7 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         "requantize": literal(lambda g: requantize(g.given, g.output)),
         "codes.float": _island(Island),
         "quantized.float": _island(QuantizedIsland),
+        OWN: _own,
         "codes.add": literal(lambda g: Add(g.left, g.right, g.output, g.post_op)),
         "codes.mul": literal(lambda g: Mul(g.left, g.right, g.output, g.post_op)),
         "codes.table": literal(_table),

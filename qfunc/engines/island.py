@@ -28,6 +28,33 @@ class IslandCall(Body):
     output: Affine | None
 
 
+def body_of(call: Call) -> tuple[IslandCall, tuple[str, ...]]:
+    """What an operator computes, without its parameters, and the ids of what it is called with."""
+    inputs: list[str] = []
+    grids: list[Affine | None] = []
+    operands = {slot: iter(found) for slot, found in call.operands.items()}
+
+    def taken(slot: str) -> Callable[[Arg], Arg]:
+        def leaf(value: Arg) -> Arg:
+            if not isinstance(value, Ref):
+                return value
+            operand = next(operands[slot]) if slot in operands else None
+            inputs.append(value.id if operand is None else operand.value)
+            grids.append(operand.how if operand is not None and isinstance(operand.how, Affine) else None)
+            return Ref(str(len(inputs) - 1))
+
+        return leaf
+
+    node = call.node
+    weights = {name for name, value in node.args if isinstance(value, Expression)}
+    args = tuple((name, map_arg(value, taken(name))) for name, value in node.args if name not in weights)
+    posts = tuple(
+        PostOp(post.kind, tuple((name, map_arg(value, taken(f"post.{i}.{name}"))) for name, value in post.args))
+        for i, post in enumerate(node.post)
+    )
+    return IslandCall(node.kind, args, posts, tuple(grids), call.output), tuple(inputs)
+
+
 def island(kernel: str) -> KernelRow:
     """The row of an engine for operators that compute in float, whose results become codes and whose operands may be.
 
@@ -35,32 +62,11 @@ def island(kernel: str) -> KernelRow:
     """
 
     def plan(call: Call) -> Plan:
-        inputs: list[str] = []
-        grids: list[Affine | None] = []
-        operands = {slot: iter(found) for slot, found in call.operands.items()}
-
-        def taken(slot: str) -> Callable[[Arg], Arg]:
-            def leaf(value: Arg) -> Arg:
-                if not isinstance(value, Ref):
-                    return value
-                operand = next(operands[slot]) if slot in operands else None
-                inputs.append(value.id if operand is None else operand.value)
-                grids.append(operand.how if operand is not None and isinstance(operand.how, Affine) else None)
-                return Ref(str(len(inputs) - 1))
-
-            return leaf
-
-        node = call.node
-        weights = {name: value for name, value in node.args if isinstance(value, Expression)}
-        args = tuple((name, map_arg(value, taken(name))) for name, value in node.args if name not in weights)
-        posts = tuple(
-            PostOp(post.kind, tuple((name, map_arg(value, taken(f"post.{i}.{name}"))) for name, value in post.args))
-            for i, post in enumerate(node.post)
-        )
-        if any(isinstance(value, Expression) for post in posts for _, value in post.args):
+        body, inputs = body_of(call)
+        if any(isinstance(value, Expression) for post in body.posts for _, value in post.args):
             return "what is fused behind it has parameters"
-        body = IslandCall(node.kind, args, posts, tuple(grids), call.output)
-        return kernel_node(call, kernel, tuple(inputs), call=body, **weights)
+        weights = {name: value for name, value in call.node.args if isinstance(value, Expression)}
+        return kernel_node(call, kernel, inputs, call=body, **weights)
 
     kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | MOVES)
     return KernelRow(ISLAND, kinds, plan, checked=False, takes=(*CODES, *FLOATS))

@@ -107,7 +107,8 @@ def _arithmetic(call: Call) -> Plan:
         return "the sum is scaled by alpha"
     codes = tuple(operand.codes for operand in operands)
     if len(operands) == 1:
-        return kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
+        broken = breach(call.host, "table")
+        return broken or kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
     kernel = f"codes.{node.kind}"
     post = post_op(kernel, node.post, call.output)
     if isinstance(post, str):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from qfunc.backends.cpu import MOVES
+from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node, on_codes
 from qfunc.engines.island import island
 from qfunc.engines.onednn import clips, weight_of
@@ -16,7 +18,12 @@ from qfunc.ir.node import NamedArgs
 
 def torch_engine(call: Call) -> str:
     """The engine of torch's that packs and runs the kernels on this host: x86 where there is one."""
-    return next(e for e in ("x86", "fbgemm", "onednn", "qnnpack") if e in call.host.quantized_engines)
+    return next(torch_engines(call.host))
+
+
+def torch_engines(host: HostReport) -> Iterator[str]:
+    """The engines of torch's that a host has, the best first."""
+    return (e for e in ("x86", "fbgemm", "onednn", "qnnpack") if e in host.quantized_engines)
 
 
 def _weighted(call: Call) -> Plan:

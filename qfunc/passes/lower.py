@@ -10,28 +10,32 @@ from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
 from qfunc.config.arguments import wrong_arguments
-from qfunc.config.host_report import HostReport
+from qfunc.config.certificate import Certificate, Entry
+from qfunc.config.host_report import Consulted, HostReport, Verdict
 from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
+from qfunc.engines.choice import AUTO, best_engine, runnable
+from qfunc.engines.own import is_own, misplaced, objects_of
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
-from qfunc.ir import Draft, Expression, Graph, Name, Node, refs, users
+from qfunc.ir import Draft, Expression, Graph, Name, Node, Note, TensorFact, refs, users
 from qfunc.ir.node import fact_in
 from qfunc.numerics.grid import Affine, Grid
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.unmeasured import Cast, Dynamic
 from qfunc.ops import BY_NAME
-from qfunc.params import QuantizeWeight
-from qfunc.passes.certificate import Certificate, Entry
+from qfunc.passes.certificate import CHANGES_OF_SCALE, certified
 from qfunc.passes.moves import affine_of, moved_on_codes
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.record import recorded
 from qfunc.passes.stages import Converted
+from qfunc.passes.work import dtype_of, multiply_adds
 from qfunc.result import R
 
 CONVERSIONS = frozenset({"quantize", "dequantize", "quantize_dynamically", "cast"})
 """The kinds of nodes that `convert` inserts."""
 
-_ALL_CONVERSIONS = CONVERSIONS.union(own for engine in ENGINES.values() for _, own in engine.conversions)
+_BORDERS = CONVERSIONS | {own for engine in ENGINES.values() for _, own in engine.conversions}
+_ALL_CONVERSIONS = _BORDERS | CHANGES_OF_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,12 @@ def lower(
         engine: `"onednn"`, `"quantized"`, `"decomposed"` or `"reference"`. The last two have no kernels: operators are
             float between their conversions. Decomposed, these are torch's `quantized_decomposed` operators, around
             functions with dequantized weights, for `torch.export` and compilers: see `qfunc.engines.decomposed`.
-        kernels: rows to try before the engine's own.
-        strict: whether an operator that was meant to run on integers and stays float is an error.
+            `"auto"` is the first of `"onednn"`, `"quantized"` and `"reference"` of which the host's kernels for layers
+            keep their contracts; a note of the certificate says which.
+        kernels: rows to try before the engine's own; those of the user need a verdict in the report (`check_kernels`).
+        strict: whether it is an error that an operator which was meant to run on integers stays float, or that a kernel
+            it would have had fails its contract, even where another takes its place. A float island is no error: it
+            takes and gives codes.
 
     Returns:
         The lowered graph, or `EngineMissing`, `UnknownName` for the engine, `NotLowered` for each node under `strict`,
@@ -83,19 +91,24 @@ def lower(
     problems = wrong_engine(engine, host) + wrong_arguments(kernels=kernels)
     if problems:
         return Failure(several(problems))
+    engine, why = best_engine(host) if engine == AUTO else (engine, "")
     chosen = ENGINES[engine]
+    problems = misplaced(kernels, chosen)
+    if problems:
+        return Failure(several(problems))
     moved, coded = moved_on_codes(converted.graph, chosen)
     lowering = _Lowering(replace(converted, graph=moved), host, replace(chosen, rows=(*kernels, *chosen.rows)), coded)
     graph = lowering.run()
-    conversions = _conversions(graph)
+    graph = objects_of(graph, kernels)
+    notes = (*converted.notes, *([Note("engine", why)] if why else []))
+    entries = tuple(lowering.entries)
+    conversions = sum(node.kind in _BORDERS for node in graph)
     graph, unwritable = chosen.write(graph)
     if unwritable:
         return Failure(several(unwritable))
-    limited = any(w.pairs != "none" for node in graph for w in quantized_weights(node))
-    entries = tuple(lowering.entries)
-    certificate = Certificate(engine, host.title, entries, conversions, limited, converted.notes)
-    if strict and certificate.fallbacks:
-        return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.fallbacks))
+    certificate = certified(entries, graph, engine=engine, host=host.title, conversions=conversions, notes=notes)
+    if strict and certificate.refused:
+        return Failure(several(NotLowered(converted.graph[e.node].place, e.reason) for e in certificate.refused))
     graph = recorded(converted.graph, graph, "lower", f"engine={engine}")
     codes = (converted.input_qparams, converted.output_qparams)
     return Success(Lowered(graph, certificate, engine, host, *codes, converted.original_weights))
@@ -106,10 +119,9 @@ def wrong_engine(engine: str, host: HostReport) -> list[Problem]:
     problems = wrong_arguments(engine=engine, host=host)
     if problems:
         return problems
-    if engine not in ENGINES:
-        return [UnknownName(engine, "engine", tuple(ENGINES))]
-    available = (*host.engines, "reference")
-    return [] if engine in available else [EngineMissing(engine, available)]
+    if engine != AUTO and engine not in ENGINES:
+        return [UnknownName(engine, "engine", (AUTO, *runnable(host)))]
+    return [] if engine in (AUTO, *runnable(host)) else [EngineMissing(engine, runnable(host))]
 
 
 class _Lowering:
@@ -120,7 +132,8 @@ class _Lowering:
         self._graph = converted.graph
         self._intended = converted.intended
         self._floats = converted.floats
-        self._host = host
+        self._host = Consulted.of(host)
+        self._engine = engine.name
         self._conversions = dict(engine.conversions)
         self._moves = engine.moves
         self._why_none = engine.why_none
@@ -147,24 +160,38 @@ class _Lowering:
 
     def _operator(self, node: Node) -> Entry:
         """Give a node its kernel, or the reason why it has none."""
-        name = " + ".join((node.kind, *(post.kind for post in node.post)))
-        entry = Entry(node.id, node.origin.module, name, "", "float32", intended=node.id in self._intended)
-        if node.id in self._coded:
-            return replace(entry, kernel="aten", output=self._coded[node.id].dtype)
         call = self._call(node)
+        entry = self._entry(call)
+        if node.id in self._coded:
+            return replace(entry, form="moves", kernel="aten", output=self._coded[node.id].dtype)
         reasons = [self._floats[node.id]] if self._floats.get(node.id) else []
+        told: list[str] = []
+        verdicts: dict[str, Verdict] = {}
         meant = entry.intended and node.id not in self._floats
         for row in self._rows.get(node.kind, ()):
             if not (meant or (row.name == ISLAND and self._borders_on_codes(call))):
                 continue
-            planned = self._planned(row, call)
+            planned, asked = self._planned(row, call)
+            verdicts |= asked
+            broken = [verdict for verdict in asked.values() if not verdict.ok]
             if isinstance(planned, Node):
                 self._replace(node, planned, call.output)
-                kernel = row.name if planned.kind in BY_NAME or row.name == ISLAND else planned.kind
-                why = "; ".join(reasons) if row.name == ISLAND else ""
-                return replace(entry, kernel=kernel, output=call.output.dtype if call.output else "float32", reason=why)
+                told += [f"{verdict.kernel}: fails its contract: {verdict.reason}" for verdict in broken]
+                named = planned.kind in BY_NAME or row.name == ISLAND or is_own(planned)
+                return replace(
+                    entry,
+                    form="island" if row.name == ISLAND else "integer",
+                    kernel=row.name if named else planned.kind,
+                    output=call.output.dtype if call.output else "float32",
+                    reason="; ".join(reasons if row.name == ISLAND else told),
+                    engine=self._engine_of(planned, row),
+                    weight=_weight(planned) or entry.weight,
+                    contracts=tuple(verdicts.values()),
+                )
+            told += [planned] if broken or row.own is not None else []
             reasons += [planned] if planned not in reasons else []
-        return replace(entry, reason="; ".join(reasons) or (self._why_none(node) if meant else ""))
+        why = "; ".join(reasons) or (self._why_none(node) if meant else "")
+        return replace(entry, reason=why, contracts=tuple(v for v in verdicts.values() if not v.ok))
 
     def _borders_on_codes(self, call: Call) -> bool:
         """Whether a float operator can do a conversion itself: of its result, or of an operand that it alone reads."""
@@ -173,13 +200,57 @@ class _Lowering:
         alone = (id for id in call.node.uses() if self._users[id] == (call.node.id,))
         return any(isinstance(self._operand(id).how, Affine) for id in alone)
 
-    def _planned(self, row: KernelRow, call: Call) -> Plan:
-        """What a row makes of a call: a node, or the reason why it makes none."""
+    def _entry(self, call: Call) -> Entry:
+        """What is known of an operator before it has a kernel."""
+        node = call.node
+        inputs = (self._dtype(operand) for operands in call.operands.values() for operand in operands)
+        return Entry(
+            node.id,
+            node.origin.module,
+            " + ".join((node.kind, *(post.kind for post in node.post))),
+            "float",
+            "",
+            node.fact.dtype if isinstance(node.fact, TensorFact) else "float32",
+            intended=node.id in self._intended,
+            inputs=tuple(inputs),
+            weight=_weight(node),
+            multiply_adds=multiply_adds(node, self._graph),
+        )
+
+    def _dtype(self, operand: Operand) -> str:
+        """The dtype in which an operand is computed with."""
+        match operand.how:
+            case Affine(dtype=dtype) | Cast(dtype=dtype):
+                return dtype
+            case Grid(spec=spec) | Dynamic(spec):
+                return spec.dtype
+            case None:
+                fact = self._graph[operand.value].fact
+                return fact.dtype if isinstance(fact, TensorFact) else "float32"
+
+    def _engine_of(self, planned: Node, row: KernelRow) -> str:
+        """Whose code runs a kernel."""
+        if row.own is not None:
+            return "own"
+        if planned.has("engine"):
+            return f"{self._engine}.{planned.get('engine')!s}"
+        return "aten" if row.name == ISLAND or planned.kind.startswith("codes.") else self._engine
+
+    def _planned(self, row: KernelRow, call: Call) -> tuple[Plan, dict[str, Verdict]]:
+        """What a row makes of a call, a node or the reason why it makes none, and the verdicts that this depends on."""
+        asked = self._host.asked
+        asked.clear()
         if not row.accepts(call):
-            return self._unfit(call, row)
-        verdict = self._host.verdict(row.name)
-        planned = row.plan(call) if verdict.ok or not row.checked else f"fails its contract: {verdict.reason}"
-        return planned if isinstance(planned, Node) else f"{row.name}: {planned}"
+            return self._unfit(call, row), {}
+        planned = row.plan(call)
+        if isinstance(planned, str) and all(verdict.ok for verdict in asked.values()):
+            return f"{row.name}: {planned}", {}  # for another reason than a contract
+        verdict = self._host.verdict(row.name) if row.checked else None
+        if verdict is not None and not verdict.ok:
+            planned = f"fails its contract: {verdict.reason}"
+        if isinstance(planned, Node):
+            return planned, dict(asked)
+        return f"{row.name}: {planned}", {name: verdict for name, verdict in asked.items() if not verdict.ok}
 
     def _unfit(self, call: Call, row: KernelRow) -> str:
         """Why a row does not take the operands as they are given."""
@@ -269,13 +340,9 @@ def _without_codes(source: Node) -> str:
             return "is float"
 
 
-def quantized_weights(node: Node) -> Iterator[QuantizeWeight]:
-    """The integer weights of a kernel node."""
-    yield from (value for _, value in node.args if isinstance(value, QuantizeWeight))
-
-
-def _conversions(graph: Graph) -> int:
-    return sum(node.kind in _ALL_CONVERSIONS for node in graph)
+def _weight(node: Node) -> str:
+    """The dtype of an operator's weight; empty where it has none."""
+    return dtype_of(node.get("weight")) if node.has("weight") else ""
 
 
 def _without_dead(graph: Graph) -> Graph:
@@ -284,7 +351,7 @@ def _without_dead(graph: Graph) -> Graph:
     dead: list[str] = []
     for id in reversed(graph.order):
         node = graph[id]
-        if (node.kind in _ALL_CONVERSIONS or node.kind == "requantize") and id not in live:
+        if node.kind in _ALL_CONVERSIONS and id not in live:
             dead.append(id)
         else:
             live.update(node.uses())

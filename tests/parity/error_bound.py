@@ -29,7 +29,7 @@ from qfunc.numerics.affine import dequantize, quantize
 from qfunc.numerics.grid import Affine
 from qfunc.ops.reference import padded_conv
 from qfunc.params import DequantizeWeight, QuantizeWeight
-from qfunc.passes.lower import quantized_weights
+from qfunc.passes.certificate import quantized_weights
 from qfunc.passes.stages import Converted
 
 LIPSCHITZ = {"relu": 1.0, "clamp": 1.0, "hardswish": 1.5, "torch.neg": 1.0}
