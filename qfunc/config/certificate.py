@@ -156,7 +156,9 @@ class Certificate:
 
     def _head(self) -> list[str]:
         plural = "" if self.conversions == 1 else "s"
-        islands = f", {self.islands} in {'a float island' if self.islands == 1 else 'float islands'}" * bool(self.islands)
+        islands = f", {self.islands} in {'a float island' if self.islands == 1 else 'float islands'}" * bool(
+            self.islands
+        )
         head = (
             f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers{islands}, "
             f"{self.conversions} conversion{plural} between float and integers left"

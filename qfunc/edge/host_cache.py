@@ -49,7 +49,7 @@ def forget() -> None:
     """Remove the kept report of this machine and version."""
     path = _path()
     if path is not None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             path.unlink()
 
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> HostReport | None:
     try:
         if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():
             return None
-    except OSError:
+    except (OSError, ValueError):
         return None
     digest, _, body = read_file(path).value_or(b"").partition(b"\n")
     if digest != _digest(body).encode():
@@ -126,7 +126,7 @@ def _write(path: Path, report: HostReport) -> None:
     if not isinstance(text, Success):
         return
     body = text.unwrap().encode()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(path, _digest(body).encode() + b"\n" + body)  # one that cannot be written is not kept
         _remove_oldest(path.parent)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from qfunc.ir import Arg, Expression, Graph, Node, Ref, TensorFact
 from qfunc.numerics.grid import Grid
 from qfunc.ops import BY_NAME
-from qfunc.params import CastWeight, DequantizeWeight, FoldBatchNorm, Load, QuantizeWeight
+from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, FoldBatchNorm, Load, QuantizeWeight
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -138,6 +138,11 @@ def _einsum(node: Node, graph: Graph) -> int | None:
     return prod(sizes.values())
 
 
+def _unknown(_node: Node, _graph: Graph) -> int | None:
+    """What sums products, but is rare."""
+    return None
+
+
 Count: TypeAlias = Callable[[Node, Graph], "int | None"]
 
 _COUNTED: Mapping[str, Count] = MappingProxyType(
@@ -151,6 +156,7 @@ _COUNTED: Mapping[str, Count] = MappingProxyType(
         **{f"torch.nn.{name}": _recurrent for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")},
         "torch.nn.MultiheadAttention": _multihead,
         "torch.functional.einsum": _einsum,
+        **dict.fromkeys(("torch.functional.tensordot", "torch.bilinear"), _unknown),
     }
 )
 
@@ -189,8 +195,10 @@ def weight_bytes(graph: Graph) -> tuple[int, int]:
 def _parameters(node: Node) -> Iterator[Expression]:
     known = node.kind in BY_NAME or node.kind == "get_attr" or node.has("inputs")
     if known:
-        yield from (value for _, value in node.args if isinstance(value, Expression))
-        yield from (value for post in node.post for _, value in post.args if isinstance(value, Expression))
+        given = (*node.args, *(arg for post in node.post for arg in post.args))
+        yield from (
+            value for _, value in given if isinstance(value, Expression) and not isinstance(value, DeriveQParams)
+        )
 
 
 def _float(expression: Expression) -> Expression:
