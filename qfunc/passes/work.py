@@ -10,7 +10,17 @@ from typing import TypeAlias
 from qfunc.ir import Arg, Expression, Graph, Node, Ref, TensorFact
 from qfunc.numerics.grid import Grid
 from qfunc.ops import BY_NAME
-from qfunc.params import CastWeight, DequantizeWeight, DeriveQParams, FoldBatchNorm, Load, QuantizeWeight
+from qfunc.params import (
+    CastWeight,
+    DequantizeWeight,
+    DeriveQParams,
+    FoldBatchNorm,
+    Load,
+    QParamsPart,
+    QParamsSource,
+    QuantizeWeight,
+    WeightCodes,
+)
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -27,9 +37,19 @@ def shape_of(expression: Expression) -> Shape:
         case FoldBatchNorm(bias=bias):
             assert bias is not None
             return shape_of(bias)
-        case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value):
+        case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
             return shape_of(value)
+        case QParamsPart(of=of):
+            return _channels(of)
     raise AssertionError(expression)
+
+
+def _channels(source: QParamsSource) -> Shape:
+    """How many scales there are."""
+    if isinstance(source, Grid):
+        return (len(source.scale),)
+    axis = source.observer.spec.ch_axis if isinstance(source, QuantizeWeight) else None
+    return () if axis is None or not isinstance(source, QuantizeWeight) else (shape_of(source)[axis],)
 
 
 # Multiply-adds --------------------------------------------------------------------------------------------------------
@@ -95,7 +115,7 @@ def _addmm(node: Node, graph: Graph) -> int | None:
 
 def _attention(node: Node, graph: Graph) -> int | None:
     """Scores `L x S` over the width of the queries, and their products with the values."""
-    query, key, value = (_shape(graph, node.get(name)) if node.has(name) else None for name in ("0", "1", "2"))
+    query, key, value = (_shape(graph, node.get(name)) for name in ("input", "key", "value"))
     if not query or not key or not value:
         return None
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
@@ -152,7 +172,7 @@ _COUNTED: Mapping[str, Count] = MappingProxyType(
         **{kind: _product("input") for kind in ("matmul", "bmm", "addmm")},
         **{f"torch.{name}": _product("1") for name in ("baddbmm", "addbmm")},
         **{f"torch.{name}": _product("0") for name in ("mm", "mv", "dot")},
-        "torch._C._nn.scaled_dot_product_attention": _attention,
+        "attention": _attention,
         **{f"torch.nn.{name}": _recurrent for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")},
         "torch.nn.MultiheadAttention": _multihead,
         "torch.functional.einsum": _einsum,
@@ -185,7 +205,8 @@ def weight_bytes(graph: Graph) -> tuple[int, int]:
             else:
                 kept[expression] = _bytes(shape_of(expression), _dtype(expression))
             bare = _float(expression)
-            floats[bare] = _bytes(shape_of(bare), _dtype(bare))
+            if bare is not None:
+                floats[bare] = _bytes(shape_of(bare), _dtype(bare))
         if node.kind not in BY_NAME:
             for index, (shape, dtype) in enumerate(_tensors(node, graph)):
                 kept[node.origin.module, index] = floats[node.origin.module, index] = _bytes(shape, dtype)
@@ -201,12 +222,13 @@ def _parameters(node: Node) -> Iterator[Expression]:
         )
 
 
-def _float(expression: Expression) -> Expression:
+def _float(expression: Expression) -> Expression | None:
+    """The parameter of the float model; None for what that does not have."""
     match expression:
-        case QuantizeWeight(value=value) | CastWeight(value=value):
+        case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
             return _float(value)
-        case DequantizeWeight(value=value):
-            return _float(value)
+        case QParamsPart():
+            return None
         case _:
             return expression
 
@@ -222,6 +244,12 @@ def _dtype(expression: Expression) -> str:
             return observer.spec.dtype
         case CastWeight(value=value):
             return _dtype(value)
+        case WeightCodes(CastWeight(dtype=dtype)):
+            return dtype
+        case WeightCodes(value):
+            return _dtype(value)
+        case QParamsPart(part=part):
+            return "float32" if part == "scale" else "int64"
         case DequantizeWeight(value=value):
             return _dtype(value.value)
     raise AssertionError(expression)
