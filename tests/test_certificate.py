@@ -336,9 +336,12 @@ def test_auto_is_the_best_engine_that_keeps_its_contracts(name: str, reference: 
 def test_auto_without_any_engine_is_the_reference(reference: Converted, right: HostReport) -> None:
     bare = replace(right, engines=(), quantized_engines=())
     assert unwrap(lower(reference, host=bare, engine="auto")).engine == "reference"
-    problem = lower(reference, host=bare, engine="onednn").failure()
-    assert isinstance(problem, EngineMissing)
-    assert problem.available == ("reference",)
+    claiming = replace(bare, engines=("quantized", "gpu"))
+    assert unwrap(lower(reference, host=claiming, engine="auto")).engine == "reference"
+    for host, engine in ((bare, "onednn"), (claiming, "quantized")):
+        problem = lower(reference, host=host, engine=engine).failure()
+        assert isinstance(problem, EngineMissing)
+        assert problem.available == ("reference",)
 
 
 def test_an_unknown_engine_is_told_with_those_that_run_here(reference: Converted, right: HostReport) -> None:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qfunc import check_host, materialize, quantize, trace, unwrap
-from qfunc.passes.work import multiply_adds
+from qfunc import check_host, materialize, params, quantize, trace, unwrap
+from qfunc.ir import Expression
+from qfunc.numerics.observers import PerChannelMinMax
+from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
+from qfunc.passes.work import dtype_of, multiply_adds, shape_of
 
 
 def counted(model: nn.Module, *inputs: Tensor) -> int | None:
@@ -132,6 +135,31 @@ def test_bytes_are_those_of_the_modules(name: str) -> None:
     folded = sum(t.numel() for t in state.values() if t.dtype == torch.int8)
     biases = sum(t.numel() for name, t in state.items() if name.endswith("bias"))
     assert lowered.certificate.float_weight_bytes == 4 * (folded + biases)
+
+
+W = params.Load("w", "float32", (4, 3, 2))
+B = params.Load("b", "float32", (4,))
+QW = params.QuantizeWeight(W, PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
+EXPRESSIONS: dict[type, tuple[Expression, tuple[int, ...], str]] = {
+    params.Load: (W, (4, 3, 2), "float32"),
+    params.FoldBatchNorm: (params.FoldBatchNorm("bias", W, None, B, B, None, None, 1e-5), (4,), "float32"),
+    params.QuantizeWeight: (QW, (4, 3, 2), "int8"),
+    params.DequantizeWeight: (params.DequantizeWeight(QW), (4, 3, 2), "float32"),
+    params.CastWeight: (params.CastWeight(W, "float16"), (4, 3, 2), "float32"),
+    params.WeightCodes: (params.WeightCodes(QW), (4, 3, 2), "int8"),
+    params.QParamsPart: (params.QParamsPart("scale", QW), (4,), "float32"),
+    params.Constant: (params.Constant((1.0, 2.0), (2, 1)), (2, 1), "float32"),
+    params.DivideColumns: (params.DivideColumns(W, (1.0,) * 3), (4, 3, 2), "float32"),
+    params.MultiplyRows: (params.MultiplyRows(B, (1.0,) * 4), (4,), "float32"),
+}
+
+
+def test_every_parameter_expression_has_a_shape_and_a_dtype() -> None:
+    """But for derived qparams, which are no parameters."""
+    found = {cls for cls in vars(params).values() if isinstance(cls, type) and issubclass(cls, Expression)}
+    assert found - {Expression, params.DeriveQParams} == set(EXPRESSIONS)
+    for expression, shape, dtype in EXPRESSIONS.values():
+        assert (shape_of(expression), dtype_of(expression)) == (shape, dtype)
 
 
 def test_weights_that_are_shared_count_once() -> None:

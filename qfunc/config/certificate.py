@@ -169,7 +169,7 @@ class Certificate:
     def _totals(self) -> list[str]:
         work = "of an unknown number"
         if self.multiply_adds is not None:
-            work = f"{self.int8_share or 0:.1%} of {self.multiply_adds:,}"
+            work = f"{self.int8_share or 0:.2%} of {self.multiply_adds:,}"
         return [
             f"multiply-adds in int8: {work}",
             f"bytes of weights: {self.weight_bytes:,} instead of {self.float_weight_bytes:,}",

@@ -94,7 +94,7 @@ def _text(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case float():
-            return f"{value:.1%}"
+            return f"{value:.2%}"
         case int():
             return f"{value:,}"
         case tuple():

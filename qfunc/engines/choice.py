@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qfunc.config.host_report import HostReport
+from qfunc.engines import ENGINES
 from qfunc.engines.quantized import torch_engines
 
 AUTO = "auto"
@@ -10,8 +11,10 @@ AUTO = "auto"
 
 
 def runnable(host: HostReport) -> tuple[str, ...]:
-    """The engines that a host runs, the preferred ones first."""
-    return (*host.engines, "reference")
+    """The engines that a host runs, the preferred ones first; a report may come from anywhere, and claim others."""
+    known = (name for name in host.engines if name in ENGINES and name != "reference")
+    bare = next(torch_engines(host), None) is None
+    return (*(name for name in known if not (bare and name.startswith("quantized"))), "reference")
 
 
 def best_engine(host: HostReport) -> tuple[str, str]:
@@ -24,7 +27,7 @@ def best_engine(host: HostReport) -> tuple[str, str]:
     passed_over: list[str] = []
     for engine, kernels in _layers(host):
         broken = [host.verdict(kernel) for kernel in kernels if not host.verdict(kernel).ok]
-        if engine not in host.engines or not kernels:
+        if engine not in runnable(host):
             passed_over.append(f"{engine} does not run here")
         elif broken:
             passed_over.append(f"{broken[0].kernel} fails its contract: {broken[0].reason}")

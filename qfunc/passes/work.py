@@ -12,10 +12,13 @@ from qfunc.numerics.grid import Grid
 from qfunc.ops import BY_NAME
 from qfunc.params import (
     CastWeight,
+    Constant,
     DequantizeWeight,
     DeriveQParams,
+    DivideColumns,
     FoldBatchNorm,
     Load,
+    MultiplyRows,
     QParamsPart,
     QParamsSource,
     QuantizeWeight,
@@ -37,7 +40,11 @@ def shape_of(expression: Expression) -> Shape:
         case FoldBatchNorm(bias=bias):
             assert bias is not None
             return shape_of(bias)
+        case Constant(shape=shape):
+            return shape
         case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
+            return shape_of(value)
+        case DivideColumns(value) | MultiplyRows(value):
             return shape_of(value)
         case QParamsPart(of=of):
             return _channels(of)
@@ -227,7 +234,9 @@ def _float(expression: Expression) -> Expression | None:
     match expression:
         case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
             return _float(value)
-        case QParamsPart():
+        case DivideColumns(value) | MultiplyRows(value):
+            return _float(value)
+        case QParamsPart() | Constant():
             return None
         case _:
             return expression
@@ -242,7 +251,9 @@ def _dtype(expression: Expression) -> str:
             return _dtype(weight)
         case QuantizeWeight(observer=observer):
             return observer.spec.dtype
-        case CastWeight(value=value):
+        case Constant(dtype=dtype):
+            return dtype
+        case CastWeight(value=value) | DivideColumns(value) | MultiplyRows(value):
             return _dtype(value)
         case WeightCodes(CastWeight(dtype=dtype)):
             return dtype
