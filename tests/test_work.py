@@ -123,6 +123,10 @@ def test_an_unknown_layer_is_not_counted_and_a_lookup_counts_nothing() -> None:
     assert counted(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), torch.tensor([[1, 2, 3]])) == 3 * 4 * 2
     assert counted(nn.TransformerEncoderLayer(4, 2, batch_first=True), torch.randn(2, 3, 4)) is None
     assert counted(nn.Softmax(1), torch.randn(2, 3)) == 0
+    assert counted(Function(lambda x, y: torch.mm(input=x, mat2=y)), torch.randn(2, 3), torch.randn(3, 4)) is None
+    assert (
+        counted(Function(lambda x, y: torch.einsum("...i,ij->...j", x, y)), torch.ones(2, 3), torch.ones(3, 4)) is None
+    )
     assert counted(Function(lambda x, y: torch.tensordot(x, y, 1)), torch.randn(2, 3), torch.randn(3, 4)) is None
 
 

@@ -109,21 +109,16 @@ def _product(left: str) -> Count:
     """A product of matrices: each element of the result is a sum over the last axis of the left one."""
 
     def count(node: Node, graph: Graph) -> int | None:
-        given, result = _shape(graph, node.get(left)), _result(node)
+        given, result = _shape(graph, node.get(left)) if node.has(left) else None, _result(node)
         return None if not given or result is None else prod(result) * given[-1]
 
     return count
 
 
-def _addmm(node: Node, graph: Graph) -> int | None:
-    given, result = _shape(graph, node.get("input")), _result(node)
-    return None if not given or result is None else prod(result) * given[-1]
-
-
 def _attention(node: Node, graph: Graph) -> int | None:
     """Scores `L x S` over the width of the queries, and their products with the values."""
     query, key, value = (_shape(graph, node.get(name)) for name in ("input", "key", "value"))
-    if not query or not key or not value:
+    if not query or not value or key is None or len(key) < 2:
         return None
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -157,7 +152,7 @@ def _einsum(node: Node, graph: Graph) -> int | None:
     if not isinstance(equation, str) or "." in equation or len(operands) != 2:
         return None
     sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+    for letters, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=False):
         shape = _shape(graph, operand)
         if shape is None or len(shape) != len(letters):
             return None
