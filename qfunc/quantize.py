@@ -11,7 +11,7 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 from torch import nn
 
-from qfunc.backends import CPU, X86
+from qfunc.backends import CPU, FBGEMM, ONEDNN, QNNPACK, X86
 from qfunc.config.arguments import wrong_arguments
 from qfunc.config.backend_config import BackendConfig
 from qfunc.config.custom_config import CustomConfig
@@ -48,8 +48,16 @@ from qfunc.passes.stages import Converted, Prepared
 from qfunc.passes.statistics import Statistics
 from qfunc.result import R
 
-_BACKENDS = pmap({"quantized": X86})
-"""What suits an engine, by the first part of its name; any other has `CPU`."""
+_BACKENDS = pmap(
+    {
+        "quantized": X86,
+        "quantized.x86": X86,
+        "quantized.fbgemm": FBGEMM,
+        "quantized.qnnpack": QNNPACK,
+        "quantized.onednn": ONEDNN,
+    }
+)
+"""What suits an engine; any other has `CPU`."""
 
 
 def fuse(graph: Graph, *, backend: BackendConfig = CPU, qat: bool = False, custom: CustomConfig = NOTHING) -> R[Graph]:
@@ -163,7 +171,7 @@ def _suiting(engine: str, host: HostReport) -> BackendConfig:
     if not isinstance(engine, str) or not isinstance(host, HostReport):
         return CPU
     name = best_engine(host)[0] if engine == AUTO else engine
-    return _BACKENDS.get(name.partition(".")[0], CPU)
+    return _BACKENDS.get(name, CPU)
 
 
 def _wrong_model(model: object, mapping: object, custom: object) -> list[Problem]:

@@ -28,7 +28,8 @@ from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.own import check_own
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall, QuantizedLinear, TorchEngine
-from qfunc.edge.kernels.quantized_contracts import as_quantized, quantized_contracts
+from qfunc.edge.kernels.quantized_contracts import as_quantized
+from qfunc.edge.kernels.quantized_every_contract import every_quantized_contract
 from qfunc.errors import several
 from qfunc.numerics.grid import Affine
 from qfunc.numerics.saturation import UNPAIRED, PairLayout, PairLayouts
@@ -88,12 +89,13 @@ def _probed() -> HostReport:
     with torch.no_grad(), warnings.catch_warnings(), _one_thread():
         # torch announces the end of the quantized dtypes at the first quantized tensor of a process.
         warnings.filterwarnings("ignore", message=".*quint8.*")
+        warnings.filterwarnings("ignore", message=".*not implemented for QNNPACK.*")
         onednn = _onednn_usable()
         plain = pair_layouts(_onednn_conv, _onednn_linear) if onednn else UNPAIRED
         layouts: tuple[tuple[TorchEngine, PairLayouts], ...] = tuple(
             (e, pair_layouts(partial(_quantized_conv, e), partial(_quantized_linear, e))) for e in torch_engines
         )
-        contracts = (*(onednn_contracts(plain) if onednn else plain_contracts()), *quantized_contracts(layouts))
+        contracts = (*(onednn_contracts(plain) if onednn else plain_contracts()), *every_quantized_contract(layouts))
         verdicts = tuple(sorted((check(contract) for contract in contracts), key=lambda verdict: verdict.kernel))
     usable = {"onednn": onednn, "quantized": bool(torch_engines), "decomposed": has_decomposed()}
     return HostReport(

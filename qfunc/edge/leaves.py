@@ -20,17 +20,8 @@ from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.own import made
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.post_op import read_post_op
-from qfunc.edge.kernels.quantized import (
-    QUANTIZED_CONV,
-    DequantizeTensor,
-    QConvCall,
-    QuantizedAdd,
-    QuantizedCat,
-    QuantizedLinear,
-    QuantizedMul,
-    QuantizeTensor,
-)
 from qfunc.edge.observer import ObserverModule
+from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
 from qfunc.engines.island import IslandCall
 from qfunc.engines.own import OWN
 from qfunc.errors import UserFunctionFailed, told
@@ -133,18 +124,6 @@ def _dims(dim: Arg) -> tuple[int, ...]:
             return tuple(getattr(dim, "items", dim))  # type: ignore[arg-type]
 
 
-def _quantized_conv(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
-    given: Any = Literals(node)
-    geometry = (given.stride, given.padding, given.dilation, given.groups)
-    call = QConvCall(given.output.scale, given.output.zero_point, *geometry, given.relu)
-    return QUANTIZED_CONV[len(given.stride)](*weights(node, evaluator), call, given.engine)
-
-
-def _quantized_linear(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
-    given: Any = Literals(node)
-    return QuantizedLinear(*weights(node, evaluator), given.output, given.engine, relu=given.relu)
-
-
 def _island(kernel: type[Island]) -> Builder:
     def build(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
         parameters = {name: value for name, value in node.args if isinstance(value, Expression)}
@@ -190,13 +169,7 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         **{f"codes.avg_pool{rank}d": literal(_average) for rank in (2, 3)},
         **{f"codes.adaptive_avg_pool{rank}d": _ADAPTIVE for rank in (1, 2, 3)},
         "codes.mean": literal(lambda g: Mean(_dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
-        "quantized.quantize": literal(lambda g: QuantizeTensor(g.output)),
-        "quantized.dequantize": literal(lambda _: DequantizeTensor()),
-        **{f"quantized.conv{rank}d": _quantized_conv for rank in (1, 2, 3)},
-        "quantized.linear": _quantized_linear,
-        "quantized.add": literal(lambda g: QuantizedAdd(g.output, relu=g.relu)),
-        "quantized.mul": literal(lambda g: QuantizedMul(g.output, relu=g.relu)),
-        "quantized.cat": literal(lambda g: QuantizedCat(g.output, g.dim)),
+        **QUANTIZED_LEAVES,
     }
 )
 """Kind of node -> how its module is made. Such a node's `inputs` argument holds what the module is called with."""

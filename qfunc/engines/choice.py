@@ -13,8 +13,8 @@ AUTO = "auto"
 def runnable(host: HostReport) -> tuple[str, ...]:
     """The engines that a host runs, the preferred ones first; a report may come from anywhere, and claim others."""
     known = (name for name in host.engines if name in ENGINES and name != "reference")
-    bare = next(torch_engines(host), None) is None
-    return (*(name for name in known if not (bare and name.startswith("quantized"))), "reference")
+    chosen = tuple(f"quantized.{name}" for name in torch_engines(host))
+    return (*(name for name in known if chosen or not name.startswith("quantized")), *chosen, "reference")
 
 
 def best_engine(host: HostReport) -> tuple[str, str]:

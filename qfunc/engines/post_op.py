@@ -23,7 +23,14 @@ POST_OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "onednn.conv2d_add": ("relu", "hardtanh"),
         "onednn.linear": ("relu", "hardtanh", "hardswish", "silu", "leaky_relu", "tanh", "gelu"),
         **{f"codes.{kind}": ("relu",) for kind in ("add", "mul")},
-        **{f"quantized.{kind}": ("relu",) for kind in ("conv1d", "conv2d", "conv3d", "linear", "add", "mul")},
+        **{
+            f"quantized.{kind}": ("relu",)
+            for kind in ("conv1d", "conv2d", "conv3d", "linear", "add", "mul", "batch_norm")
+        },
+        "quantized.conv_transpose": (),
+        "quantized.linear_dynamic": ("relu",),
+        "quantized.conv2d_add[onednn]": ("relu",),
+        "quantized.linear[onednn]": ("relu", "leaky_relu", "tanh"),
     }
 )
 """The post-ops of each kernel, a `hardtanh` standing for any clamp. `check_host` checks every one of them."""

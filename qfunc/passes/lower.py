@@ -75,6 +75,8 @@ def lower(
         engine: `"onednn"`, `"quantized"`, `"decomposed"` or `"reference"`. The last two have no kernels: operators are
             float between their conversions. Decomposed, these are torch's `quantized_decomposed` operators, around
             functions with dequantized weights, for `torch.export` and compilers: see `qfunc.engines.decomposed`.
+            `"quantized"` takes the best of torch's own engines; `"quantized.x86"`, `"quantized.fbgemm"`,
+            `"quantized.qnnpack"` and `"quantized.onednn"` choose one.
             `"auto"` is the first of `"onednn"`, `"quantized"` and `"reference"` of which the host's kernels for layers
             keep their contracts; a note of the certificate says which.
         kernels: rows to try before the engine's own; those of the user need a verdict in the report (`check_kernels`).

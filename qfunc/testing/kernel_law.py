@@ -95,7 +95,7 @@ class _Pairs:
         source = self.reference[self.twin(id)]
         value = values[source.id]
         affine = source.get("output") if source.kind == "quantize" else self._moved.get(source.id)
-        if isinstance(affine, Affine) and affine.dtype == "uint8" and self.lowered.engine == "quantized":
+        if isinstance(affine, Affine) and affine.dtype == "uint8" and ENGINES[self.lowered.engine].conversions:
             return as_quantized(value, affine)
         return value
 

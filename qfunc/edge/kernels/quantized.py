@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from qfunc.edge.kernels.base import check_weight
@@ -39,7 +40,11 @@ def active_engine(engine: TorchEngine) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class QConvCall:
-    """The literals of a convolution on quantized tensors: zero padding, given per spatial dimension."""
+    """The literals of a convolution on quantized tensors.
+
+    `padding` are the zeros on both sides of each spatial dimension that the kernel adds; `pad` is what is padded before
+    it, as `F.pad` takes it, by `padding_mode`.
+    """
 
     output_scale: float
     output_zero_point: int
@@ -48,6 +53,22 @@ class QConvCall:
     dilation: tuple[int, ...]
     groups: int = 1
     relu: bool = False
+    pad: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+
+
+def pad_quantized(x: Tensor, pad: list[int], mode: str, value: float = 0.0) -> Tensor:
+    """Pad a quantized tensor: by a number, rounded to its codes, or by a mode that only repeats codes.
+
+    >>> x = torch.quantize_per_tensor(torch.tensor([[[1.0, 2.0]]]), 0.5, 3, torch.quint8)
+    >>> pad_quantized(x, [1, 0], "circular").dequantize(), pad_quantized(x, [1, 0], "constant").dequantize()
+    (tensor([[[2., 1., 2.]]]), tensor([[[0., 1., 2.]]]))
+    """
+    if mode == "constant" or mode == "zeros":
+        return F.pad(x, pad, "constant", value)
+    # aten has reflection alone for quantized tensors
+    codes = F.pad(x.int_repr(), pad, mode)
+    return torch._make_per_tensor_quantized_tensor(codes, x.q_scale(), x.q_zero_point())
 
 
 class QuantizeTensor(nn.Module):
@@ -76,7 +97,7 @@ class DequantizeTensor(nn.Module):
         return x.dequantize()
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Weights as `int8` and float32 buffers, and torch's packed object, made from them and never part of the state."""
 
     if TYPE_CHECKING:  # torch.jit.script would read these annotations as attributes, and not understand them
@@ -86,15 +107,19 @@ class _Packed(nn.Module):
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, engine: TorchEngine) -> None:
         super().__init__()
-        check_weight(weight, weight_scale)
-        assert bias is None or (bias.dtype == torch.float32 and bias.shape == weight_scale.shape), (
-            "one float32 bias a channel"
-        )
+        self._check(weight, weight_scale, bias)
         self.training = False
         self.engine: str = engine
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
+
+    @torch.jit.unused
+    def _check(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        check_weight(weight, weight_scale)
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == weight_scale.shape), (
+            "one float32 bias a channel"
+        )
 
     @torch.jit.unused
     def _quantized_weight(self) -> Tensor:
@@ -144,17 +169,25 @@ _CONV_PREPACK = {
 }
 
 
-class _QuantizedConv(_Packed):
+class PackedConv(Packed):
+    """A convolution: its literals, and the padding before it."""
+
     def __init__(
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, call: QConvCall, engine: TorchEngine
     ) -> None:
         super().__init__(weight, weight_scale, bias, engine)
         dims = weight.dim() - 2
         assert len(call.stride) == len(call.padding) == len(call.dilation) == dims, f"{dims} spatial dimensions"
+        # torch divides by these, and a division by zero ends the process
+        assert call.groups > 0 and min(*call.stride, *call.dilation) > 0, f"{call}"
+        assert len(call.pad) % 2 == 0 and len(call.pad) <= 2 * dims, f"{dims} spatial dimensions"
         self.stride = list(call.stride)
         self.padding = list(call.padding)
         self.dilation = list(call.dilation)
         self.groups: int = call.groups
+        self.pads: bool = any(call.pad)
+        self.pad = list(call.pad) or [0, 0]  # TorchScript does not know the type of an empty list
+        self.padding_mode: str = call.padding_mode
         self.relu: bool = call.relu
         self.scale: float = call.output_scale
         self.zero_point: int = call.output_zero_point
@@ -168,18 +201,22 @@ class _QuantizedConv(_Packed):
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
+        padded = f", pad={self.pad} ({self.padding_mode})" if self.pads else ""
         return (
-            f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}{padded}, "
+            f"dilation={self.dilation}, "
             f"groups={self.groups}, relu={self.relu}, scale={self.scale:.6g}, zero_point={self.zero_point}, "
             f"engine={self.engine}"
         )
 
 
-class QuantizedConv1d(_QuantizedConv):
+class QuantizedConv1d(PackedConv):
     """`quantized.conv1d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        if self.pads:
+            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv1d_relu(x, self.packed, self.scale, self.zero_point)
             return fused
@@ -187,11 +224,13 @@ class QuantizedConv1d(_QuantizedConv):
         return out
 
 
-class QuantizedConv2d(_QuantizedConv):
+class QuantizedConv2d(PackedConv):
     """`quantized.conv2d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        if self.pads:
+            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
             return fused
@@ -199,11 +238,13 @@ class QuantizedConv2d(_QuantizedConv):
         return out
 
 
-class QuantizedConv3d(_QuantizedConv):
+class QuantizedConv3d(PackedConv):
     """`quantized.conv3d` (+ ReLU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        if self.pads:
+            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv3d_relu(x, self.packed, self.scale, self.zero_point)
             return fused
@@ -214,7 +255,7 @@ class QuantizedConv3d(_QuantizedConv):
 QUANTIZED_CONV = {1: QuantizedConv1d, 2: QuantizedConv2d, 3: QuantizedConv3d}
 
 
-class QuantizedLinear(_Packed):
+class QuantizedLinear(Packed):
     """`quantized.linear` (+ ReLU) over the last dimension."""
 
     def __init__(
