@@ -115,7 +115,7 @@ def transposed(call: Call, engine: str) -> Plan:
     node = call.node
     names = ("fbgemm", "qnnpack", "x86") if engine == "x86" else (engine,)
     engines = [name for name in names if name in call.host.quantized_engines] or [engine]
-    broken = {name: breach(call.host, _transposed_contract(node, name)) for name in engines}
+    broken = {name: _transposed_breach(call, name) for name in engines}
     packed_by = next((name for name in engines if not broken[name]), engines[0])
     weight = _one_scale(call, call.host.layouts(packed_by).dense)
     if isinstance(weight, str):
@@ -136,14 +136,20 @@ def transposed(call: Call, engine: str) -> Plan:
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), **args)
 
 
-def _transposed_contract(node: Node, engine: str) -> str:
-    """The verdict to ask for: fbgemm has a kernel of its own for two rows of multiples of 8 channels."""
-    weight, name = node.get("weight"), f"quantized.{node.kind}[{engine}]"
-    if engine != "fbgemm" or node.kind != "conv_transpose2d" or not isinstance(weight, DequantizeWeight):
-        return name
-    ins, outs, *kernel = next(loads(weight.value)).shape
-    own = node.get("groups") == 1 and kernel[0] == 2 and ins % 8 == 0 and outs % 8 == 0
-    return f"{name}[two rows]" if own else name
+def _transposed_breach(call: Call, engine: str) -> str:
+    """Why an engine's kernel cannot be used.
+
+    Two of torch 2.13 give what they find in memory, so that no contract could say twice the same of them: fbgemm's for
+    two rows of multiples of 8 channels, and qnnpack's in three dimensions.
+    """
+    node, weight = call.node, call.node.get("weight")
+    if engine == "fbgemm" and node.kind == "conv_transpose2d" and isinstance(weight, DequantizeWeight):
+        ins, outs, rows, _ = next(loads(weight.value)).shape
+        if node.get("groups") == 1 and rows == 2 and ins % 8 == 0 and outs % 8 == 0:
+            return "fbgemm's kernel for two rows is wrong for multiples of 8 channels"
+    if engine == "qnnpack" and node.kind == "conv_transpose3d":
+        return "qnnpack's kernel is wrong in three dimensions"
+    return breach(call.host, f"quantized.{node.kind}[{engine}]")
 
 
 def _one_scale(call: Call, layout: PairLayout) -> QuantizeWeight | str:

@@ -35,7 +35,6 @@ MAY_FAIL = {
     "onednn.qmul.tensor",
     # what torch's engines have no kernel for, or a wrong one: `lower` takes another way
     *(f"quantized.conv_transpose{rank}d[{engine}]" for rank in (1, 2, 3) for engine in ("onednn", "x86")),
-    "quantized.conv_transpose2d[fbgemm][two rows]",
     *(f"quantized.{kernel}[qnnpack]" for kernel in ("avg_pool1d", "avg_pool2d", "clamp", "max_pool3d")),
     *(f"quantized.linear_float16[{engine}]" for engine in ("onednn", "qnnpack")),
 }

@@ -39,18 +39,14 @@ class _Transposed:
 
 # in, out, kernel, groups, stride, padding, output_padding, dilation
 _SHAPES = ((8, 6, 3, 1, 1, 0, 0, 1), (6, 8, 3, 2, 2, 1, 1, 1), (8, 8, 2, 8, 2, 0, 0, 1), (5, 3, 3, 1, 1, 1, 0, 2))
-_TWO_ROWS = ((8, 8, 2, 1, 2, 0, 0, 1),)
-"""What fbgemm has a kernel of its own for."""
 _SCALE = 0.01
 
 
-def _transposed_samples(
-    dims: int, engine: TorchEngine, layout: PairLayout, shapes: tuple[tuple[int, ...], ...] = _SHAPES
-) -> Iterator[Sample]:
+def _transposed_samples(dims: int, engine: TorchEngine, layout: PairLayout) -> Iterator[Sample]:
     generator = torch.Generator().manual_seed(dims)
     # One scale for all cannot be limited: where pairs saturate only small weights and activations are lowered to it.
     largest = 127 if layout == "none" else 63
-    for ins, outs, kernel, groups, stride, padding, output_padding, dilation in shapes:
+    for ins, outs, kernel, groups, stride, padding, output_padding, dilation in _SHAPES:
         if engine == "onednn" and output_padding:  # refused, and so said
             continue
         shape = (ins, outs // groups, *(kernel,) * dims)
@@ -175,10 +171,6 @@ def layer_contracts(engine: TorchEngine, layouts: PairLayouts) -> Iterator[Contr
         samples = partial(_transposed_samples, dims, engine, layouts.dense)
         kernel = partial(_transposed_kernel, engine)
         yield Contract(f"quantized.conv_transpose{dims}d[{engine}]", kernel, _transposed_reference, samples)
-    if engine == "fbgemm":
-        samples = partial(_transposed_samples, 2, engine, layouts.dense, _TWO_ROWS)
-        kernel = partial(_transposed_kernel, engine)
-        yield Contract("quantized.conv_transpose2d[fbgemm][two rows]", kernel, _transposed_reference, samples)
     if engine != "onednn":
         return
     for post in ("leaky_relu", "tanh"):
