@@ -10,8 +10,8 @@ from qfunc.backends.cpu import MOVES
 from qfunc.config.host_report import HostReport
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node, on_codes
 from qfunc.engines.island import island
-from qfunc.engines.onednn import clips, weight_of
 from qfunc.engines.post_op import PostOpLiteral, breach, post_op
+from qfunc.engines.weights import clips, weight_of
 from qfunc.ir import Expression, Node, Origin, Ref, TensorFact, Written
 from qfunc.ir.node import NamedArgs
 
