@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.backends import dtypes as d
+from qfunc.backends.default_mappings import TRANSPOSED as TRANSPOSED_FORMS
 from qfunc.backends.operators import recurrent
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig
@@ -109,9 +110,8 @@ def _mapping() -> QConfigMapping:
     qconfig = QConfig(activation=MeanSquaredError(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
     transposed = replace(qconfig, weight=PerChannelMinMax(replace(INT8_NARROW_PER_CHANNEL, ch_axis=1)))
     mapping = QConfigMapping().set_global(qconfig)
-    for rank in (1, 2, 3):
-        for form in (f"torch.nn.ConvTranspose{rank}d", f"torch.conv_transpose{rank}d"):
-            mapping = mapping.set_object_type(form, transposed)
+    for form in TRANSPOSED_FORMS:
+        mapping = mapping.set_object_type(form, transposed)
     return mapping
 
 

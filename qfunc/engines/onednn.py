@@ -151,7 +151,11 @@ _ROWS: tuple[KernelRow, ...] = (
     *(KernelRow(f"max_pool{rank}d", (f"max_pool{rank}d",), _max_pool) for rank in (1, 2, 3)),
     *(
         KernelRow(name, (name,), _average)
-        for name in (*(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean", "sum")
+        for name in (
+            *(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)),
+            "mean",
+            "sum",
+        )
     ),
     *(KernelRow(name, (name,), _join) for name in ("cat", "stack")),
     *SPATIAL,

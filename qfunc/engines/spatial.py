@@ -1,4 +1,4 @@
-"""Rows of the `onednn` engine: transposed convolutions, norms that stand alone, and what works on spatial dimensions."""
+"""Rows of the `onednn` engine: transposed convolutions, norms that stand alone, what works on spatial dimensions."""
 
 from __future__ import annotations
 

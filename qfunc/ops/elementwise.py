@@ -231,7 +231,12 @@ ELEMENTWISE: tuple[Kind, ...] = (
         call=f"{_F}.dropout(input, p, training)",
     ),
     _unary("mish", "Mish"),
-    _unary("selu", "SELU", function("torch.selu", "input"), function("torch.selu_", "input", emit="torch.selu", inplace=True)),
+    _unary(
+        "selu",
+        "SELU",
+        function("torch.selu", "input"),
+        function("torch.selu_", "input", emit="torch.selu", inplace=True),
+    ),
     kind(
         "celu",
         "input, alpha=1.0",

@@ -346,6 +346,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "torch.mean({x}, 1, True)",
     ),
     _unary("mean", "mean", "{x}.mean(2)", "{x}.mean(dim=[1])", "torch.mean({x}, (2,), keepdim=True)", fits=_SPATIAL),
+    _unary("curve", "curve", *written.CURVES),
     Operation("binary", "arithmetic", _ANY, _binary),
     Operation("scalar", "arithmetic", _ANY, _scalar),
     Operation("cat", "cat", _ANY, _cat),

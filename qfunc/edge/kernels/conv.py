@@ -137,9 +137,7 @@ class OnednnConv(Kernel):
         if x.dim() != self._dims + 2:
             return False
         call = self.call
-        geometry = zip(
-            x.shape[2:], self._extents(), self._padding, self._output_size(x), call.stride, strict=True
-        )
+        geometry = zip(x.shape[2:], self._extents(), self._padding, self._output_size(x), call.stride, strict=True)
         return any((pad and extent > size) or (count == 1 and s > 1) for size, extent, pad, count, s in geometry)
 
     def _extents(self) -> list[int]:

@@ -1,9 +1,10 @@
 """Transposed convolutions on plain `uint8`, as one ordinary convolution of oneDNN's.
 
-With stride `s` an output at `q` (before `padding` is cut off) is a sum over the taps `k` with `k * dilation = q (mod s)`
-alone: each of the `s` phases `q mod s` is an ordinary convolution with some of the taps. One convolution computes all
-phases, as further output channels over the union of their taps, and its result is interleaved and cropped. With more
-dimensions there is a phase for each combination. Stride 1 is an ordinary convolution with flipped taps.
+With stride `s` an output at `q` (before `padding` is cut off) is a sum over those taps `k` alone for which
+`k * dilation = q (mod s)`: each of the `s` phases `q mod s` is an ordinary convolution with some of the taps. One
+convolution computes all phases, as further output channels over the union of their taps, and its result is interleaved
+and cropped. With more dimensions there is a phase for each combination. Stride 1 is an ordinary convolution with
+flipped taps.
 """
 
 from __future__ import annotations

@@ -136,11 +136,10 @@ def spatial_contracts() -> Iterator[Contract]:
     """The kernels of this family that are aten operators on plain codes."""
     mean, var, weight, bias = _norm_parameters()
     shapes = tuple(shape for dims in (0, 1, 2, 3) for shape in _codes(dims))
-    doubled = [tensor.double() for tensor in (mean, var, weight, bias)]
     yield unary(
         "batch_norm",
         lambda a, b: BatchNorm.of(mean, var, weight, bias, 1e-5, a, b),
-        lambda x: F.batch_norm(x, *doubled),
+        lambda x: F.batch_norm(x, mean.double(), var.double(), weight.double(), bias.double()),
         shapes, all_codes=False,
     )  # fmt: skip
     slopes = torch.tensor([0.25, -1.5, 0.0, 1.0, 3.0])
