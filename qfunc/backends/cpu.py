@@ -14,6 +14,8 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - a sum or product with a number has its own range, which need not be its input's, and so has an average, whose range is
   narrower; a float value is quantized behind a ReLU or clamp, not before it;
 - parts of tensors, their stacks, their paddings and their resizings stay on integers;
+- so do transposed convolutions, with a scale for each output channel (their axis 1), batch norms that nothing takes in,
+  differences and sums scaled by alpha, adaptive maxima, PReLU, and functions of one element, which are tables;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
 - the weights of layers can be quantized alone, and most operators can be cast to float16;
 - dropout and identity are removed.

@@ -19,11 +19,10 @@ def weight_of(call: Call, layouts: PairLayouts, *, axis: int = 0) -> QuantizeWei
     if not isinstance(weight, DequantizeWeight):
         return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
     quantized, spec = weight.value, weight.value.observer.spec
-    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (axis, None):
-        along = "" if spec.ch_axis in (axis, None) else f" along axis {spec.ch_axis}"
-        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}{along}" + (
-            f": its output channels are axis {axis}" * bool(along)
-        )
+    if spec.dtype != "int8" or not spec.symmetric:
+        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    if spec.ch_axis not in (axis, None):
+        return f"its weight has scales along ch_axis={spec.ch_axis}, and its output channels are axis {axis}"
     low, high = call.input.affine.expected
     most = high - min(low, 0)  # kernels shift int8 activations to uint8
     safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)

@@ -133,8 +133,8 @@ def limit_pair_sums(
     """The scales (`[out_channels]`) at which no pair saturates: `scale` where it is safe, else the smallest known safe.
 
     `weight` is float `[out_channels, in_channels / groups, *kernel]`, or as the layout says; it is quantized
-    symmetrically as `clamp(round(weight / scale), quant_min, quant_max)`. `scale` may be one value for all channels. The
-    result is never below `scale`, and limiting again changes nothing.
+    symmetrically as `clamp(round(weight / scale), quant_min, quant_max)`. `scale` may be one value for all channels.
+    The result is never below `scale`, and limiting again changes nothing.
 
     >>> w = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     >>> limit_pair_sums(w, torch.tensor([1 / 127, 1 / 127]), "channels").mul(127).round(decimals=4).tolist()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 import qfunc
+from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
 from qfunc.testing import forms, sqnr
 from qfunc.testing.kernel_law import kernels_off
 from qfunc.testing.program import Input, Program, build
@@ -71,3 +75,69 @@ def test_it_runs_on_codes_and_within_a_step(form: str, n: int) -> None:
     assert [off for off in kernels_off(converted, lowered, case.batches(2, 3)) if off] == []
     module = qfunc.unwrap(qfunc.materialize(lowered))
     assert sqnr(case.module(*batches[0]), module(*batches[0])) > 15
+
+
+def lowered_with(model: nn.Module, x: torch.Tensor, backend: qfunc.BackendConfig, mapping: qfunc.QConfigMapping | None):
+    graph = qfunc.unwrap(qfunc.fuse(qfunc.unwrap(qfunc.trace(model.eval(), x)), backend=backend))
+    prepared = qfunc.unwrap(qfunc.prepare(graph, mapping, backend=backend))
+    converted = qfunc.unwrap(qfunc.convert(qfunc.unwrap(qfunc.calibrate(prepared, [x], progress=False))))
+    return converted, qfunc.unwrap(qfunc.lower(converted))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("weight", [INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL], ids=["one scale", "a scale a channel"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_of_transposed_convolutions(groups: int, weight: qfunc.QuantSpec, axis: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 4, 2, 1, groups=groups), nn.ConvTranspose2d(8, 2, 2, 2))
+    x = torch.randn(2, 4, 5, 5)
+    observer = qfunc.PerChannelMinMax(replace(weight, ch_axis=axis)) if weight.per_channel else qfunc.MinMax(weight)
+    mapping = qfunc.QConfigMapping().set_global(qfunc.QConfig(qfunc.MinMax(), observer))
+    converted, lowered = lowered_with(model, x, qfunc.CPU, mapping)
+    if weight.per_channel and axis == 0:
+        reasons = [entry.reason for entry in lowered.certificate.fallbacks]
+        assert len(reasons) == 2
+        assert all("scales along ch_axis=0, and its output channels are axis 1" in reason for reason in reasons)
+        return
+    assert [e.kernel for e in lowered.certificate.entries] == ["onednn.conv_transpose2d"] * 2
+    assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
+    assert sqnr(model(x), qfunc.unwrap(qfunc.materialize(lowered))(x)) > 25
+
+
+class Scaled(nn.Module):
+    """A sum and a difference scaled by alpha."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, z = self.one(x), self.two(x)
+        return self.last(torch.sub(torch.add(y, z, alpha=0.5), z, alpha=2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [qfunc.CPU, qfunc.X86, qfunc.FBGEMM], ids=lambda backend: backend.name)
+def test_sums_scaled_by_alpha(backend: qfunc.BackendConfig) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(2, 3, 6, 6)
+    converted, lowered = lowered_with(model, x, backend, None)
+    kernels = {e.operator: e.kernel for e in lowered.certificate.entries if e.operator in ("add", "sub")}
+    own = backend is qfunc.CPU
+    assert kernels == ({"add": "codes.add", "sub": "codes.sub"} if own else {"add": "", "sub": "float island"})
+    assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
+    assert sqnr(model(x), qfunc.unwrap(qfunc.materialize(lowered))(x)) > 25
+
+
+@torch.no_grad()
+def test_a_clamp_that_leaves_the_qparams_is_one_of_codes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Hardtanh(-0.5, 0.25), nn.Conv2d(4, 4, 1))
+    x = torch.randn(2, 3, 6, 6)
+    known = qfunc.FixedQParams(UINT8, 1 / 64, 128)
+    mapping = qfunc.CPU.qconfig_mapping.set_output("_0", known).set_output("_2", known)
+    converted, lowered = lowered_with(model, x, qfunc.CPU, mapping)
+    assert [e.kernel for e in lowered.certificate.entries][2] == "codes.clamp"
+    assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
