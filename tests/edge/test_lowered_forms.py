@@ -35,7 +35,6 @@ ISLANDS = (  # what has no kernel of its own on this engine
     "torch.div({x}, 0.73, rounding_mode='trunc')",
     "nn.ConstantPad{n}d(1, 0.5)",
     "F.pad({x}, (1, 0), value=-1.0)",
-    "F.prelu({x}, torch.full((1,), 0.3))",
 )
 FORMS = (*TRANSPOSED, *NORMS, *REDUCTIONS, *forms.CURVES, *forms.DIFFERENCES, *forms.RESIZES)
 FORMS += tuple(form for form in forms.POOLS if "Max" in form or "max" in form)
@@ -126,7 +125,7 @@ def test_sums_scaled_by_alpha(backend: qfunc.BackendConfig) -> None:
     converted, lowered = lowered_with(model, x, backend, None)
     kernels = {e.operator: e.kernel for e in lowered.certificate.entries if e.operator in ("add", "sub")}
     own = backend is qfunc.CPU
-    assert kernels == ({"add": "codes.add", "sub": "codes.sub"} if own else {"add": "", "sub": "float island"})
+    assert [kernel.startswith("codes.") for kernel in kernels.values()] == [own, own]
     assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
     assert sqnr(model(x), qfunc.unwrap(qfunc.materialize(lowered))(x)) > 25
 

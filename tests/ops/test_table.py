@@ -386,7 +386,8 @@ def spellings(row: Kind, form: Form, sample: Sample) -> Iterator[nn.Module]:
     fixed = dict(form.fixed)
     params = [p for p in form.params if p.how in ("plain", "spread")]
     names = {p.name for p in params}
-    if any(name not in sample or sample[name] != value for name, value in fixed.items()):
+    tensors = {name for name, value in sample.items() if isinstance(value, Tensor)}
+    if any(name in tensors or name not in sample or sample[name] != value for name, value in fixed.items()):
         return
     if not sample.keys() <= names | fixed.keys():
         return
