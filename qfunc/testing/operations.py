@@ -346,7 +346,6 @@ OPERATIONS: tuple[Operation, ...] = (
         "torch.mean({x}, 1, True)",
     ),
     _unary("mean", "mean", "{x}.mean(2)", "{x}.mean(dim=[1])", "torch.mean({x}, (2,), keepdim=True)", fits=_SPATIAL),
-    _unary("curve", "curve", *written.CURVES),
     Operation("binary", "arithmetic", _ANY, _binary),
     Operation("scalar", "arithmetic", _ANY, _scalar),
     Operation("cat", "cat", _ANY, _cat),
@@ -369,6 +368,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _unary("copy", "copy", *written.COPIES),
     Operation("repeat", "copy", _ANY, _repeat),
     Operation("embedding", "embedding", _rank(2, 3), _embedding),
+    _unary("curve", "curve", *written.CURVES),
 )
 
 FAMILIES: tuple[str, ...] = (*dict.fromkeys(row.family for row in OPERATIONS), "inplace")
