@@ -162,9 +162,9 @@ def _features(program: Program) -> set[str]:
     }
 
 
-def test_a_hundred_programs_have_every_feature() -> None:
+def test_some_hundred_programs_have_every_feature() -> None:
     seen: set[str] = set()
-    for seed in range(100):
+    for seed in range(400):
         seen |= _features(write_program(random.Random(seed).choice))
     missing = {
         "in place", "tied", "shared module", "default input", "dict input", "nested output", "size",

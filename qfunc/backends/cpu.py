@@ -14,6 +14,8 @@ It differs from the reference's x86 backend (`qfunc.backends.parity.X86`) where 
 - a sum or product with a number has its own range, which need not be its input's, and so has an average, whose range is
   narrower; a float value is quantized behind a ReLU or clamp, not before it;
 - parts of tensors, their stacks, their paddings and their resizings stay on integers;
+- so do transposed convolutions, with a scale for each output channel (their axis 1), batch norms that nothing takes in,
+  differences and sums scaled by alpha, adaptive maxima, PReLU, and functions of one element, which are tables;
 - weights use the range -127..127, which is its own negative, so that the largest weight is not clipped;
 - the weights of layers can be quantized alone, and most operators can be cast to float16;
 - dropout and identity are removed.
@@ -24,6 +26,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qfunc.backends import dtypes as d
+from qfunc.backends.default_mappings import TRANSPOSED as TRANSPOSED_FORMS
 from qfunc.backends.operators import recurrent
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig
@@ -39,8 +42,15 @@ TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 MAX_POOLS = tuple(f"{pool}{rank}d" for pool in ("max_pool", "adaptive_max_pool") for rank in (1, 2, 3))
 AVERAGES = (*(f"{pool}{rank}d" for pool in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean", "sum")
-ARITHMETIC = ("add", "sub", "mul", "div")
-ELEMENTWISE = ("hardswish", "silu", "gelu", "leaky_relu", "elu")
+ARITHMETIC = ("add", "sub", "mul", "div", "pow")
+ELEMENTWISE = (
+    *("hardswish", "silu", "gelu", "leaky_relu", "elu", "selu", "celu", "mish", "softplus"),
+    *("logsigmoid", "softsign", "tanhshrink", "hardshrink", "softshrink", "threshold"),
+    *("abs", "neg", "exp", "log", "sqrt", "rsqrt", "reciprocal", "erf"),
+)
+"""Functions of one element, with numbers as options."""
+SCALED = ("batch_norm", "prelu")
+"""What has a factor of its own for each channel."""
 REARRANGEMENTS = (
     *("flatten", "unflatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "detach"),
     *(
@@ -85,7 +95,7 @@ def _chains() -> tuple[Pattern, ...]:
     chains += [(*head, *tail) for head in sums for tail in ((), ("relu",), ("clamp",))]
     for layer in TRANSPOSED:
         chains += [(layer, "batch_norm"), *((layer, *norm, act) for norm in _NORMS for act in ("relu", "clamp"))]
-    chains += [(kind, act) for kind in ("batch_norm", "add", "mul") for act in ("relu", "clamp")]
+    chains += [(kind, act) for kind in ("batch_norm", "add", "sub", "mul") for act in ("relu", "clamp")]
     return tuple(_chain(*chain) for chain in chains)
 
 
@@ -95,6 +105,16 @@ _PLAIN = (d.PLAIN, d.PLAIN_FLOAT16)
 
 def _fixed(scale: float, zero_point: int) -> FixedQParams:
     return FixedQParams(UINT8, scale, zero_point)
+
+
+def _mapping() -> QConfigMapping:
+    """The same for all, but that the output channels of a transposed convolution's weight are its axis 1."""
+    qconfig = QConfig(activation=MeanSquaredError(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
+    transposed = replace(qconfig, weight=PerChannelMinMax(replace(INT8_NARROW_PER_CHANNEL, ch_axis=1)))
+    mapping = QConfigMapping().set_global(qconfig)
+    for form in TRANSPOSED_FORMS:
+        mapping = mapping.set_object_type(form, transposed)
+    return mapping
 
 
 CPU = BackendConfig(
@@ -107,7 +127,9 @@ CPU = BackendConfig(
             (d.LAYER, d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16, *_FLOAT_VALUES),
             float_output=True,
         ),
+        OperatorConfig(TRANSPOSED, Observation.OWN, (d.LAYER, *_FLOAT_VALUES), float_output=True),
         OperatorConfig((*ARITHMETIC, *ELEMENTWISE, *AVERAGES), Observation.OWN, _PLAIN),
+        OperatorConfig(SCALED, Observation.OWN, (d.PLAIN,)),
         OperatorConfig(("sigmoid", "hardsigmoid"), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0)),
         # masked scores, most of them -10,000, have no scale that suits them: a softmax reads floats
         OperatorConfig(("softmax",), Observation.OWN, (d.PLAIN,), fixed=_fixed(1 / 256, 0), inputs=()),
@@ -119,9 +141,7 @@ CPU = BackendConfig(
         ),
         recurrent((d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16)),
     ),
-    qconfig_mapping=QConfigMapping().set_global(
-        QConfig(activation=MeanSquaredError(UINT8), weight=PerChannelMinMax(INT8_NARROW_PER_CHANNEL))
-    ),
+    qconfig_mapping=_mapping(),
     lazy=True,
     observe_shared_outputs=False,
     drop_identities=True,

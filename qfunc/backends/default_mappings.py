@@ -37,10 +37,11 @@ from qfunc.numerics.qparams import (
 from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.result import R
 
-_TRANSPOSED = (
+TRANSPOSED = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
 )
+"""The ways of writing transposed convolutions."""
 _LAYER_NORMS = (nn.LayerNorm, functional.layer_norm)
 
 _FIXED: tuple[tuple[str, FixedQParams], ...] = (
@@ -103,7 +104,7 @@ def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
     activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat)
     mapping = _with_types(QConfig(activation, weight), per_tensor, qat=qat)
     transposed = QConfig(activation, per_tensor if backend in ("fbgemm", "x86") else weight)
-    for form in _TRANSPOSED:
+    for form in TRANSPOSED:
         mapping = mapping.set_object_type(form, transposed)
     return Success(mapping)
 

@@ -18,7 +18,7 @@ from qfunc.numerics.derive import derived_qparams, plain, wrong_qparams
 from qfunc.numerics.equalization import divide_columns, multiply_rows
 from qfunc.numerics.grid import Grid
 from qfunc.numerics.qparams import QParams
-from qfunc.numerics.saturation import limit_pair_sums
+from qfunc.numerics.saturation import channel_axis, limit_pair_sums
 from qfunc.numerics.statistic import finite
 from qfunc.params import (
     CastWeight,
@@ -158,7 +158,8 @@ class Evaluator:
                 quant_max=spec.quant_max,
             )
             # Limited, a weight has a scale per output channel even where its observer gives one for all.
-            spec = replace(spec, qscheme="per_channel_symmetric", ch_axis=0)
+            axis = channel_axis(expression.pairs)
+            spec = replace(spec, qscheme="per_channel_symmetric", ch_axis=axis)
             qparams = QParams(scale, qparams.zero_point.expand(scale.shape), spec)
         values = quantize(
             weight,

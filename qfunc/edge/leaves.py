@@ -12,16 +12,17 @@ from qfunc.edge.build import Builder, Literals, literal, output, weights
 from qfunc.edge.custom_modules import CustomModuleError
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
-from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
+from qfunc.edge.kernels.arithmetic import Add, Cat, Mul, Stack
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.grid import DequantizeGrid, QuantizeDynamically, QuantizeGrid
 from qfunc.edge.kernels.island import Island, QuantizedIsland, computed
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.own import made
-from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
+from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean, Sum
 from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.observer import ObserverModule
 from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
+from qfunc.edge.spatial_leaves import SPATIAL_LEAVES
 from qfunc.engines.island import IslandCall
 from qfunc.engines.own import OWN
 from qfunc.errors import UserFunctionFailed, told
@@ -160,15 +161,19 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         "codes.float": _island(Island),
         "quantized.float": _island(QuantizedIsland),
         OWN: _own,
-        "codes.add": literal(lambda g: Add(g.left, g.right, g.output, g.post_op)),
+        "codes.add": literal(lambda g: Add(g.left, g.right, g.output, g.post_op, alpha=g.alpha)),
+        "codes.sub": literal(lambda g: Add(g.left, g.right, g.output, g.post_op, alpha=-g.alpha)),
         "codes.mul": literal(lambda g: Mul(g.left, g.right, g.output, g.post_op)),
         "codes.table": literal(_table),
         "codes.cat": literal(lambda g: Cat(g.grids, g.output, g.dim)),
+        "codes.stack": literal(lambda g: Stack(g.grids, g.output, g.dim)),
         **{f"codes.max_pool{rank}d": _MAX_POOL for rank in (1, 2, 3)},
         "codes.avg_pool1d": literal(_average1d),
         **{f"codes.avg_pool{rank}d": literal(_average) for rank in (2, 3)},
         **{f"codes.adaptive_avg_pool{rank}d": _ADAPTIVE for rank in (1, 2, 3)},
         "codes.mean": literal(lambda g: Mean(_dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
+        "codes.sum": literal(lambda g: Sum(_dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
+        **SPATIAL_LEAVES,
         **QUANTIZED_LEAVES,
     }
 )

@@ -4,44 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qfunc.backends.cpu import MOVES
+from qfunc.backends.cpu import ELEMENTWISE, MOVES
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node
 from qfunc.engines.island import island
 from qfunc.engines.post_op import breach, contract_name, post_op
+from qfunc.engines.spatial import SPATIAL, clamp_row
+from qfunc.engines.weights import clips, weight_of
 from qfunc.ir import Expression, Ref
-from qfunc.numerics.grid import CODE_RANGE, Affine
-from qfunc.numerics.saturation import PairLayouts, pair_bound
-from qfunc.params import DequantizeWeight, QuantizeWeight, loads
-
-
-def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
-    """The quantized weight of a call, limited to what this host's kernels add without overflow.
-
-    Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
-    """
-    weight = call.node.get("weight")
-    if not isinstance(weight, DequantizeWeight):
-        return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
-    quantized, spec = weight.value, weight.value.observer.spec
-    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
-        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
-    low, high = call.input.affine.expected
-    most = high - min(low, 0)  # kernels shift int8 activations to uint8
-    safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
-    if safe:
-        return QuantizeWeight(quantized.value, quantized.observer, "none", most)
-    groups = 1 if call.node.kind == "linear" else call.node.get("groups")
-    if not isinstance(groups, int):
-        return "an option is computed by the graph"
-    pairs = layouts.of(next(loads(quantized.value)).shape, groups)  # folding keeps the shape
-    return QuantizeWeight(quantized.value, quantized.observer, pairs, most)
-
-
-def clips(output: Affine | None) -> str:
-    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
-    if output is None or output.bounds == CODE_RANGE[output.dtype]:
-        return ""
-    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
 
 
 def _conv(call: Call) -> Plan:
@@ -103,12 +72,14 @@ def _arithmetic(call: Call) -> Plan:
     operands = [operand for slot in ("input", "other") for operand in call.operands.get(slot, ())]
     if call.output is None:
         return "the result is read in float"
-    if node.kind == "add" and node.get("alpha") != 1:
-        return "the sum is scaled by alpha"
+    if node.kind in ("add", "sub") and not isinstance(node.get("alpha"), (int, float)):
+        return "an option is computed by the graph"
     codes = tuple(operand.codes for operand in operands)
     if len(operands) == 1:
         broken = breach(call.host, "table")
         return broken or kernel_node(call, "codes.table", codes, function=node.kind, **_unary(call))
+    if node.kind not in ("add", "sub", "mul"):
+        return f"no kernel computes {node.kind} of codes and codes"
     kernel = f"codes.{node.kind}"
     post = post_op(kernel, node.post, call.output)
     if isinstance(post, str):
@@ -117,7 +88,8 @@ def _arithmetic(call: Call) -> Plan:
     if broken:
         return broken
     left, right = (operand.affine for operand in operands)
-    return kernel_node(call, kernel, codes, left=left, right=right, output=call.output, post_op=post[0])
+    options = {} if node.kind == "mul" else {"alpha": node.get("alpha")}
+    return kernel_node(call, kernel, codes, left=left, right=right, output=call.output, post_op=post[0], **options)
 
 
 def _unary(call: Call) -> dict[str, Any]:
@@ -151,37 +123,42 @@ def _average(call: Call) -> Plan:
         return "the result is read in float"
     options = {name: value for name, value in call.node.args if name != "input"}
     if options.pop("dtype", None) is not None:
-        return "the mean is taken in another dtype"
+        return "it is taken in another dtype"
     affines = {"given": call.input.affine, "output": call.output}
     return kernel_node(call, f"codes.{call.node.kind}", (call.input.codes,), **options, **affines)
 
 
-def _cat(call: Call) -> Plan:
+def _join(call: Call) -> Plan:
     operands = call.operands["tensors"]
     if call.output is None:
         return "the result is read in float"
     grids = tuple(operand.affine for operand in operands)
     codes = tuple(operand.codes for operand in operands)
-    return kernel_node(call, "codes.cat", (codes,), grids=grids, output=call.output, dim=call.node.get("dim"))
+    kernel = f"codes.{call.node.kind}"
+    return kernel_node(call, kernel, (codes,), grids=grids, output=call.output, dim=call.node.get("dim"))
 
 
-TABULATED = (
-    *("relu", "clamp", "leaky_relu", "elu", "hardswish", "silu", "gelu"),
-    *("sigmoid", "hardsigmoid", "tanh"),
-)
+TABULATED = (*ELEMENTWISE, "relu", "clamp", "sigmoid", "hardsigmoid", "tanh")
 """Elementwise functions that run as tables of 256 codes where no kernel has them as a post-op."""
 
 _ROWS: tuple[KernelRow, ...] = (
     *(KernelRow(f"onednn.conv{rank}d", (f"conv{rank}d",), _conv) for rank in (1, 2, 3)),
     KernelRow("onednn.linear", ("linear",), _linear),
-    *(KernelRow(name, (name,), _arithmetic) for name in ("add", "mul")),
+    *(KernelRow(name, (name,), _arithmetic) for name in ("add", "sub", "mul")),
+    KernelRow("table", ("div", "pow"), _arithmetic),
+    KernelRow("clamp", ("relu", "clamp"), clamp_row),
     KernelRow("table", TABULATED, _table),
     *(KernelRow(f"max_pool{rank}d", (f"max_pool{rank}d",), _max_pool) for rank in (1, 2, 3)),
     *(
         KernelRow(name, (name,), _average)
-        for name in (*(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean")
+        for name in (
+            *(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)),
+            "mean",
+            "sum",
+        )
     ),
-    KernelRow("cat", ("cat",), _cat),
+    *(KernelRow(name, (name,), _join) for name in ("cat", "stack")),
+    *SPATIAL,
     island("codes.float"),
 )
 

@@ -22,7 +22,7 @@ POST_OPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "onednn.conv1d_add": ("relu", "hardtanh"),
         "onednn.conv2d_add": ("relu", "hardtanh"),
         "onednn.linear": ("relu", "hardtanh", "hardswish", "silu", "leaky_relu", "tanh", "gelu"),
-        **{f"codes.{kind}": ("relu",) for kind in ("add", "mul")},
+        **{f"codes.{kind}": ("relu",) for kind in ("add", "sub", "mul")},
         **{
             f"quantized.{kind}": ("relu",)
             for kind in ("conv1d", "conv2d", "conv3d", "linear", "add", "mul", "batch_norm")

@@ -25,14 +25,15 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-PairLayout: TypeAlias = Literal["none", "channels", "flat", "any"]
+PairLayout: TypeAlias = Literal["none", "channels", "flat", "any", "any of axis 1"]
 """Which weights of an output channel `[in_channels / groups, *kernel]` a kernel adds in int16.
 
 - `none`: no pair (VNNI, or wider arithmetic);
 - `channels`: input channels `2k` and `2k + 1` of the group, at the same kernel tap (oneDNN);
 - `flat`: entries `2k` and `2k + 1` of the weight laid out taps first, channels last (fbgemm: for odd channel counts and
   depthwise convolutions a pair spans two taps);
-- `any`: unknown, so any two.
+- `any`: unknown, so any two;
+- `any of axis 1`: any two of a weight whose output channels are its axis 1, as a transposed convolution's are.
 """
 
 
@@ -66,6 +67,11 @@ UNPAIRED = PairLayouts("none", "none")
 _INT16_MAX = 32767
 
 
+def channel_axis(layout: PairLayout) -> int:
+    """The axis of the output channels of a weight of this layout."""
+    return 1 if layout == "any of axis 1" else 0
+
+
 def pair_bound(quant_max_activation: int = 255) -> int:
     """The largest safe sum of two weight codes of one sign.
 
@@ -82,6 +88,8 @@ def largest_pair_sums(weight: Tensor, layout: PairLayout) -> Tensor:
     >>> largest_pair_sums(w, "channels").tolist(), largest_pair_sums(w, "any").tolist()
     ([9.0, 7.0], [14.0, 13.0])
     """
+    if layout == "any of axis 1":
+        weight, layout = weight.transpose(0, 1), "any"
     rows = weight.reshape(*weight.shape[:2], -1)
     both = torch.stack([rows.clamp(min=0), (-rows).clamp(min=0)])
     sign, channels, inputs, taps = both.shape
@@ -124,9 +132,9 @@ def limit_pair_sums(
 ) -> Tensor:
     """The scales (`[out_channels]`) at which no pair saturates: `scale` where it is safe, else the smallest known safe.
 
-    `weight` is float `[out_channels, in_channels / groups, *kernel]`, quantized symmetrically as
-    `clamp(round(weight / scale), quant_min, quant_max)`. `scale` may be one value for all channels. The result is never
-    below `scale`, and limiting again changes nothing.
+    `weight` is float `[out_channels, in_channels / groups, *kernel]`, or as the layout says; it is quantized
+    symmetrically as `clamp(round(weight / scale), quant_min, quant_max)`. `scale` may be one value for all channels.
+    The result is never below `scale`, and limiting again changes nothing.
 
     >>> w = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     >>> limit_pair_sums(w, torch.tensor([1 / 127, 1 / 127]), "channels").mul(127).round(decimals=4).tolist()
@@ -134,8 +142,9 @@ def limit_pair_sums(
     """
     bound = pair_bound(quant_max_activation)
     assert bound > 1, f"no scale is safe for activations up to {quant_max_activation}"
-    per_channel = scale.expand(weight.shape[0])
-    shape = (-1, *[1] * (weight.dim() - 1))
+    axis = channel_axis(layout)
+    per_channel = scale.expand(weight.shape[axis])
+    shape = [-1 if at == axis else 1 for at in range(weight.dim())]
     codes = (weight / per_channel.reshape(shape)).round().clamp(quant_min, quant_max)
     unsafe = largest_pair_sums(codes, layout) > bound
     # One float32 step above the bound, so that rounding in `weight / scale` cannot undo it.

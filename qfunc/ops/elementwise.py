@@ -32,6 +32,30 @@ def _curved(name: str, layer: str, option: str) -> Kind:
     )
 
 
+def _options(name: str, layer: str, options: str = "", *more: Form) -> Kind:
+    """An elementwise activation with numbers as options, as module and function."""
+    params = f"input, {options}" if options else "input"
+    keys = [option.partition("=")[0] for option in options.split(", ")] if options else []
+    return kind(
+        name,
+        params,
+        module(f"torch.nn.{layer}", " ".join(keys)),
+        function(f"{_F}.{name}", params),
+        *more,
+        call=f"{_F}.{name}({', '.join(['input', *keys])})",
+    )
+
+
+def _methods(name: str, params: str) -> tuple[Form, ...]:
+    """`torch.f` and `x.f()`."""
+    return function(f"torch.{name}", params), method(name, params)
+
+
+def _function(name: str, *more: Form) -> Kind:
+    """A function of one element, as function and method, with their in-place twins."""
+    return kind(name, "input", *_twins(name), *more, call=f"torch.{name}(input)")
+
+
 def _twins(name: str) -> tuple[Form, ...]:
     """`torch.f`, `x.f()` and their in-place twins."""
     return (
@@ -205,6 +229,60 @@ ELEMENTWISE: tuple[Kind, ...] = (
         ),
         function("torch.dropout", "input, p:p, training:train"),
         call=f"{_F}.dropout(input, p, training)",
+    ),
+    _unary("mish", "Mish"),
+    _unary(
+        "selu",
+        "SELU",
+        function("torch.selu", "input"),
+        function("torch.selu_", "input", emit="torch.selu", inplace=True),
+    ),
+    kind(
+        "celu",
+        "input, alpha=1.0",
+        module("torch.nn.CELU", "alpha"),
+        function(f"{_F}.celu", "input, alpha=1.0, ~inplace=False"),
+        function("torch.celu", "input, alpha=1.0"),
+        function("torch.celu_", "input, alpha=1.0", emit="torch.celu", inplace=True),
+        call=f"{_F}.celu(input, alpha)",
+    ),
+    _options("softplus", "Softplus", "beta=1.0, threshold=20.0"),
+    _options("logsigmoid", "LogSigmoid"),
+    _options("softsign", "Softsign"),
+    _options("tanhshrink", "Tanhshrink"),
+    _options("hardshrink", "Hardshrink", "lambd=0.5", *_methods("hardshrink", "input, lambd=0.5")),
+    _options("softshrink", "Softshrink", "lambd=0.5"),
+    kind(
+        "threshold",
+        "input, threshold, value",
+        module("torch.nn.Threshold", "threshold value"),
+        function(f"{_F}.threshold", "input, threshold, value, ~inplace=False"),
+        function("torch.threshold", "input, threshold, value"),
+        function("torch.threshold_", "input, threshold, value", emit="torch.threshold", inplace=True),
+        call=f"{_F}.threshold(input, threshold, value)",
+    ),
+    _function(
+        "abs",
+        function("operator.abs", "input"),
+        *_methods("absolute", "input"),
+        method("absolute_", "input", emit="absolute", inplace=True),
+    ),
+    _function("neg", function("operator.neg", "input"), *_twins("negative")),
+    *(_function(name) for name in ("exp", "log", "sqrt", "rsqrt", "reciprocal")),
+    _function("erf", function("torch.special.erf", "input")),
+    kind(
+        "pow",
+        "input, other",
+        function("operator.pow", "input, other"),
+        function("operator.ipow", "input, other", emit="operator.pow", inplace=True),
+        function("torch.pow", "input, other:exponent"),
+        method("pow", "input, other:exponent"),
+        method("pow_", "input, other:exponent", emit="pow", inplace=True),
+        function("torch.square", "input", other=2),
+        method("square", "input", other=2),
+        method("square_", "input", emit="square", inplace=True, other=2),
+        tensors="input other",
+        call="operator.pow(input, other)",
     ),
     kind("identity", "input", module("torch.nn.Identity"), call="qfunc.ops.reference.identity(input)"),
 )

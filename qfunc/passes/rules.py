@@ -19,7 +19,7 @@ from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import GLOBAL, Chosen, Entry, Lookup, Resolution
 from qfunc.errors import Problem, UnsupportedDType
-from qfunc.ir import Expression, Graph, Node, Ref, refs, users
+from qfunc.ir import Arg, Expression, Graph, Node, Ref, refs, users
 from qfunc.numerics.fake_quantize import is_fixed
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, Quantization, ReuseInput
@@ -234,7 +234,7 @@ class Rules:
             reason = exception
         elif "other" in inputs_of(node, row) and not self._numeric_rest(node):
             reason = "an operand is neither a tensor nor a number"
-        elif node.kind in ("add", "sub") and node.get("alpha") != 1:
+        elif node.kind in ("add", "sub") and not self._scales(node.get("alpha")):
             reason = "the sum is scaled by alpha"
         elif self.backend.lazy and computes_weight(node, row):
             reason = "its weight is computed by the graph"
@@ -245,6 +245,10 @@ class Rules:
             spec = getattr(qconfig.weight, "spec", None)
             self.problems += [*weight_problems(node, row), *(axis_problems(node, row, spec) if spec else ())]
         return True
+
+    def _scales(self, alpha: Arg) -> bool:
+        """Whether the backend's kernels scale a summand by this; the reference's drop it."""
+        return alpha == 1 or (self.backend.lazy and isinstance(alpha, (int, float)))
 
     def _operands(self, node: Node, row: OperatorConfig) -> Iterator[tuple[Edge, str]]:
         """The activation operands that are tensors, with their edges."""

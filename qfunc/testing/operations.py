@@ -368,6 +368,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _unary("copy", "copy", *written.COPIES),
     Operation("repeat", "copy", _ANY, _repeat),
     Operation("embedding", "embedding", _rank(2, 3), _embedding),
+    _unary("curve", "curve", *written.CURVES),
 )
 
 FAMILIES: tuple[str, ...] = (*dict.fromkeys(row.family for row in OPERATIONS), "inplace")

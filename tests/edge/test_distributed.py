@@ -145,7 +145,11 @@ WRONG = [
     ("other options", [("BadConfig", "rank 3, limit")], [0, 1, 2]),
     ("another stage", [("WrongStage", "rank 0, stage")], [1, 2, 3]),
     ("unmergeable", [("BadConfig", place) for place in ("second", "mean", "first", "input 'x'")], []),
-    ("one unmergeable", [("BadConfig", f"rank 2, {place}") for place in ("second", "mean", "first", "input 'x'")], [0, 1, 3]),
+    (
+        "one unmergeable",
+        [("BadConfig", f"rank 2, {place}") for place in ("second", "mean", "first", "input 'x'")],
+        [0, 1, 3],
+    ),
 ]
 
 

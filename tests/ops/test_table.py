@@ -96,6 +96,13 @@ SAMPLES: dict[str, list[Sample]] = {
     "leaky_relu": [X, {**X, "negative_slope": 0.2}],
     "elu": [X, {**X, "alpha": 0.5}],
     "gelu": [X, {**X, "approximate": "tanh"}],
+    "celu": [X, {**X, "alpha": 0.5}],
+    "softplus": [X, {**X, "beta": 2.0, "threshold": 1.5}],
+    "hardshrink": [X, {**X, "lambd": 0.25}],
+    "softshrink": [X, {**X, "lambd": 0.25}],
+    "threshold": [{**X, "threshold": 0.25, "value": -1.0}],
+    "pow": [{**X, "other": 2}, {**X, "other": 3.0}, {"input": t(2, 3).abs(), "other": t(2, 3)}],
+    **{name: [{"input": t(2, 3, 4, 5).abs() + 0.1}] for name in ("log", "sqrt", "rsqrt")},
     "prelu": [{**X, "weight": t(3)}, {**X, "weight": t(1)}],
     "linear": [{"input": t(2, 4), "weight": t(3, 4)}, {"input": t(2, 5, 4), "weight": t(3, 4), "bias": t(3)}],
     "batch_norm": [sample for rank in (1, 2, 3) for sample in _norm(rank)],
@@ -379,7 +386,8 @@ def spellings(row: Kind, form: Form, sample: Sample) -> Iterator[nn.Module]:
     fixed = dict(form.fixed)
     params = [p for p in form.params if p.how in ("plain", "spread")]
     names = {p.name for p in params}
-    if any(name not in sample or sample[name] != value for name, value in fixed.items()):
+    tensors = {name for name, value in sample.items() if isinstance(value, Tensor)}
+    if any(name in tensors or name not in sample or sample[name] != value for name, value in fixed.items()):
         return
     if not sample.keys() <= names | fixed.keys():
         return

@@ -243,9 +243,9 @@ DIFFERENCES = (
         ),
     ),
     Difference(
-        "transposed convolution float",
-        "no engine has a kernel for it, so that quantizing it would only add noise",
-        *(convs(transposed), lambda s: len(s.prepared.weights), 2, 3),
+        "transposed convolution with a scale for each output channel",
+        "its output channels are axis 1 of its weight, and the kernel takes a scale for each",
+        *(convs(transposed), lambda s: {w.spec.ch_axis for w in s.prepared.weights.values()}, {0, 1}, {0, None}),
     ),
     Difference(
         "any batch norm folded into a transposed convolution",
@@ -360,21 +360,37 @@ def test_static_float16_is_for_values_and_biases():
 
 FLOAT_HERE = {
     "no engine has a kernel for it on plain integers, so that quantizing it would only add noise": (
-        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul", "interpolate"),
-        *("batch_norm", "group_norm", "instance_norm", "prelu", "softmax"),
+        *("matmul", "group_norm", "instance_norm"),
     ),
-    "it moves elements in ways that no kernel on codes has; its neighbours convert at its borders": (
-        *("stack", "narrow", "repeat", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "detach", ".resize_"),
-    ),
+    "it writes to its input": (".resize_",),
     "a division that rounds down does not keep the range of its operand": ("floor_divide",),
     "this way of writing does not exist in torch any more": (".hardsigmoid", ".hardsigmoid_"),
     "it asks for sizes: what is no tensor is known from the graph, no row is needed": (".size", "builtins.getattr"),
 }
 """What the parity backend quantizes and the default one leaves float, by reason."""
 
-QUANTIZED_HERE = {"a table of 256 entries is exact for any function of one operand": ("gelu", "silu")}
+QUANTIZED_HERE = {
+    "a table of 256 entries is exact for any function of one operand": (
+        *("abs", "celu", "div", "erf", "exp", "gelu", "hardshrink", "log", "logsigmoid", "mish", "neg", "pow"),
+        *("reciprocal", "rsqrt", "selu", "silu", "softplus", "softshrink", "softsign", "sqrt", "tanhshrink"),
+        "threshold",
+    ),
+    "a difference is a sum, of numbers as well": ("sub",),
+    "a sum of codes is exact": ("sum",),
+    "the largest codes are those of the largest values": (
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    ),
+    "it only moves or repeats elements": (
+        *("channel_shuffle", "expand", "flip", "getitem", "index_select", "movedim", "pad", "roll", "select"),
+        "unflatten",
+    ),
+}
 OBSERVED_OTHERWISE = {
     "a sum or product with a number has another range than its operand": ("add", "mul"),
+    "the range of an average is narrower than that of what it averages": (
+        *(f"{pool}{rank}d" for pool in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)),
+        "mean",
+    ),
     "in evaluation it is the identity": ("dropout",),
 }
 

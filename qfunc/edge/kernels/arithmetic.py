@@ -1,4 +1,4 @@
-"""Sums and products of two code tensors, and concatenation, each operand with its own qparams.
+"""Sums, differences and products of two code tensors, and joins, each operand with its own qparams.
 
 Computed in float32 with one rounding at the end. oneDNN's own `qadd.tensor` and `qmul.tensor` are not used: they are an
 order slower, wrong where the operands' memory formats differ, and on AVX-512 wrong for codes from 128 up.
@@ -18,19 +18,25 @@ from qfunc.numerics.grid import Affine
 ArithmeticPostOp: TypeAlias = Literal["none", "relu"]
 
 
+def rounding(output: Affine, post_op: ArithmeticPostOp) -> Affine:
+    """What to round to, so that a post-op is done as well: ReLU on the output's grid is a higher lower bound.
+
+    >>> rounding(Affine(0.5, 3), "relu").bounds
+    (3, 255)
+    """
+    assert post_op in ("none", "relu"), post_op
+    low, high = output.bounds
+    if post_op == "none":
+        return output
+    return Affine(output.scale, output.zero_point, output.dtype, max(low, output.zero_point), high)
+
+
 class _Arithmetic(Kernel):
     def __init__(self, left: Affine, right: Affine, output: Affine, post_op: ArithmeticPostOp = "none") -> None:
         super().__init__()
-        assert post_op in ("none", "relu"), post_op
         self.left, self.right, self.output = left, right, output
         self.post_op = post_op
-        low, high = output.bounds
-        # ReLU on the output's grid is a higher lower bound.
-        self._rounding = (
-            output
-            if post_op == "none"
-            else Affine(output.scale, output.zero_point, output.dtype, max(low, output.zero_point), high)
-        )
+        self._rounding = rounding(output, post_op)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -39,17 +45,22 @@ class _Arithmetic(Kernel):
 
 
 class Add(_Arithmetic):
-    """`left + right` (+ ReLU) of codes, with broadcasting; the memory format is the larger operand's.
+    """`left + alpha * right` (+ ReLU) of codes, with broadcasting; the memory format is the larger operand's.
+
+    A difference is a sum with `alpha=-1`.
 
     >>> add = Add(Affine(0.5, 0), Affine(1.0, 2), Affine(0.5, 1))
     >>> add(torch.tensor([4], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8)).tolist()
     [11]
     """
 
-    def __init__(self, left: Affine, right: Affine, output: Affine, post_op: ArithmeticPostOp = "none") -> None:
+    def __init__(
+        self, left: Affine, right: Affine, output: Affine, post_op: ArithmeticPostOp = "none", *, alpha: float = 1.0
+    ) -> None:
         super().__init__(left, right, output, post_op)
+        self.alpha = alpha
         self._left = left.scale / output.scale
-        self._right = right.scale / output.scale
+        self._right = alpha * right.scale / output.scale
         self._shift = -(left.zero_point * self._left + right.zero_point * self._right)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -65,6 +76,10 @@ class Add(_Arithmetic):
         else:
             total = a.add(b.mul_(self._right).add_(self._shift))
         return round_to_codes(total, self._rounding)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return super().extra_repr() + ("" if self.alpha == 1 else f", alpha={self.alpha:g}")
 
 
 class Mul(_Arithmetic):
@@ -104,15 +119,28 @@ class Cat(Kernel):
         )
         self._plain = all(_same_grid(given, output) for given in inputs)
 
+    _join = staticmethod(torch.cat)
+
     def forward(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        """The concatenated codes."""
+        """The joined codes."""
         if self._plain:
-            return torch.cat(tensors, self.dim)
-        return torch.cat([table(x) for table, x in zip(self._tables, tensors, strict=True)], self.dim)
+            return self._join(tensors, self.dim)
+        return self._join([table(x) for table, x in zip(self._tables, tensors, strict=True)], self.dim)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{len(self.inputs)} tensors -> {self.output}, dim={self.dim}"
+
+
+class Stack(Cat):
+    """A stack of codes along a new dimension; inputs whose qparams differ from the output's are requantized first.
+
+    >>> stack = Stack((Affine(1.0, 0), Affine(0.5, 0)), Affine(1.0, 0), dim=0)
+    >>> stack([torch.tensor([3], dtype=torch.uint8), torch.tensor([8], dtype=torch.uint8)]).tolist()
+    [[3], [4]]
+    """
+
+    _join = staticmethod(torch.stack)
 
 
 def _same_grid(given: Affine, output: Affine) -> bool:

@@ -7,7 +7,7 @@ The weight is packed for the exact spatial size it runs at, because oneDNN other
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -113,6 +113,8 @@ class OnednnConv(Kernel):
             x = pad_codes(x, self._pad, self.call)
         if x.shape[:1] == (0,):
             return self._empty(x)
+        if self._is_misread(x):
+            return self._within(x.shape[2:])(self._cut(x))  # type: ignore[no-any-return]
         if self._dims != 1:
             return self._convolve(x)
         if x.dim() != 3:
@@ -125,6 +127,44 @@ class OnednnConv(Kernel):
             entry = self._packed(x.shape[2:], lambda: self._pack(x))
         out: Tensor = _pointwise(x, *entry)
         return out if self._clamp is None else out.clamp_(*self._clamp)
+
+    def _is_misread(self, x: Tensor) -> bool:
+        """Whether oneDNN's kernels may be wrong on an input of this size.
+
+        Those of oneDNN 3.12 for AVX-512 are, on some shapes, where the window is larger than the input and padding
+        makes up for it, or where a single window fits in spite of a stride.
+        """
+        if x.dim() != self._dims + 2:
+            return False
+        call = self.call
+        geometry = zip(x.shape[2:], self._extents(), self._padding, self._output_size(x), call.stride, strict=True)
+        return any((pad and extent > size) or (count == 1 and s > 1) for size, extent, pad, count, s in geometry)
+
+    def _extents(self) -> list[int]:
+        """The sizes of the window."""
+        return [d * (k - 1) + 1 for d, k in zip(self.call.dilation, self.weight.shape[2:], strict=True)]
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """The input padded by hand, and where a single window fits cut to that."""
+        self._check(x)
+        counts = self._output_size(x)
+        if any(self._padding):
+            widths = [pad for pad in reversed(self._padding) for _ in range(2)]
+            x = F.pad(x, widths, value=self.call.input_zero_point)
+        for axis, (extent, count) in enumerate(zip(self._extents(), counts, strict=True)):
+            x = x.narrow(2 + axis, 0, extent) if count == 1 else x
+        return x
+
+    def _within(self, size: torch.Size) -> OnednnConv:
+        """This convolution without padding, and without a stride where a single window fits, for what `_cut` gives."""
+        counts = self._output_size(self.weight.new_empty(0, 1, *size))
+        strides = tuple(1 if count == 1 else s for count, s in zip(counts, self.call.stride, strict=True))
+        call = replace(self.call, padding=(0,) * self._dims, padding_mode="zeros", stride=strides)
+        found: OnednnConv = self._packed(("within", *strides), lambda: self._like(call))
+        return found
+
+    def _like(self, call: ConvCall) -> OnednnConv:
+        return OnednnConv(self.weight, self.weight_scale, self.bias, call)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         call, kernel = self.call, self.weight.shape[2:]
@@ -216,9 +256,15 @@ class OnednnConvAdd(OnednnConv):
             return self.forward(x.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
         if self._pad is not None:
             x = pad_codes(x, self._pad, self.call)
+        if self._is_misread(x):
+            return self._within(x.shape[2:])(self._cut(x), other)  # type: ignore[no-any-return]
         if self._dims == 1:
             return self._sum(x.unsqueeze(2), other.unsqueeze(2)).squeeze(2)
         return self._sum(x, other)
+
+    def _like(self, call: ConvCall) -> OnednnConv:
+        parts = (self.weight, self.weight_scale, self.bias)
+        return OnednnConvAdd(*parts, call, self.other, overwrite=self.overwrite)
 
     @outside_compile
     def _uncompiled_add(self, x: Tensor, other: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Pooling and averages on plain codes.
 
 Maxima commute with the affine map, so they are exact on codes. Averages sum integers, exact in float32 up to windows of
-65793 codes, and are rounded once to the output's grid.
+65793 codes, and are rounded once to the output's grid; sums are of integers, however many there are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qfunc.edge.kernels.base import Kernel, operator, outside_compile, round_to_
 from qfunc.numerics.grid import Affine
 
 _max_pool2d = operator("quantized", "max_pool2d")
+_EXACT = 65793  # codes of up to 255 whose sum is below 2**24
 _AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -209,3 +210,34 @@ class Mean(Average):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"dim={self.dim}, keepdim={self.keepdim}, {super().extra_repr()}"
+
+
+class Sum(Kernel):
+    """`sum` of codes over `dim` (all dimensions where it is empty): exact, then rounded once to the output's grid.
+
+    >>> Sum((), Affine(0.5, 1), Affine(1.0, 0))(torch.tensor([3, 5], dtype=torch.uint8)).item()
+    3
+    """
+
+    def __init__(self, dim: tuple[int, ...], given: Affine, output: Affine, *, keepdim: bool = False) -> None:
+        super().__init__()
+        self.dim, self.keepdim = dim, keepdim
+        self.given, self.output = given, output
+        self._ratio = given.scale / output.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The codes of the sum of `x`."""
+        dim = self.dim or tuple(range(x.dim()))
+        count = 1
+        for axis in dim:
+            count *= x.shape[axis]
+        if count <= _EXACT:
+            total = x.to(torch.float32).sum(dim, keepdim=self.keepdim).sub_(count * self.given.zero_point)
+        else:
+            whole = x.sum(dim, keepdim=self.keepdim, dtype=torch.int64)
+            total = whole.sub_(count * self.given.zero_point).to(torch.float32)
+        return round_to_codes(total.mul_(self._ratio), self.output)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"dim={self.dim}, keepdim={self.keepdim}, {self.given} -> {self.output}"

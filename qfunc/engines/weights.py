@@ -1,0 +1,44 @@
+"""Quantized weights and results as kernels take and give them."""
+
+from __future__ import annotations
+
+from qfunc.config.kernel import Call
+from qfunc.ir import Ref
+from qfunc.numerics.grid import CODE_RANGE, Affine
+from qfunc.numerics.saturation import PairLayout, PairLayouts, pair_bound
+from qfunc.params import DequantizeWeight, QuantizeWeight, loads
+
+
+def weight_of(call: Call, layouts: PairLayouts, *, axis: int = 0) -> QuantizeWeight | str:
+    """The quantized weight of a call, limited to what this host's kernels add without overflow.
+
+    Its output channels are along `axis`; where that is 1, a kernel rearranges the weight, so that any two may meet.
+    Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
+    """
+    weight = call.node.get("weight")
+    if not isinstance(weight, DequantizeWeight):
+        return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
+    quantized, spec = weight.value, weight.value.observer.spec
+    if spec.dtype != "int8" or not spec.symmetric:
+        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    if spec.ch_axis not in (axis, None):
+        return f"its weight has scales along ch_axis={spec.ch_axis}, and its output channels are axis {axis}"
+    low, high = call.input.affine.expected
+    most = high - min(low, 0)  # kernels shift int8 activations to uint8
+    safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
+    if safe:
+        return QuantizeWeight(quantized.value, quantized.observer, "none", most)
+    groups = 1 if call.node.kind == "linear" else call.node.get("groups")
+    if not isinstance(groups, int):
+        return "an option is computed by the graph"
+    pairs: PairLayout = "any of axis 1" if layouts.saturates else "none"
+    if axis == 0:
+        pairs = layouts.of(next(loads(quantized.value)).shape, groups)  # folding keeps the shape
+    return QuantizeWeight(quantized.value, quantized.observer, pairs, most)
+
+
+def clips(output: Affine | None) -> str:
+    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
+    if output is None or output.bounds == CODE_RANGE[output.dtype]:
+        return ""
+    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
