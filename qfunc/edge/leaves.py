@@ -25,6 +25,7 @@ from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
 from qfunc.engines.island import IslandCall
 from qfunc.engines.own import OWN
 from qfunc.errors import UserFunctionFailed, told
+from qfunc.edge.weight_leaves import WEIGHT_LEAVES
 from qfunc.ir import Arg, Expression, Node, Opaque, Token
 from qfunc.numerics.grid import Affine, Grid, literals
 from qfunc.params import DeriveQParams
@@ -156,6 +157,7 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         **{f"onednn.conv{rank}d": _onednn_conv for rank in (1, 2, 3)},
         **{f"onednn.conv{rank}d_add": _onednn_conv for rank in (1, 2)},
         "onednn.linear": _onednn_linear,
+        **WEIGHT_LEAVES,
         "requantize": literal(lambda g: requantize(g.given, g.output)),
         "codes.float": _island(Island),
         "quantized.float": _island(QuantizedIsland),

@@ -6,42 +6,11 @@ from typing import Any
 
 from qfunc.backends.cpu import MOVES
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node
+from qfunc.engines.dynamic import DYNAMIC_ROWS
 from qfunc.engines.island import island
+from qfunc.engines.limits import clips, weight_of
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.ir import Expression, Ref
-from qfunc.numerics.grid import CODE_RANGE, Affine
-from qfunc.numerics.saturation import PairLayouts, pair_bound
-from qfunc.params import DequantizeWeight, QuantizeWeight, loads
-
-
-def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
-    """The quantized weight of a call, limited to what this host's kernels add without overflow.
-
-    Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
-    """
-    weight = call.node.get("weight")
-    if not isinstance(weight, DequantizeWeight):
-        return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
-    quantized, spec = weight.value, weight.value.observer.spec
-    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
-        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
-    low, high = call.input.affine.expected
-    most = high - min(low, 0)  # kernels shift int8 activations to uint8
-    safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
-    if safe:
-        return QuantizeWeight(quantized.value, quantized.observer, "none", most)
-    groups = 1 if call.node.kind == "linear" else call.node.get("groups")
-    if not isinstance(groups, int):
-        return "an option is computed by the graph"
-    pairs = layouts.of(next(loads(quantized.value)).shape, groups)  # folding keeps the shape
-    return QuantizeWeight(quantized.value, quantized.observer, pairs, most)
-
-
-def clips(output: Affine | None) -> str:
-    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
-    if output is None or output.bounds == CODE_RANGE[output.dtype]:
-        return ""
-    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
 
 
 def _conv(call: Call) -> Plan:
@@ -182,6 +151,7 @@ _ROWS: tuple[KernelRow, ...] = (
         for name in (*(f"{kind}{rank}d" for kind in ("avg_pool", "adaptive_avg_pool") for rank in (1, 2, 3)), "mean")
     ),
     KernelRow("cat", ("cat",), _cat),
+    *DYNAMIC_ROWS,
     island("codes.float"),
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from qfunc.config.kernel import Call, Plan, kernel_node
-from qfunc.engines.onednn import clips, weight_of
+from qfunc.engines.limits import clips, weight_of
 from qfunc.engines.post_op import PostOpLiteral, breach, contract_name, post_op
 from qfunc.ir import Arg, Expression, Node, TensorFact
 from qfunc.numerics.saturation import PairLayout, pair_bound

@@ -13,6 +13,7 @@ from qfunc.edge.kernels.affine import Clamp, Dequantize, Quantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul
 from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import Contract, Sample, adversarial_codes, output_for, real_values
+from qfunc.edge.kernels.dynamic_contracts import dynamic_contracts, float_contracts
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.weighted_contracts import weighted_contracts
 from qfunc.numerics.grid import Affine
@@ -151,6 +152,7 @@ def onednn_contracts(layouts: PairLayouts) -> tuple[Contract, ...]:
     """The contracts of engine `"onednn"`, with weights that a host with these pair layouts bears."""
     return (
         *weighted_contracts(layouts),
+        *dynamic_contracts(layouts),
         *plain_contracts(),
         _binary("onednn.qadd.tensor", partial(_OnednnBinary, "qadd"), torch.add, same_shape=True),
         _binary("onednn.qmul.tensor", partial(_OnednnBinary, "qmul"), torch.mul, same_shape=True),
@@ -161,6 +163,7 @@ def plain_contracts() -> tuple[Contract, ...]:
     """The kernels that are aten operators on plain codes."""
     shapes = ((2, 5, 7, 6), (3, 16), (1, 3, 4, 5, 2))
     return (
+        *float_contracts(),
         _unary("table", lambda a, b: tabulate(torch.sigmoid, a, b), torch.sigmoid, (*shapes, (2, 64, 16, 16))),
         _unary("quantize", lambda a, b: torch.nn.Sequential(Dequantize(a), Quantize(b)), lambda x: x, shapes),
         _unary(

@@ -1,0 +1,43 @@
+"""What a host's kernels and the codes of a result allow: limited weights, ends of ranges."""
+
+from __future__ import annotations
+
+from qfunc.config.kernel import Call
+from qfunc.ir import Ref
+from qfunc.numerics.grid import CODE_RANGE, Affine
+from qfunc.numerics.saturation import PairLayouts, pair_bound
+from qfunc.params import DequantizeWeight, QuantizeWeight, loads
+
+
+def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
+    """The quantized weight of a call, limited to what this host's kernels add without overflow.
+
+    Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
+    """
+    weight = call.node.get("weight")
+    if not isinstance(weight, DequantizeWeight):
+        return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
+    low, high = call.input.affine.expected
+    return limited(call, weight.value, high - min(low, 0), layouts)  # kernels shift int8 activations to uint8
+
+
+def limited(call: Call, weight: QuantizeWeight, most: int, layouts: PairLayouts) -> QuantizeWeight | str:
+    """A quantized weight limited to what this host's kernels add without overflow to activations up to `most`."""
+    spec = weight.observer.spec
+    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
+        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
+    if safe:
+        return QuantizeWeight(weight.value, weight.observer, "none", most)
+    groups = 1 if not call.node.kind.startswith("conv") else call.node.get("groups")
+    if not isinstance(groups, int):
+        return "an option is computed by the graph"
+    pairs = layouts.of(next(loads(weight.value)).shape, groups)  # folding keeps the shape
+    return QuantizeWeight(weight.value, weight.observer, pairs, most)
+
+
+def clips(output: Affine | None) -> str:
+    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
+    if output is None or output.bounds == CODE_RANGE[output.dtype]:
+        return ""
+    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
