@@ -353,13 +353,16 @@ def _weight(node: Node) -> str:
     return dtype_of(node.get("weight")) if node.has("weight") else ""
 
 
+_REMOVABLE = _ALL_CONVERSIONS | {"requantize", "get_attr"}
+
+
 def _without_dead(graph: Graph) -> Graph:
-    """The graph without conversions that nobody reads."""
+    """The graph without conversions that nobody reads, and parameters that only stood for those of a layer."""
     live: set[str] = set()
     dead: list[str] = []
     for id in reversed(graph.order):
         node = graph[id]
-        if node.kind in _ALL_CONVERSIONS and id not in live:
+        if node.kind in _REMOVABLE and id not in live:
             dead.append(id)
         else:
             live.update(node.uses())

@@ -69,6 +69,8 @@ class Int8WeightLinear(_InFloat):
         check_features(x, ins)
         if x.dtype is not torch.float32:
             raise RuntimeError(f"linear layer of int8 weights takes float32, not {x.dtype}")
+        if not x.numel():
+            return torch.empty((*x.shape[:-1], outs))
         flat = x.reshape(x.numel() // ins, ins).contiguous()
         result: Tensor = _int8_linear(flat, self.weight, self.weight_scale).view(*x.shape[:-1], outs)
         return result if self.bias is None else result.add_(self.bias)
