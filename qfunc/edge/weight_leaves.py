@@ -53,7 +53,8 @@ def _others(node: Node, evaluator: Evaluator) -> dict[str, Tensor]:
 
 
 def _int8_linear(node: Node, evaluator: Evaluator, _: Objects) -> nn.Module:
-    return Int8WeightLinear(*weights(node, evaluator), Literals(node).call)
+    with_bias = node if node.has("bias") else node.with_args(bias=None)
+    return Int8WeightLinear(*weights(with_bias, evaluator), Literals(node).call)
 
 
 def _weight_only(node: Node, evaluator: Evaluator, _: Objects) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qfunc.config.kernel import FLOATS, Call, KernelRow, Plan, kernel_node, module_node
 from qfunc.config.weights import RECURRENT
-from qfunc.engines.limits import clips, limited
+from qfunc.engines.limits import clips, limited, unfit
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.ir import Arg, Body, Expression, PostOp, Ref, map_arg, refs
 from qfunc.ir.node import NamedArgs
@@ -48,12 +48,16 @@ def _most(spec: Dynamic) -> int | str:
     return spec.spec.quant_max - min(spec.spec.quant_min, 0)  # kernels shift int8 activations to uint8
 
 
-def _weight(call: Call, weight: Arg, most: int) -> QuantizeWeight | str:
+def _quantized(weight: Arg) -> QuantizeWeight | str:
+    """The integer weight of a layer, or why there is none for a kernel."""
     if not isinstance(weight, DequantizeWeight):
         return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
-    if 0 in next(loads(weight.value)).shape:
-        return "its weight is empty"
-    return limited(call, weight.value, most, call.host.onednn_layouts)
+    return "its weight is empty" if 0 in next(loads(weight.value)).shape else weight.value
+
+
+def _limited(call: Call, weight: Arg, most: int) -> QuantizeWeight | str:
+    found = _quantized(weight)
+    return found if isinstance(found, str) else limited(call, found, most, call.host.onednn_layouts)
 
 
 def _bias(call: Call) -> str:
@@ -65,7 +69,7 @@ def _linear_dynamic(call: Call) -> Plan:
     node, how = call.node, call.input.how
     assert isinstance(how, Dynamic), how
     most = _most(how)
-    weight = most if isinstance(most, str) else _weight(call, node.get("weight"), most)
+    weight = most if isinstance(most, str) else _limited(call, node.get("weight"), most)
     if isinstance(weight, str):
         return weight
     post = post_op("onednn.linear", node.post, call.output)
@@ -116,20 +120,18 @@ def _in_float(call: Call, kernel: str, **options: Arg) -> Plan:
 
 
 def _int8_linear(call: Call) -> Plan:
-    weight = _weight(call, call.node.get("weight"), 0)
-    if isinstance(weight, str):
-        return weight
+    weight = _quantized(call.node.get("weight"))
+    if isinstance(weight, str) or unfit(weight):
+        return weight if isinstance(weight, str) else unfit(weight)
     loaded = {load.dtype for load in loads(weight)}
     if loaded != {"float32"}:
         return f"the kernel computes in float32, not in {', '.join(sorted(loaded))}"
-    return _in_float(call, "int8_weight.linear", weight=weight)
+    return _bias(call) or _in_float(call, "int8_weight.linear", weight=weight)
 
 
 def _with_dequantized(call: Call) -> Plan:
-    weight = call.node.get("weight")
-    if not isinstance(weight, DequantizeWeight):
-        return "its weight is not quantized" if isinstance(weight, Expression) else "its weight is computed by the graph"
-    return _in_float(call, "weight_only", weight=weight.value)
+    weight = _quantized(call.node.get("weight"))
+    return weight if isinstance(weight, str) else _in_float(call, "weight_only", weight=weight)
 
 
 def _float16_linear(call: Call) -> Plan:
@@ -138,7 +140,7 @@ def _float16_linear(call: Call) -> Plan:
         return "its weight is not cast to float16"
     if {load.dtype for load in loads(weight)} != {"float32"} or 0 in next(loads(weight)).shape:
         return "the kernel computes in float32, with a weight that is not empty"
-    return _in_float(call, "onednn.linear_float16", weight=weight)
+    return _bias(call) or _in_float(call, "onednn.linear_float16", weight=weight)
 
 
 def _with_cast(call: Call) -> Plan:
@@ -151,32 +153,29 @@ def _with_cast(call: Call) -> Plan:
 def _table(call: Call) -> Plan:
     """Of an embedding; what it says of gradients (`sparse`, `scale_grad_by_freq`) is of no account here."""
     node = call.node
-    weight = node.get("weight")
-    if not isinstance(weight, DequantizeWeight):
-        return "its weight is not quantized" if isinstance(weight, Expression) else "its weight is computed by the graph"
-    spec = weight.value.observer.spec
-    if spec.dtype not in TABLE_DTYPES:
-        return f"the kernel looks up codes of 4 or 8 bits, not {spec.dtype}"
-    if 0 in next(loads(weight.value)).shape:
-        return "its weight is empty"
+    weight = _quantized(node.get("weight"))
+    if isinstance(weight, str):
+        return weight
+    if weight.observer.spec.dtype not in TABLE_DTYPES:
+        return f"the kernel looks up codes of 4 or 8 bits, not {weight.observer.spec.dtype}"
     names = {"embedding": ("input",), "embedding_bag": ("input", "offsets", "per_sample_weights")}[node.kind]
     inputs = tuple(node.get(name) for name in names)
     options = {name: node.get(name) for name in ("mode", "include_last_offset", "padding_idx") if node.has(name)}
-    return module_node(call, f"codes.{node.kind}", inputs, weight=weight.value, output=call.output, **options)
+    return module_node(call, f"codes.{node.kind}", inputs, weight=weight, output=call.output, **options)
 
 
-def _recurrent_inputs(call: Call) -> tuple[Arg, Arg]:
-    """What a recurrent layer is called with: the arguments for its input, and for its initial state."""
-    node, written = call.node, call.node.origin.written
-    assert written is not None, node
-    given: dict[str, Arg] = {("input", "hx")[int(name)]: node.get(name) for name in written.args}
-    given |= {keyword: node.get(name) for keyword, name in written.kwargs}
-    return given["input"], given.get("hx")
+def _recurrent_slots(call: Call) -> tuple[str, str | None]:
+    """The arguments of a recurrent layer that are its input and its initial state."""
+    written = call.node.origin.written
+    assert written is not None, call.node
+    slots = {("input", "hx")[int(name)]: name for name in written.args} | dict(written.kwargs)
+    return slots["input"], slots.get("hx")
 
 
 def _recurrent(call: Call) -> Plan:
-    x, state = _recurrent_inputs(call)
-    (operand,) = next(iter(call.operands.values())) if isinstance(x, Ref) else (None,)
+    slot, state_slot = _recurrent_slots(call)
+    operand = call.operands[slot][0] if isinstance(call.node.get(slot), Ref) else None
+    state = None if state_slot is None else call.node.get(state_slot)
     weights = {name: value for name, value in call.node.args if isinstance(value, Expression)}
     written = call.node.origin.written
     if operand is None or written is None:
@@ -187,7 +186,7 @@ def _recurrent(call: Call) -> Plan:
             most = _most(operand.how)
             if isinstance(most, str):
                 return most
-            found = {name: _weight(call, value, most) for name, value in weights.items()}
+            found = {name: _limited(call, value, most) for name, value in weights.items()}
             wrong = [value for value in found.values() if isinstance(value, str)]
             broken = breach(call.host, LINEAR_DYNAMIC)
             if wrong or broken:

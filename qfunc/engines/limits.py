@@ -24,8 +24,8 @@ def weight_of(call: Call, layouts: PairLayouts) -> QuantizeWeight | str:
 def limited(call: Call, weight: QuantizeWeight, most: int, layouts: PairLayouts) -> QuantizeWeight | str:
     """A quantized weight limited to what this host's kernels add without overflow to activations up to `most`."""
     spec = weight.observer.spec
-    if spec.dtype != "int8" or not spec.symmetric or spec.ch_axis not in (0, None):
-        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    if unfit(weight):
+        return unfit(weight)
     safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
     if safe:
         return QuantizeWeight(weight.value, weight.observer, "none", most)
@@ -34,6 +34,14 @@ def limited(call: Call, weight: QuantizeWeight, most: int, layouts: PairLayouts)
         return "an option is computed by the graph"
     pairs = layouts.of(next(loads(weight.value)).shape, groups)  # folding keeps the shape
     return QuantizeWeight(weight.value, weight.observer, pairs, most)
+
+
+def unfit(weight: QuantizeWeight) -> str:
+    """Why kernels that take int8 weights cannot take this one; empty where they can."""
+    spec = weight.observer.spec
+    if spec.dtype == "int8" and spec.symmetric and spec.ch_axis in (0, None):
+        return ""
+    return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
 
 
 def clips(output: Affine | None) -> str:
