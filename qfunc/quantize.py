@@ -31,7 +31,6 @@ from qfunc.errors import (
     BadBatch,
     BadExampleInputs,
     InTrainingMode,
-    NoBatches,
     NotAModule,
     Problem,
     QuantError,

@@ -83,7 +83,7 @@ def _embedding(node: Node, evaluator: Evaluator, _: Objects) -> nn.Module:
 
 def _embedding_bag(node: Node, evaluator: Evaluator, _: Objects) -> nn.Module:
     given: Any = Literals(node)
-    options = {name: node.get(name) for name in ("mode", "include_last_offset", "padding_idx") if node.has(name)}
+    options: Any = {name: node.get(name) for name in ("mode", "include_last_offset", "padding_idx") if node.has(name)}
     return CodesEmbeddingBag(*_codes(given.weight, evaluator), given.output, **options)
 
 
@@ -93,7 +93,7 @@ def _recurrent_call(node: Node, evaluator: Evaluator) -> tuple[RecurrentCall, di
     layer: Any = evaluator.module(given.module)
     kind = given.kind.removeprefix("torch.nn.").removesuffix("Cell")
     # a layer says so in its mode, and a cell in its function
-    mode = kind if kind != "RNN" else f"RNN_{layer.nonlinearity.upper()}"
+    mode: Any = kind if kind != "RNN" else f"RNN_{layer.nonlinearity.upper()}"
     sizes = (layer.input_size, layer.hidden_size)
     biases = {
         name: value.detach().to(torch.float32).clone()

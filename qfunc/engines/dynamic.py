@@ -1,4 +1,4 @@
-"""The `onednn` engine's rows for layers that read floats: quantized or cast as the model runs, or with weights alone."""
+"""The `onednn` engine's rows of layers that read floats: quantized or cast as the model runs, or weights alone."""
 
 from __future__ import annotations
 

@@ -395,5 +395,7 @@ def quantize_dynamically(model: nn.Module) -> nn.Module:
         from torch.ao.quantization import quantize_dynamic
 
         kinds = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
-        holder = quantize_dynamic(nn.Sequential(copy.deepcopy(model)), kinds)
-        return holder[0]  # type: ignore[no-any-return]
+        quantized: Any = quantize_dynamic
+        holder = quantized(nn.Sequential(copy.deepcopy(model)), kinds)
+        found: nn.Module = holder[0]
+        return found

@@ -58,7 +58,9 @@ def layer(spec, shape=(5, 8), *, bias=True, output=None, post=None, seed=0):
 
 def reference(kernel, x):
     bias = None if kernel.bias is None else kernel.bias.double()
-    return F.linear(QuantizeDynamically(kernel.spec)(x).double(), kernel.weight * kernel.weight_scale.double()[:, None], bias)
+    return F.linear(
+        QuantizeDynamically(kernel.spec)(x).double(), kernel.weight * kernel.weight_scale.double()[:, None], bias
+    )
 
 
 def near(got, expected):
@@ -151,7 +153,9 @@ def test_float16_and_int8_weights_are_multiplied_as_they_are(shape):
     real = codes * scale.double()[:, None]
     near(Int8WeightLinear(codes, scale, bias, PLAIN)(x), F.linear(x.double(), real, bias.double()))
     near(Int8WeightLinear(codes, scale, None, PLAIN)(x), F.linear(x.double(), real))
-    qparams = QParams(scale, torch.zeros(5, dtype=torch.int64), QuantSpec("int8", -128, 127, "per_channel_symmetric", 0))
+    qparams = QParams(
+        scale, torch.zeros(5, dtype=torch.int64), QuantSpec("int8", -128, 127, "per_channel_symmetric", 0)
+    )
     assert same_bits(WeightOnly(codes, qparams, PLAIN, {"bias": bias})(x), F.linear(x, codes * scale[:, None], bias))
     assert same_bits(CastWeight(weight.half(), PLAIN, {"bias": bias})(x), F.linear(x, weight.half().float(), bias))
 

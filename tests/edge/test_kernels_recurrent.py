@@ -10,9 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from qfunc import QConfigMapping, unwrap
+from qfunc import QConfigMapping, convert, lower, materialize, prepare, trace, unwrap
 from qfunc import calibrate as calibrated
-from qfunc import convert, lower, materialize, prepare, trace
 from qfunc.backends.default_mappings import DYNAMIC, FLOAT16_DYNAMIC
 from qfunc.edge.host import check_host
 from qfunc.edge.kernels import recurrent_int8

@@ -11,7 +11,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import qfunc
-from qfunc import QConfig, QConfigMapping, calibrate, convert, fuse, lower, materialize, prepare, quantize, trace, unwrap
+from qfunc import (
+    QConfig,
+    QConfigMapping,
+    calibrate,
+    convert,
+    fuse,
+    lower,
+    materialize,
+    prepare,
+    quantize,
+    trace,
+    unwrap,
+)
 from qfunc.backends import default_mappings as mappings
 from qfunc.backends import qconfigs
 from qfunc.errors import NoBatches
@@ -112,7 +124,10 @@ TABLES: dict[str, Make] = {
 RECURRENT: dict[str, Make] = {
     **{name: lambda name=name: (One(getattr(nn, name)(8, 6)), (floats(5, 3, 8),)) for name in ("LSTM", "GRU", "RNN")},
     "LSTM with a state": lambda: (Two(nn.LSTM(8, 6)), (floats(5, 3, 8), (floats(1, 3, 6), floats(1, 3, 6)))),
-    **{f"{name}Cell": lambda name=name: (One(getattr(nn, f"{name}Cell")(8, 6)), (floats(3, 8),)) for name in ("LSTM", "GRU", "RNN")},
+    **{
+        f"{name}Cell": lambda name=name: (One(getattr(nn, f"{name}Cell")(8, 6)), (floats(3, 8),))
+        for name in ("LSTM", "GRU", "RNN")
+    },
     "RNNCell with a state": lambda: (Two(nn.RNNCell(8, 6)), (floats(3, 8), floats(3, 6))),
 }  # fmt: skip
 
@@ -134,12 +149,14 @@ TABLE_CONFIGS = {
     "int8 affine": of_all(QConfig(KeepFloat(), MinMax(INT8))),
 }
 FLOAT16 = {"float16": mappings.FLOAT16_DYNAMIC}
+STATIC = {"static float16": mappings.FLOAT16_STATIC}
+SINGLE = {name: make for name, make in (LINEARS | CONVOLUTIONS).items() if "+" not in name}
 
 # A float operator's rounding is its own, where what computes it is another one: there bits differ.
 CASES = [
     *((layer, config, 25.0) for layer in LINEARS.items() for config in (DYNAMIC | WEIGHT_ONLY).items()),
     *((layer, config, 50.0) for layer in LINEARS.items() for config in FLOAT16.items()),
-    *((layer, ("static float16", mappings.FLOAT16_STATIC), 50.0) for layer in (LINEARS | CONVOLUTIONS).items() if "+" not in layer[0]),
+    *((layer, config, 50.0) for layer in SINGLE.items() for config in STATIC.items()),
     *((layer, config, 25.0) for layer in CONVOLUTIONS.items() for config in WEIGHT_ONLY.items()),
     *((layer, config, 15.0) for layer in TABLES.items() for config in TABLE_CONFIGS.items()),
     *((layer, config, 25.0) for layer in RECURRENT.items() for config in DYNAMIC.items()),
@@ -183,7 +200,9 @@ def test_parameters_of_the_model_are_looked_up_as_codes_and_the_float_ones_are_g
     torch.manual_seed(0)
     model = Functions().eval()
     x = index(3, 4)
-    converted, lowered = staged(model, TABLE_CONFIGS[config].set_object_type(F.linear, mappings.WEIGHT_ONLY.global_qconfig), (x,))
+    converted, lowered = staged(
+        model, TABLE_CONFIGS[config].set_object_type(F.linear, mappings.WEIGHT_ONLY.global_qconfig), (x,)
+    )
     module = unwrap(materialize(lowered))
     assert {entry.kernel for entry in lowered.certificate.entries if entry.intended} == {
         "codes.embedding",

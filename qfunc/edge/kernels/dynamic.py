@@ -75,9 +75,7 @@ def own_codes(x: Tensor, spec: QuantSpec) -> OwnCodes:
     x = x if x.dtype is torch.float32 else x.to(torch.float32)
     low, high = (bound.item() for bound in torch.aminmax(x))
     scale, zero_point = qparams_of_bounds(low, high, spec)
-    codes = clamped_codes(
-        x.mul(_float32(1.0 / scale)), zero_point, spec.quant_min, spec.quant_max, spec.torch_dtype
-    )
+    codes = clamped_codes(x.mul(_float32(1.0 / scale)), zero_point, spec.quant_min, spec.quant_max, spec.torch_dtype)
     return OwnCodes(codes, scale, zero_point, x.isnan().any(-1, keepdim=True) if isnan(low) else None)
 
 

@@ -84,7 +84,11 @@ def _dynamic_samples(layouts: PairLayouts) -> Iterator[Sample]:
             post = KernelPostOp("relu") if turn % 2 else NO_POST_OP
 
             def meaning(
-                x: Tensor, spec: QuantSpec = spec, bias: Tensor | None = bias, post: KernelPostOp = post, real: Any = real
+                x: Tensor,
+                spec: QuantSpec = spec,
+                bias: Tensor | None = bias,
+                post: KernelPostOp = post,
+                real: Any = real,
             ) -> Tensor:
                 return apply_post_op(post, F.linear(on_grid(x, spec), real, None if bias is None else bias.double()))
 
@@ -123,10 +127,12 @@ def _table_samples(*, bags: bool) -> Iterator[Sample]:
         if not bags:
             kernel: nn.Module = CodesEmbedding(codes, qparams, torch.float32, None)
             for each in (index, index.view(2, 3).to(torch.int32)):
-                yield Sample(spec.dtype, (each,), _Setup(kernel, partial(lambda i, real: real[i.long()], real=real)), None)
+                yield Sample(
+                    spec.dtype, (each,), _Setup(kernel, partial(lambda i, real: real[i.long()], real=real)), None
+                )
             continue
         for mode in ("sum", "mean"):
-            kernel = CodesEmbeddingBag(codes, qparams, torch.float32, None, mode=mode, padding_idx=8)  # type: ignore[arg-type]
+            kernel = CodesEmbeddingBag(codes, qparams, torch.float32, None, mode=mode, padding_idx=8)
             meaning = partial(F.embedding_bag, weight=real, mode=mode, padding_idx=8)
             bag = torch.tensor([0, 2, 2, 5])
             yield Sample(f"{spec.dtype} {mode}", (index, bag), _Setup(kernel, _bag(meaning)), None)
@@ -145,7 +151,9 @@ class _States(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result, last = self.layer(x)
-        return torch.cat([result.flatten(), *(each.flatten() for each in (last if isinstance(last, tuple) else (last,)))])
+        return torch.cat(
+            [result.flatten(), *(each.flatten() for each in (last if isinstance(last, tuple) else (last,)))]
+        )
 
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}

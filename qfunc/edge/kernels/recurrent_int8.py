@@ -203,7 +203,7 @@ class RecurrentDynamic(Recurrent):
 
     def _packs_of_all(self) -> dict[str, Packed]:
         found: dict[str, Packed] | None = self._packs.get(0)
-        return self._packed(0, self._pack) if found is None else found  # type: ignore[no-any-return]
+        return self._packed(0, self._pack) if found is None else found
 
     def _pack(self) -> dict[str, Packed]:
         def packed(name: str) -> Packed:
@@ -260,7 +260,7 @@ def _forward(
     """The results of all steps and the last states of each sequence; `rows[t]` sequences, never more, have step t."""
     results: list[Tensor] = []
     ended: list[States] = []
-    for part in given.split(rows):
+    for part in torch.split(given, rows):
         if len(part) < len(states[0]):
             ended.append(tuple(each[len(part) :] for each in states))
             states = tuple(each[: len(part)] for each in states)
@@ -276,7 +276,7 @@ def _backward(
     """The same from the last step to the first, at which shorter sequences join in."""
     results: list[Tensor] = []
     current = tuple(each[:0] for each in states)
-    for part in reversed(given.split(rows)):
+    for part in reversed(torch.split(given, rows)):
         held = len(current[0])
         if len(part) > held:
             current = tuple(torch.cat([a, b[held : len(part)]]) for a, b in zip(current, states, strict=True))
