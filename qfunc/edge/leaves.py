@@ -22,10 +22,10 @@ from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean
 from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.observer import ObserverModule
 from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
+from qfunc.edge.weight_leaves import WEIGHT_LEAVES
 from qfunc.engines.island import IslandCall
 from qfunc.engines.own import OWN
 from qfunc.errors import UserFunctionFailed, told
-from qfunc.edge.weight_leaves import WEIGHT_LEAVES
 from qfunc.ir import Arg, Expression, Node, Opaque, Token
 from qfunc.numerics.grid import Affine, Grid, literals
 from qfunc.params import DeriveQParams
