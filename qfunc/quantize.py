@@ -31,7 +31,6 @@ from qfunc.errors import (
     BadBatch,
     BadExampleInputs,
     InTrainingMode,
-    NoBatches,
     NotAModule,
     Problem,
     QuantError,
@@ -106,12 +105,13 @@ def quantize(
     checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> R[passes.Lowered]:
-    """Static int8 post-training quantization: trace, fuse, prepare, calibrate, convert and lower.
+    """Post-training quantization in one call: trace, fuse, prepare, calibrate, convert and lower.
 
     Args:
         model: a model in evaluation mode; it is not changed.
         batches: an iterable of calibration batches (a tensor, a tuple of inputs or a dict of keyword inputs each),
-            read once; the first also serves as the example of shapes.
+            read once; the first also serves as the example of shapes. There may be none, `[]`, where the configuration
+            measures nothing: dynamic quantization, casts, weights alone.
         qconfig_mapping: what to quantize and how; by default the backend's own.
         backend: what can be quantized; by default what suits the engine.
         engine: whose kernels to use, see `lower`; `"auto"` for the best that the machine runs.
@@ -150,17 +150,19 @@ def quantize(
     if problems:
         return Failure(several(problems))
     read_batches = read(batches)
-    first = next(read_batches, Failure(NoBatches()))
+    # without batches nothing can be measured; a configuration may measure nothing
+    first = next(read_batches, None)
     if isinstance(first, Failure):
         return first
-    if first.unwrap() is None:
+    example = None if first is None else first.unwrap()
+    if first is not None and example is None:
         return Failure(BadBatch(0, "it is None", BINDING))
     total = length(batches)
     return (
-        trace(model, first.unwrap(), custom=custom)
+        trace(model, example, custom=custom)
         .lash(_of_first_batch)
         .bind(lambda graph: _prepared(graph, qconfig_mapping, chosen, custom))
-        .bind(lambda prepared: calibrate_on(prepared, chain([first], read_batches), options, total=total))
+        .bind(lambda prepared: calibrate_on(prepared, chain(filter(None, [first]), read_batches), options, total=total))
         .bind(convert)
         .bind(lambda converted: lower(converted, engine=engine, host=report, kernels=kernels, strict=strict))
     )

@@ -31,6 +31,7 @@ from qfunc.backends.operators import recurrent
 from qfunc.config.backend_config import BackendConfig, Observation, OperatorConfig
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
+from qfunc.config.weights import RECURRENT
 from qfunc.match import Pattern, Step
 from qfunc.numerics.observers import FixedQParams, PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL, UINT8
@@ -99,6 +100,7 @@ def _chains() -> tuple[Pattern, ...]:
     return tuple(_chain(*chain) for chain in chains)
 
 
+_AS_THE_MODEL_RUNS = (d.DYNAMIC_INT8, d.DYNAMIC_SIGNED, d.DYNAMIC_FLOAT16)
 _FLOAT_VALUES = (d.STATIC_FLOAT16, d.WEIGHT_INT8)
 _PLAIN = (d.PLAIN, d.PLAIN_FLOAT16)
 
@@ -124,7 +126,7 @@ CPU = BackendConfig(
         OperatorConfig(CONVOLUTIONS, Observation.OWN, (d.LAYER, *_FLOAT_VALUES), float_output=True),
         OperatorConfig(
             *(("linear",), Observation.OWN),
-            (d.LAYER, d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16, *_FLOAT_VALUES),
+            (d.LAYER, *_AS_THE_MODEL_RUNS, *_FLOAT_VALUES),
             float_output=True,
         ),
         OperatorConfig(TRANSPOSED, Observation.OWN, (d.LAYER, *_FLOAT_VALUES), float_output=True),
@@ -139,7 +141,7 @@ CPU = BackendConfig(
         OperatorConfig(
             ("embedding", "embedding_bag"), Observation.OWN, (d.WEIGHT_UINT8, d.WEIGHT_UINT4, d.WEIGHT_INT8)
         ),
-        recurrent((d.DYNAMIC_INT8, d.DYNAMIC_FLOAT16)),
+        replace(recurrent(_AS_THE_MODEL_RUNS), kinds=tuple(sorted(RECURRENT)), forms=RECURRENT),
     ),
     qconfig_mapping=_mapping(),
     lazy=True,

@@ -22,6 +22,7 @@ INT8_LAYER = DTypeConfig("int8", "int8", "int8", "float32")
 INT8_PLAIN = DTypeConfig("int8", "int8", None)
 
 DYNAMIC_INT8 = DTypeConfig("uint8", "float32", "int8", "float32", is_dynamic=True)
+DYNAMIC_SIGNED = DTypeConfig("int8", "float32", "int8", "float32", is_dynamic=True)
 DYNAMIC_FLOAT16 = DTypeConfig("float16", "float32", "float16", "float32", is_dynamic=True)
 STATIC_FLOAT16 = DTypeConfig("float16", "float16", "float16", "float16")
 PLAIN_FLOAT16 = DTypeConfig("float16", "float16", None)

@@ -136,12 +136,17 @@ Codes: TypeAlias = tuple[str | tuple[str, ...], ...]
 
 def kernel_node(call: Call, kernel: str, codes: Codes, /, **args: Arg) -> Plan:
     """The node that calls a kernel's module with codes; the other arguments say how the module is made, beforehand."""
+    inputs = tuple(Ref(c) if isinstance(c, str) else ListArg(tuple(map(Ref, c))) for c in codes)
+    return module_node(call, kernel, inputs, **args)
+
+
+def module_node(call: Call, kernel: str, inputs: tuple[Arg, ...], /, **args: Arg) -> Plan:
+    """The same with any inputs: values of the graph, in tuples or not, and literals."""
     if any(True for arg in args.values() for _ in refs(arg)):
         return "an option is computed by the graph"
     written = call.node.origin.written
     own_path = written is not None and written.op == "call_module"
     origin = Origin(call.node.origin.module if own_path else "", call.node.origin.type)
-    inputs = tuple(Ref(c) if isinstance(c, str) else ListArg(tuple(map(Ref, c))) for c in codes)
     named: NamedArgs = (("inputs", inputs), *args.items())
     return Node(call.node.id, kernel, named, origin=origin, fact=call.node.fact)
 

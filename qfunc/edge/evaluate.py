@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qfunc.edge.observer import ObserverError, observe_once
 from qfunc.edge.tensors import is_current, share
@@ -57,6 +57,11 @@ class Evaluator:
     def source(self, load: Load) -> Tensor:
         """The source tensor itself, by identity."""
         return self._sources[load.source].tensors[load.name][0]  # type: ignore[no-any-return]
+
+    def module(self, path: str) -> nn.Module:
+        """A module of the source model itself, by identity."""
+        model: nn.Module = self._sources["model"].model
+        return model.get_submodule(path)
 
     def tensor(self, expression: Expression) -> Tensor:
         """The value of an expression, detached; loads share their source's memory."""

@@ -23,6 +23,7 @@ from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.observer import ObserverModule
 from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
 from qfunc.edge.spatial_leaves import SPATIAL_LEAVES
+from qfunc.edge.weight_leaves import WEIGHT_LEAVES
 from qfunc.engines.island import IslandCall
 from qfunc.engines.own import OWN
 from qfunc.errors import UserFunctionFailed, told
@@ -157,6 +158,7 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         **{f"onednn.conv{rank}d": _onednn_conv for rank in (1, 2, 3)},
         **{f"onednn.conv{rank}d_add": _onednn_conv for rank in (1, 2)},
         "onednn.linear": _onednn_linear,
+        **WEIGHT_LEAVES,
         "requantize": literal(lambda g: requantize(g.given, g.output)),
         "codes.float": _island(Island),
         "quantized.float": _island(QuantizedIsland),

@@ -6,6 +6,7 @@ from typing import Any
 
 from qfunc.backends.cpu import ELEMENTWISE, MOVES
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node
+from qfunc.engines.dynamic import DYNAMIC_ROWS
 from qfunc.engines.island import island
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.engines.spatial import SPATIAL, clamp_row
@@ -159,6 +160,7 @@ _ROWS: tuple[KernelRow, ...] = (
     ),
     *(KernelRow(name, (name,), _join) for name in ("cat", "stack")),
     *SPATIAL,
+    *DYNAMIC_ROWS,
     island("codes.float"),
 )
 

@@ -1,4 +1,4 @@
-"""Quantized weights and results as kernels take and give them."""
+"""Quantized weights and results as kernels take and give them: limited weights, ends of ranges."""
 
 from __future__ import annotations
 
@@ -12,29 +12,46 @@ from qfunc.params import DequantizeWeight, QuantizeWeight, loads
 def weight_of(call: Call, layouts: PairLayouts, *, axis: int = 0) -> QuantizeWeight | str:
     """The quantized weight of a call, limited to what this host's kernels add without overflow.
 
-    Its output channels are along `axis`; where that is 1, a kernel rearranges the weight, so that any two may meet.
     Seven-bit activations are meant to need no limit; as in the reference, the headroom above them is not provided for.
     """
     weight = call.node.get("weight")
     if not isinstance(weight, DequantizeWeight):
         return "its weight is computed by the graph" if isinstance(weight, Ref) else "its weight is not quantized"
-    quantized, spec = weight.value, weight.value.observer.spec
-    if spec.dtype != "int8" or not spec.symmetric:
-        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
-    if spec.ch_axis not in (axis, None):
-        return f"its weight has scales along ch_axis={spec.ch_axis}, and its output channels are axis {axis}"
     low, high = call.input.affine.expected
     most = high - min(low, 0)  # kernels shift int8 activations to uint8
+    return limited(call, weight.value, most, layouts, axis=axis)
+
+
+def limited(
+    call: Call, weight: QuantizeWeight, most: int, layouts: PairLayouts, *, axis: int = 0
+) -> QuantizeWeight | str:
+    """A quantized weight limited to what this host's kernels add without overflow to activations up to `most`.
+
+    Its output channels are along `axis`; where that is 1, a kernel rearranges the weight, so that any two may meet.
+    """
+    if unfit(weight, axis):
+        return unfit(weight, axis)
+    spec = weight.observer.spec
     safe = pair_bound(most) >= 2 * max(-spec.quant_min, spec.quant_max)
     if safe:
-        return QuantizeWeight(quantized.value, quantized.observer, "none", most)
-    groups = 1 if call.node.kind == "linear" else call.node.get("groups")
+        return QuantizeWeight(weight.value, weight.observer, "none", most)
+    groups = call.node.get("groups") if call.node.kind.startswith("conv") else 1
     if not isinstance(groups, int):
         return "an option is computed by the graph"
     pairs: PairLayout = "any of axis 1" if layouts.saturates else "none"
     if axis == 0:
-        pairs = layouts.of(next(loads(quantized.value)).shape, groups)  # folding keeps the shape
-    return QuantizeWeight(quantized.value, quantized.observer, pairs, most)
+        pairs = layouts.of(next(loads(weight.value)).shape, groups)  # folding keeps the shape
+    return QuantizeWeight(weight.value, weight.observer, pairs, most)
+
+
+def unfit(weight: QuantizeWeight, axis: int = 0) -> str:
+    """Why kernels that take int8 weights cannot take this one; empty where they can."""
+    spec = weight.observer.spec
+    if spec.dtype != "int8" or not spec.symmetric:
+        return f"the kernel takes symmetric int8 weights, not {spec.dtype} {spec.qscheme}"
+    if spec.ch_axis not in (axis, None):
+        return f"its weight has scales along ch_axis={spec.ch_axis}, and its output channels are axis {axis}"
+    return ""
 
 
 def clips(output: Affine | None) -> str:

@@ -170,7 +170,7 @@ class _Lowering:
         told: list[str] = []
         verdicts: dict[str, Verdict] = {}
         meant = entry.intended and node.id not in self._floats
-        for row in self._rows.get(node.kind, ()):
+        for row in self._fitting(self._rows.get(node.kind, []), call):
             if not (meant or (row.name == ISLAND and self._borders_on_codes(call))):
                 continue
             planned, asked = self._planned(row, call)
@@ -237,6 +237,12 @@ class _Lowering:
         if planned.has("engine"):
             return f"{self._engine}.{planned.get('engine')!s}"
         return "aten" if row.name == ISLAND or planned.kind.startswith("codes.") else self._engine
+
+    def _fitting(self, rows: list[KernelRow], call: Call) -> list[KernelRow]:
+        """The rows to try: where a kernel takes operands given as these are, no other need say that it does not."""
+        fitting = [row for row in rows if row.accepts(call)]
+        told = [row for row in rows if row in fitting or row.name == ISLAND or row.own is not None]
+        return told if any(row.name != ISLAND for row in fitting) else rows
 
     def _planned(self, row: KernelRow, call: Call) -> tuple[Plan, dict[str, Verdict]]:
         """What a row makes of a call, a node or the reason why it makes none, and the verdicts that this depends on."""
@@ -347,13 +353,16 @@ def _weight(node: Node) -> str:
     return dtype_of(node.get("weight")) if node.has("weight") else ""
 
 
+_REMOVABLE = _ALL_CONVERSIONS | {"requantize", "get_attr"}
+
+
 def _without_dead(graph: Graph) -> Graph:
-    """The graph without conversions that nobody reads."""
+    """The graph without conversions that nobody reads, and parameters that only stood for those of a layer."""
     live: set[str] = set()
     dead: list[str] = []
     for id in reversed(graph.order):
         node = graph[id]
-        if node.kind in _ALL_CONVERSIONS and id not in live:
+        if node.kind in _REMOVABLE and id not in live:
             dead.append(id)
         else:
             live.update(node.uses())

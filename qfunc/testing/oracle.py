@@ -387,3 +387,15 @@ def default_mapping(backend: str, *, qat: bool = False, version: int | None = No
             return getattr(module, f"_get_symmetric_qnnpack{'_qat' if qat else ''}_qconfig_mapping")()
         function = getattr(module, f"get_default{'_qat' if qat else ''}_qconfig_mapping")
         return function(backend, *([] if version is None else [version]))
+
+
+def quantize_dynamically(model: nn.Module) -> nn.Module:
+    """`quantize_dynamic` of the eager mode: linear and recurrent layers with int8 weights, one scale a matrix."""
+    with _quiet(), engine("x86"):
+        from torch.ao.quantization import quantize_dynamic
+
+        kinds = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
+        quantized: Any = quantize_dynamic
+        holder = quantized(nn.Sequential(copy.deepcopy(model)), kinds)
+        found: nn.Module = holder[0]
+        return found

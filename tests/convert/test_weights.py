@@ -28,7 +28,7 @@ from qfunc.config.point import Edge
 from qfunc.errors import BadConfig, NonFinite, NotLowered, StaleSource, problems
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT4_FLOAT_QPARAMS, UINT8_FLOAT_QPARAMS
 from qfunc.numerics.unmeasured import Cast, Dynamic
-from qfunc.testing.metrics import same_bits
+from qfunc.testing.metrics import same_bits, sqnr
 from tests.convert.forms import annotations, converted_of, lowered_of, on_range, per_row, reference_of, rounded, run
 
 IDS = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -71,9 +71,9 @@ def test_weights_alone_of_tables(spec, low, high, engine):
     lowered = lowered_of(converted, engine)
     for stage in (converted, lowered):
         torch.testing.assert_close(run(unwrap(materialize(stage)), IDS), run(expected, IDS), rtol=1e-6, atol=1e-5)
-    reasons = [entry.reason for entry in lowered.certificate.entries if entry.node in weights]
-    assert len(reasons) == 2
-    assert all(reasons)
+    found = [entry.kernel or entry.reason for entry in lowered.certificate.entries if entry.node in weights]
+    assert len(found) == 2
+    assert all(found)
 
 
 class Layers(nn.Module):
@@ -101,8 +101,10 @@ def test_weights_alone_of_layers(dtype, low, high):
     module = unwrap(materialize(converted))
     torch.testing.assert_close(run(module, X), run(expected, X), rtol=1e-6, atol=1e-6)
     assert module.state_dict().keys() == model.state_dict().keys()
-    strict = lower(converted, strict=True)
-    assert all(isinstance(problem, NotLowered) for problem in problems(strict.failure()))
+    lowered = unwrap(materialize(unwrap(lower(converted, strict=True))))
+    torch.testing.assert_close(run(lowered, X), run(module, X), rtol=1e-6, atol=1e-6)
+    none = lower(converted, engine="reference", strict=True)
+    assert all(isinstance(problem, NotLowered) for problem in problems(none.failure()))
 
 
 def test_a_float16_weight_overflows_to_infinity():
@@ -184,10 +186,12 @@ def test_recurrent_layers(name, how):
     assert same_bits(run(loaded, given), run(module, given))
     for engine in ENGINES:
         lowered = lowered_of(converted, engine)
-        assert same_bits(run(unwrap(materialize(lowered)), given), run(module, given))
         (entry,) = (entry for entry in lowered.certificate.entries if entry.node == "layer")
         assert entry.intended
-        assert entry.reason
+        assert entry.reason or entry.kernel
+        actual = run(unwrap(materialize(lowered)), given)
+        # a kernel of codes rounds the state at each step, too
+        assert sqnr(run(module, given), actual) > 30 if entry.kernel else same_bits(actual, run(module, given))
 
 
 def test_a_recurrent_layer_leaves_the_model_as_it_is():

@@ -45,10 +45,13 @@ def round_to_codes(scaled: Tensor, qparams: Affine) -> Tensor:
     >>> round_to_codes(torch.tensor([-9.0, 0.5, 1.5, 999.0]), Affine(1.0, 1)).tolist()
     [0, 1, 3, 255]
     """
-    low, high = qparams.bounds
-    zero_point = qparams.zero_point
+    return clamped_codes(scaled, qparams.zero_point, *qparams.bounds, TORCH_DTYPE[qparams.dtype])
+
+
+def clamped_codes(scaled: Tensor, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """The same for qparams that are no literals."""
     scaled.clamp_(low - zero_point, high - zero_point).add_(_MAGIC)
-    return scaled.view(torch.int32).sub_(_MAGIC_BITS - zero_point).to(TORCH_DTYPE[qparams.dtype])
+    return scaled.view(torch.int32).sub_(_MAGIC_BITS - zero_point).to(dtype)
 
 
 class Kernel(nn.Module):

@@ -14,6 +14,7 @@ from qfunc.edge.kernels.arithmetic import Add, Cat, Mul, Stack
 from qfunc.edge.kernels.base import operator
 from qfunc.edge.kernels.contract import Contract
 from qfunc.edge.kernels.contract_forms import binary, unary
+from qfunc.edge.kernels.dynamic_contracts import dynamic_contracts, float_contracts
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean, Sum
 from qfunc.edge.kernels.spatial_contracts import spatial_contracts, transposed_contracts
 from qfunc.edge.kernels.weighted_contracts import weighted_contracts
@@ -80,6 +81,7 @@ def onednn_contracts(layouts: PairLayouts) -> tuple[Contract, ...]:
     return (
         *weighted_contracts(layouts),
         *transposed_contracts(layouts),
+        *dynamic_contracts(layouts),
         *plain_contracts(),
         binary("onednn.qadd.tensor", partial(_OnednnBinary, "qadd"), torch.add, same_shape=True),
         binary("onednn.qmul.tensor", partial(_OnednnBinary, "qmul"), torch.mul, same_shape=True),
@@ -90,6 +92,7 @@ def plain_contracts() -> tuple[Contract, ...]:
     """The kernels that are aten operators on plain codes."""
     shapes = ((2, 5, 7, 6), (3, 16), (1, 3, 4, 5, 2))
     return (
+        *float_contracts(),
         unary("table", lambda a, b: tabulate(torch.sigmoid, a, b), torch.sigmoid, (*shapes, (2, 64, 16, 16))),
         unary("quantize", lambda a, b: torch.nn.Sequential(Dequantize(a), Quantize(b)), lambda x: x, shapes),
         unary(

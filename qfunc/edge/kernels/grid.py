@@ -74,15 +74,17 @@ class QuantizeDynamically(Kernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid of its own range."""
-        return _on_own_grid(x.to(torch.float32), self.observer)
+        floats = x.to(torch.float32)
+        # what runs outside a compiled graph loads the compiler at its first call
+        compiling = torch.compiler.is_compiling()
+        return _outside(floats, self.observer) if compiling else on_own_grid(floats, self.observer)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{self.spec.dtype} {self.spec.quant_min}..{self.spec.quant_max} {self.spec.qscheme}"
 
 
-@outside_compile
-def _on_own_grid(x: Tensor, observer: MinMax | PerChannelMinMax) -> Tensor:
+def on_own_grid(x: Tensor, observer: MinMax | PerChannelMinMax) -> Tensor:
     """`x` on the grid of its range; the code that finds that reads numbers, which breaks a compiled graph anyway."""
     spec = observer.spec
     if spec.ch_axis is not None and spec.ch_axis >= x.dim():
@@ -92,3 +94,6 @@ def _on_own_grid(x: Tensor, observer: MinMax | PerChannelMinMax) -> Tensor:
         return x
     codes = spec.quant_min, spec.quant_max
     return fake_quantize(x, qparams.scale, qparams.zero_point, *codes, ch_axis=spec.ch_axis)
+
+
+_outside = outside_compile(on_own_grid)

@@ -37,11 +37,11 @@ class Island(Kernel):
     def forward(self, *inputs: Any) -> Tensor:
         """The result on operands given as the call's `grids` say."""
         values = [decode(value) for decode, value in zip(self._into, inputs, strict=True)]
-        named = {name: _filled(arg, values) for name, arg in self.call.args}
+        named = {name: filled(arg, values) for name, arg in self.call.args}
         named |= {name: getattr(self, name) for name in self._parameters_named}
         result = computed(self.call.kind, named)
         for post in self.call.posts:
-            result = computed(post.kind, {"input": result, **{name: _filled(arg, values) for name, arg in post.args}})
+            result = computed(post.kind, {"input": result, **{name: filled(arg, values) for name, arg in post.args}})
         floats: Tensor = self._out_of(result)
         return floats
 
@@ -69,19 +69,19 @@ def computed(kind: str, named: Mapping[str, Any]) -> Tensor:
     return result
 
 
-def _filled(arg: Arg, values: list[Any]) -> Any:
+def filled(arg: Arg, values: list[Any]) -> Any:
     """An argument with what the kernel is called with in the places kept for it."""
     match arg:
         case Ref(index):
             return values[int(index)]
         case tuple():
-            return tuple(_filled(item, values) for item in arg)
+            return tuple(filled(item, values) for item in arg)
         case ListArg(items):
-            return [_filled(item, values) for item in items]
+            return [filled(item, values) for item in items]
         case DictArg(items):
-            return {_filled(key, values): _filled(value, values) for key, value in items}
+            return {filled(key, values): filled(value, values) for key, value in items}
         case SliceArg(start, stop, step):
-            return slice(_filled(start, values), _filled(stop, values), _filled(step, values))
+            return slice(filled(start, values), filled(stop, values), filled(step, values))
         case Name(name):
             return resolve(name)
         case _:
