@@ -249,7 +249,7 @@ def test_it_is_loaded_when_a_module_is_made_and_not_before() -> None:
 def test_a_torch_without_the_operators_is_told(
     converted: Converted, lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = replace(check_host(), engines=("onednn",))
+    without = replace(check_host(), engines=("onednn",), quantized_engines=())
     (problem,) = problems(lower(converted, engine="decomposed", host=without).failure())
     assert problem == EngineMissing("decomposed", ("onednn", "reference"))
 

@@ -31,6 +31,7 @@ from qfunc import (
     unwrap,
 )
 from qfunc.edge.interpret import interpreter
+from qfunc.edge.observer import ObserverError
 from qfunc.errors import BadBatch, BadConfig, QuantError, StaleSource, UserFunctionFailed, WrongStage
 from qfunc.ir import Graph
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
@@ -64,7 +65,12 @@ def hold(way: Walk) -> None:
     for name, stage in way.stages.items():
         for inputs in way.inputs():
             before = fingerprint(inputs)
-            output, seen = shown(stage, inputs)
+            try:
+                output, seen = shown(stage, inputs)
+            except ObserverError:  # channels along an axis whose size changes from one batch to the next
+                with pytest.raises(ObserverError):
+                    way.run(name, tuple(map(copied, inputs)))
+                continue
             assert fingerprint(inputs) == before, name
             assert [id for id, _ in seen] == list(graph_of(stage).order), name
             assert same_bits(seen[-1][1], output), name

@@ -109,7 +109,7 @@ def test_what_the_codes_absorb_costs_nothing() -> None:
 
 def test_a_clamp_at_zero_is_a_relu() -> None:
     post = PostOp("clamp", (("min", 0), ("max", None)))
-    assert all(post_op(kernel, (post,), None) == ("relu",) for kernel in POST_OPS)
+    assert all(post_op(kernel, (post,), None) == ("relu",) for kernel, posts in POST_OPS.items() if posts)
 
 
 @pytest.mark.parametrize(

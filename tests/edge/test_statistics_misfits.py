@@ -15,7 +15,7 @@ from qfunc.edge.statistics_file import from_bytes, to_bytes
 from qfunc.errors import BadConfig, Unobserved, UserFunctionFailed, problems
 from qfunc.numerics.exact_histogram import ExactHistogramState
 from qfunc.numerics.statistic import HistogramState, MinMaxStatistic, NoState, RangeState
-from qfunc.passes.convert import _qparams
+from qfunc.passes.finish import finish
 from qfunc.passes.stages import Calibrated
 from qfunc.passes.statistics import Statistics
 from tests.edge.measuring import OBSERVERS, TYPES, batches, prepared_for, with_channels
@@ -124,7 +124,7 @@ def test_extreme_states_give_finite_scales(observer, ends: tuple[float, float], 
     prepared = prepared_for(observer)
     wrong = with_states(measured(observer), extreme(*ends, most))
     made = Calibrated(prepared, wrong)
-    found, told = _qparams(made)
+    found, told = finish(made)
     assert found
     assert not told
     assert all(math.isfinite(q.scale.item()) and q.scale.item() > 0 for q in found.values())

@@ -104,13 +104,7 @@ RECURRENT = (
     *("RNNDynamicModel-mod_type=GRU", "RNNDynamicModel-mod_type=LSTM", "LSTMwithHiddenDynamicModel"),
     *(f"RNNCellDynamicModel-mod_type={kind}" for kind in ("GRUCell", "LSTMCell", "RNNReLU", "RNNTanh")),
 )
-TRANSPOSED = (
-    *("ConvTransposeModel", "AnnotatedConvTransposeModel-qengine=qnnpack", "ModelForConvTransposeBNFusion"),
-    *(case.name for case in COMMON_CASES if "ConvTWithBNRelu" in case.name),
-)
-
 LEAST_SHARE: dict[str, tuple[float, str]] = {
-    "unet": (0.99, "a transposed convolution has no kernel"),
     "transformer": (0.94, "matrix products of two activations have no kernel"),
     "transformer_leaf": (0.51, "an attention module stays whole unless it is decomposed"),
     "tied": (0.66, "the transpose of a parameter is computed by the graph"),
@@ -118,7 +112,6 @@ LEAST_SHARE: dict[str, tuple[float, str]] = {
     "vit_b_16": (0.66, "an attention module stays whole unless it is decomposed"),
     "swin_t": (0.31, "its attention is a function that torch.fx does not look into"),
     **dict.fromkeys(RECURRENT, (0.0, "recurrent layers have no static kernel")),
-    **dict.fromkeys(TRANSPOSED, (0.0, "a transposed convolution has no kernel")),
     "ModelWithFunctionals": (0.0, "its only product is of two activations"),
 }
 """The share of products that run on integers, where that is less than 0.995, and why. To be raised as kernels come."""

@@ -384,6 +384,7 @@ QUANTIZED_HERE = {
         *("channel_shuffle", "expand", "flip", "getitem", "index_select", "movedim", "pad", "roll", "select"),
         "unflatten",
     ),
+    "it is a recurrent layer like those that the parity backend quantizes as the model runs": ("torch.nn.RNN",),
 }
 OBSERVED_OTHERWISE = {
     "a sum or product with a number has another range than its operand": ("add", "mul"),

@@ -6,6 +6,8 @@ converted, or is beyond the bound of the parity backend by the factor that is st
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -163,7 +165,7 @@ class EndsInFloat(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x):
-        return torch.neg(self.fc(x))
+        return torch.cumsum(self.fc(x), 1)
 
 
 @dataclass(frozen=True)
@@ -270,10 +272,21 @@ def test_what_torch_ao_gives(flaw):
     made = built_flaw(flaw, "parity")
     if isinstance(flaw.theirs, tuple):
         error, message = flaw.theirs
-        with pytest.raises(error, match=message):
+        with default_recursion_limit(), pytest.raises(error, match=message):
             theirs(flaw, made)(made.batches[0])
     else:
         assert excess(made, lowered(made.converted, "reference"), theirs(flaw, made)) > flaw.theirs
+
+
+@contextmanager
+def default_recursion_limit():
+    """Python's own, whatever others in this process have raised it to."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def theirs(flaw, made):
@@ -293,13 +306,13 @@ CODES = CustomConfig(output_quantized_indexes=(0,))
 def test_quantized_output_of_an_operator_that_is_not(backend):
     """torch.ao: `output_quantized_idxs` is ignored without a word, and the output is float."""
     problem = trace(EndsInFloat().eval()).bind(lambda graph: prepare(graph, backend=backend, custom=CODES)).failure()
-    assert (problem.node, "set_output('neg'" in problem.remedy) == ("neg", True)
+    assert (problem.node, "set_output('cumsum'" in problem.remedy) == ("cumsum", True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_quantized_output_as_that_remedy_has_it(engine, backend):
-    mapping = backend.qconfig_mapping.set_output("neg", Histogram())
+    mapping = backend.qconfig_mapping.set_output("cumsum", Histogram())
     made = built(EndsInFloat, (16, 8), backend, mapping, CODES)
     stage = lowered(made.converted, engine)
     module, qparams = unwrap(materialize(stage)), stage.output_qparams[0]
