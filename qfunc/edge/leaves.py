@@ -130,7 +130,9 @@ def _island(kernel: type[Island]) -> Builder:
     def build(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
         parameters = {name: value for name, value in node.args if isinstance(value, Expression)}
         call: Any = node.get("call")
-        return kernel(call, {name: evaluator.tensor(value).clone() for name, value in parameters.items()})
+        rank: Any = node.get("batched_rank") if node.has("batched_rank") else None
+        buffers = {name: evaluator.tensor(value).clone() for name, value in parameters.items()}
+        return kernel(call, buffers, batched_rank=rank)
 
     return build
 

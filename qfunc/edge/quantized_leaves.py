@@ -117,7 +117,7 @@ def _norm(node: Node, evaluator: Evaluator, _: _Objects) -> nn.Module:
         case "quantized.group_norm":
             return QuantizedGroupNorm(given.num_groups, *factors, eps=given.eps)
         case _:
-            return QuantizedInstanceNorm(*factors, given.eps)
+            return QuantizedInstanceNorm(*factors, given.eps, batched_rank=given.batched_rank)
 
 
 def _linear_dynamic(node: Node, evaluator: Evaluator, _: _Objects) -> nn.Module:

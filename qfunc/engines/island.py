@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qfunc.backends.cpu import MOVES
 from qfunc.config.kernel import CODES, FLOATS, ISLAND, Call, KernelRow, Plan, kernel_node
-from qfunc.ir import Arg, Body, Expression, PostOp, Ref, map_arg
+from qfunc.ir import Arg, Body, Expression, Node, PostOp, Ref, map_arg
 from qfunc.ir.node import NamedArgs
 from qfunc.numerics.grid import Affine
 from qfunc.ops import KINDS, WEIGHTED
@@ -55,6 +55,19 @@ def body_of(call: Call) -> tuple[IslandCall, tuple[str, ...]]:
     return IslandCall(node.kind, args, posts, tuple(grids), call.output), tuple(inputs)
 
 
+def batched_rank(node: Node) -> int | None:
+    """The rank of the batches of a module that also takes an input without one, where its function would not.
+
+    The function of an instance norm takes the first axis of whatever it is given for that of the batch.
+
+    >>> from qfunc.ir import Origin
+    >>> batched_rank(Node("y", "instance_norm", origin=Origin("norm", "torch.nn.InstanceNorm2d")))
+    4
+    """
+    _, norm, rank = node.origin.type.rpartition("InstanceNorm")
+    return 2 + int(rank[0]) if norm and node.kind == "instance_norm" and rank[:1].isdecimal() else None
+
+
 def island(kernel: str) -> KernelRow:
     """The row of an engine for operators that compute in float, whose results become codes and whose operands may be.
 
@@ -66,7 +79,9 @@ def island(kernel: str) -> KernelRow:
         if any(isinstance(value, Expression) for post in body.posts for _, value in post.args):
             return "what is fused behind it has parameters"
         weights = {name: value for name, value in call.node.args if isinstance(value, Expression)}
-        return kernel_node(call, kernel, inputs, call=body, **weights)
+        rank = batched_rank(call.node)
+        options = {} if rank is None else {"batched_rank": rank}
+        return kernel_node(call, kernel, inputs, call=body, **options, **weights)
 
     kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | MOVES)
     return KernelRow(ISLAND, kinds, plan, checked=False, takes=(*CODES, *FLOATS))

@@ -11,7 +11,7 @@ from returns.result import Failure, Success
 
 from qfunc.config.kernel import Call, Engine, KernelRow, Own, Plan, kernel_node
 from qfunc.engines.island import IslandCall, body_of
-from qfunc.errors import BadConfig, Problem, UnknownName, several
+from qfunc.errors import BadConfig, Problem, UnknownName, UserFunctionFailed, several, told
 from qfunc.ir import Graph, Node, Opaque, Token
 from qfunc.ops import BY_NAME
 from qfunc.result import R
@@ -60,6 +60,7 @@ def own_kernel(
         operators: what it computes, in the certificate's words: `("hardswish", "add + relu")`.
         make: gives the kernel of one call; it is called when a graph is materialized.
         constraint: why it cannot take a call, or an empty text; may look at the call's `node`, `operands` and `output`.
+            Where it raises, `lower` reports `UserFunctionFailed`.
         trials: what to check it on; by default each operator without options, on two shapes.
 
     Returns:
@@ -86,6 +87,14 @@ def _plain_trials(operator: str) -> tuple[Trial, ...]:
     return tuple(Trial((shape,) * count, operator=operator) for shape in ((2, 5, 7, 6), (3, 16)))
 
 
+class ConstraintError(Exception):
+    """A constraint of the user's raised, or gave no text."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """How a call becomes the node of a kernel of the user's."""
@@ -104,13 +113,27 @@ class _Plan:
             return "the result is read in float"
         if any(grid.dtype != "uint8" for grid in (*grids, call.output)):
             return "it takes and gives uint8 activations"
-        declined = "" if self.constraint is None else self.constraint(call)
+        declined = self._declined(call)
         if declined:
             return declined
         body, inputs = body_of(call)
         if len(inputs) != len(grids):
             return "an option is computed by the graph"
         return kernel_node(call, OWN, inputs, call=body, make=_token(self.name))
+
+    def _declined(self, call: Call) -> str:
+        """Why the user's constraint does not let it take the call; empty where it does."""
+        place = call.node.place
+        try:
+            reason: object = None if self.constraint is None else self.constraint(call)
+        except Exception as error:
+            raise ConstraintError(
+                UserFunctionFailed(place, f"the constraint of {self.name} raised {told(error)}")
+            ) from error
+        if not isinstance(reason, str | None):
+            told_of = f"the constraint of {self.name} gave {reason!r}, not a text"
+            raise ConstraintError(UserFunctionFailed(place, told_of))
+        return reason or ""
 
 
 def _token(name: str) -> Token:
@@ -163,6 +186,8 @@ def _wrong(name: object, operators: object, make: object, constraint: object, tr
         problems.append(BadConfig("constraint", "expected a function", "pass one from a call to a reason, or None"))
     if not isinstance(trials, tuple) or not all(isinstance(trial, Trial) for trial in trials):
         problems.append(BadConfig("trials", "expected a tuple of Trial", "pass one such as (Trial(((2, 3),)),)"))
+    elif not all(isinstance(trial.operator, str) for trial in trials):
+        problems.append(BadConfig("trials", "the operator of a Trial is a str", "pass one of the kernel's operators"))
     elif isinstance(operators, tuple):
         wrong = [t.operator for t in trials if t.operator and t.operator not in operators]
         problems += [UnknownName(operator, "operator", operators) for operator in wrong]

@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 from qfunc.config.kernel import Call, Plan, kernel_node, on_codes
+from qfunc.engines.island import batched_rank
 from qfunc.engines.post_op import breach, post_op
 from qfunc.engines.quantized_layers import not_quantized
 from qfunc.ir import Expression, Node, Ref, TensorFact
@@ -181,12 +182,14 @@ def norm(call: Call, _: str) -> Plan:
     if declined:
         return declined
     rank = len(node.fact.shape) if isinstance(node.fact, TensorFact) else 0
-    if node.kind != "layer_norm" and rank < 3:
+    if node.kind != "layer_norm" and rank < (batched_rank(node) or 3):
         return "the kernel takes inputs [batch, channels, ...] of at least three dimensions"
     if node.kind == "instance_norm" and node.get("use_input_stats") is not True:
         return "it norms by running statistics"
     names = {"layer_norm": ("normalized_shape",), "group_norm": ("num_groups",), "instance_norm": ()}[node.kind]
     args: dict[str, Any] = {name: node.get(name) for name in (*names, "weight", "bias", "eps")}
+    if node.kind == "instance_norm":
+        args["batched_rank"] = batched_rank(node)
     return kernel_node(call, f"quantized.{node.kind}", (call.input.codes,), output=call.output, **args)
 
 

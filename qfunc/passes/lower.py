@@ -15,7 +15,7 @@ from qfunc.config.host_report import Consulted, HostReport, Verdict
 from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
 from qfunc.engines.choice import AUTO, best_engine, runnable
-from qfunc.engines.own import is_own, misplaced, objects_of
+from qfunc.engines.own import ConstraintError, is_own, misplaced, objects_of
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Expression, Graph, Name, Node, Note, TensorFact, refs, users
 from qfunc.ir.node import fact_in
@@ -86,7 +86,8 @@ def lower(
 
     Returns:
         The lowered graph, or `EngineMissing`, `UnknownName` for the engine, `NotLowered` for each node under `strict`,
-        `UnsupportedDType` for what the decomposed operators cannot say, `WrongStage`.
+        `UnsupportedDType` for what the decomposed operators cannot say, `UserFunctionFailed` for a constraint of a
+        kernel of the user's, `WrongStage`.
     """
     if not isinstance(converted, Converted):
         return Failure(WrongStage(type(converted).__name__, "Converted"))
@@ -101,6 +102,8 @@ def lower(
     moved, coded = moved_on_codes(converted.graph, chosen)
     lowering = _Lowering(replace(converted, graph=moved), host, replace(chosen, rows=(*kernels, *chosen.rows)), coded)
     graph = lowering.run()
+    if lowering.problems:
+        return Failure(several(lowering.problems))
     graph = objects_of(graph, kernels)
     notes = (*converted.notes, *([Note("engine", why)] if why else []))
     entries = tuple(lowering.entries)
@@ -131,6 +134,8 @@ class _Lowering:
 
     def __init__(self, converted: Converted, host: HostReport, engine: Engine, coded: Mapping[str, Affine]) -> None:
         self.entries: list[Entry] = []
+        self.problems: list[Problem] = []
+        """What functions of the user's failed at."""
         self._graph = converted.graph
         self._intended = converted.intended
         self._floats = converted.floats
@@ -250,7 +255,11 @@ class _Lowering:
         asked.clear()
         if not row.accepts(call):
             return self._unfit(call, row), {}
-        planned = row.plan(call)
+        try:
+            planned = row.plan(call)
+        except ConstraintError as error:
+            self.problems.append(error.problem)
+            return str(error.problem), {}
         if isinstance(planned, str) and all(verdict.ok for verdict in asked.values()):
             return f"{row.name}: {planned}", {}  # for another reason than a contract
         verdict = self._host.verdict(row.name) if row.checked else None
@@ -319,11 +328,15 @@ class _Lowering:
         return alone and sum(used == floats for used in node.uses()) == 1
 
     def _owns(self, codes: str) -> bool:
-        """Whether codes have memory of their own: what moves elements may give a view, and an input is the user's."""
+        """Whether codes have memory of their own.
+
+        What moves elements may give a view, a kernel of the user's its very operand, and an input is the user's.
+        """
         made = self._graph[codes]
         if made.kind == "placeholder" or made.kind in self._moves:
             return False
-        return self._graph[next(made.uses())].kind not in self._moves
+        source = self._draft[next(made.uses())]
+        return source.kind not in self._moves and not is_own(source)
 
     def _replace(self, node: Node, kernel: Node, output: Affine | None) -> None:
         self._draft.put(kernel if output is None else replace(kernel, fact=fact_in(kernel.fact, output.dtype)))

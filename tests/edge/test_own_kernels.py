@@ -116,11 +116,16 @@ def floats(call: Any) -> Any:
     return lambda x: x.float()
 
 
+def in_place(call: Any) -> Any:
+    return lambda x: x.copy_(make_hardswish(call)(x))
+
+
 BREACHES = {
     "wrong": (wrong, "steps"),
     "raising": (raising, "it raised KeyError"),
     "floats": (floats, "torch.float32 instead of uint8"),
     "nothing": (lambda call: lambda x: None, "NoneType instead of uint8"),
+    "in place": (in_place, "writes over its operands"),
     "another shape": (lambda call: lambda x: x[..., :0], "shape"),
 }
 
@@ -237,3 +242,55 @@ def test_misuse_is_told_at_once(name: str) -> None:
 def test_a_row_is_a_value() -> None:
     assert isinstance(HARDSWISH, KernelRow)
     assert unwrap(own_kernel("mine.hardswish", ("hardswish",), make_hardswish)) == HARDSWISH
+
+
+def absolute(call: Any) -> Any:
+    """Codes of values that cannot be negative, on an unchanged grid, are those of their absolute values."""
+    given, output = call.grids[0], call.output
+    if given == output and given.zero_point == 0:
+        return lambda codes: codes
+    return lambda codes: (
+        (((codes.float() - given.zero_point) * given.scale).abs() / output.scale + output.zero_point)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
+
+
+class Residual(nn.Module):
+    """A sum takes the absolute value of what is read again after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.third, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.first(x))
+        return self.third(self.second(x)) + torch.abs(y), self.last(y)
+
+
+def test_what_a_kernel_gives_may_be_its_operand_which_nothing_overwrites() -> None:
+    row = unwrap(own_kernel("mine.abs", ("abs",), absolute))
+    stage = reference(Residual())
+    lowered = unwrap(lower(stage, kernels=(row,)))
+    assert {"mine.abs", "onednn.conv2d_add"} <= set(kernels(lowered).values())
+    ours = unwrap(materialize(lowered))(BATCH)
+    theirs = unwrap(materialize(unwrap(lower(stage, engine="reference"))))(BATCH)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("constraint", [raising, lambda call: 3, lambda: ""], ids=["raises", "no text", "no argument"])
+def test_a_constraint_that_fails_is_told_with_its_node(constraint: Any) -> None:
+    row = unwrap(own_kernel("mine.hardswish", ("hardswish",), make_hardswish, constraint=constraint))
+    (problem,) = problems(lower(reference(), kernels=(row,)).failure())
+    assert isinstance(problem, UserFunctionFailed)
+    assert problem.node.startswith("hardswish")
+    assert "the constraint of mine.hardswish" in problem.reason
+
+
+@pytest.mark.parametrize("operator", [5, ["hardswish"], None])
+def test_a_trial_names_its_operator_with_a_text(operator: Any) -> None:
+    failed = own_kernel("mine.hardswish", ("hardswish",), make_hardswish, trials=(Trial(((2, 3),), operator=operator),))
+    assert "operator of a Trial" in render(failed.failure())

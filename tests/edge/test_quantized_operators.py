@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_what_moves_elements_moves_quantized_ones(kind: str, active: str) -> Non
             for part, want in zip(parts, wanted, strict=True):
                 assert (part.q_scale(), part.q_zero_point()) == (GIVEN.scale, GIVEN.zero_point), (options, label)
                 assert torch.equal(part.int_repr(), want), (options, label)
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="this torch has no onednn engine")
+def test_threads_that_need_another_engine_wait_for_each_other() -> None:
+    weight, given = torch.ones(4, 4, dtype=torch.int8), as_quantized(torch.ones(3, 4, dtype=torch.uint8), GIVEN)
+    kernel = QuantizedLinearTanh(weight, torch.ones(4), None, Affine(1 / 128, 128), "onednn")
+    expected, before, interval = kernel(given).int_repr(), torch.backends.quantized.engine, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(kernel, [given] * 12000))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(each.int_repr(), expected) for each in found)
+    assert torch.backends.quantized.engine == before
 
 
 ENDS = """

@@ -94,6 +94,13 @@ BROKEN_BY_THE_REFERENCE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "torch.flip": lambda: lambda x: torch.flip(x, (2,)),
     "x.index_select()": lambda: lambda x: x.index_select(1, torch.arange(15, -1, -1)),
 }
+PARTS_OF_TUPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.max": lambda x: torch.max(x, 1, keepdim=True)[0].expand(-1, 16, -1, -1),
+    "torch.topk": lambda x: torch.topk(x, 16, 1)[0],
+    "torch.sort": lambda x: torch.sort(x, 2)[0].flip(2),
+    "torch.aminmax": lambda x: torch.aminmax(x, dim=1, keepdim=True)[1].expand(-1, 16, -1, -1),
+    "F.max_pool2d": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+}
 ALL = KEPT_BY_THE_REFERENCE | BROKEN_BY_THE_REFERENCE
 
 
@@ -135,3 +142,13 @@ def test_nothing_is_left_in_float_by_the_reference_of_the_same_stage() -> None:
     """The certificate can tell: the reference engine leaves everything in float."""
     _, stage, _ = lowered("torch.relu", CPU)
     assert stage.certificate.in_int8 == 2
+
+
+@pytest.mark.parametrize("engine", ["onednn", "quantized"])
+@pytest.mark.parametrize("name", PARTS_OF_TUPLES)
+def test_a_part_of_a_tuple_of_floats_is_quantized_itself(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model, data = Between(PARTS_OF_TUPLES[name]).eval(), torch.randn(4, 4, 8, 8)
+    module = unwrap(materialize(unwrap(quantize(model, [data], engine=engine))))
+    with torch.no_grad():
+        assert metrics.sqnr(model(data), module(data)) > 12

@@ -17,11 +17,14 @@ from qfunc.ops import BY_NAME, canonical_call, resolve
 
 
 class Island(Kernel):
-    """`quantize(operator(dequantize(codes), ...))`; the operator's parameters are float buffers under their names."""
+    """`quantize(operator(dequantize(codes), ...))`; the operator's parameters are float buffers under their names.
 
-    def __init__(self, call: IslandCall, parameters: Mapping[str, Tensor]) -> None:
+    An input of less than `batched_rank` axes is no batch, where the operator needs one.
+    """
+
+    def __init__(self, call: IslandCall, parameters: Mapping[str, Tensor], *, batched_rank: int | None = None) -> None:
         super().__init__()
-        self.call = call
+        self.call, self.batched_rank = call, batched_rank or 0
         for name, value in parameters.items():
             self.register_buffer(name, value)
         self._parameters_named = tuple(parameters)
@@ -39,11 +42,16 @@ class Island(Kernel):
         values = [decode(value) for decode, value in zip(self._into, inputs, strict=True)]
         named = {name: filled(arg, values) for name, arg in self.call.args}
         named |= {name: getattr(self, name) for name in self._parameters_named}
-        result = computed(self.call.kind, named)
+        result = self._computed(named)
         for post in self.call.posts:
             result = computed(post.kind, {"input": result, **{name: filled(arg, values) for name, arg in post.args}})
         floats: Tensor = self._out_of(result)
         return floats
+
+    def _computed(self, named: Mapping[str, Any]) -> Tensor:
+        if self.batched_rank and named["input"].dim() < self.batched_rank:
+            return computed(self.call.kind, {**named, "input": named["input"].unsqueeze(0)}).squeeze(0)
+        return computed(self.call.kind, named)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -51,10 +51,13 @@ def check_own(row: KernelRow) -> Verdict:
     make, operators = row.own.make, row.own.operators
 
     def kernel(sample: Sample) -> Tensor:
+        given = [codes.clone() for codes in sample.tensors]
         try:
-            got = made(make, sample.setup)(*sample.tensors)
+            got = made(make, sample.setup)(*given)
         except Exception as error:
             raise RuntimeError(f"it raised {told(error)}") from error
+        if not all(torch.equal(after, before) for after, before in zip(given, sample.tensors, strict=True)):
+            raise RuntimeError("it writes over its operands, which others may read")
         if not isinstance(got, Tensor) or got.dtype != torch.uint8:
             what = got.dtype if isinstance(got, Tensor) else type(got).__name__
             raise RuntimeError(f"it gives {what} instead of uint8 codes")

@@ -23,12 +23,16 @@ from qfunc.numerics.grid import Affine
 
 TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
 
-_ENGINE_LOCK = threading.Lock()
+_ENGINE_LOCK = threading.RLock()
 
 
 @contextmanager
 def active_engine(engine: TorchEngine) -> Iterator[None]:
-    """Pack under `engine`, then restore the engine that was active. It is global to the process, hence the lock."""
+    """Pack or run under `engine`, then restore the engine that was active.
+
+    It is global to the process, hence the lock, also where it seems to be active: another thread may be about to
+    restore its own.
+    """
     with _ENGINE_LOCK:
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine

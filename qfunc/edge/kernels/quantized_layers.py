@@ -1,12 +1,11 @@
 """Engine `"quantized"`: transposed convolutions, and the layers that only torch's onednn engine fuses with more.
 
-The latter run while that engine is active, and no other: each call makes it so, unless it is, one call after another.
+The latter run while that engine is active, and no other: each call makes it so, one call after another.
 TorchScript cannot, so that a scripted module needs `torch.backends.quantized.engine = "onednn"`, or raises.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,6 @@ from qfunc.edge.kernels.quantized import (
     pad_quantized,
 )
 from qfunc.numerics.grid import Affine
-
-
-def running(engine: TorchEngine) -> AbstractContextManager[None]:
-    """Have an engine active; nothing is done, and nobody waits, where it is."""
-    return nullcontext() if torch.backends.quantized.engine == engine else active_engine(engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +156,7 @@ class QuantizedConvAdd2d(PackedConv):
     @torch.jit.unused
     @outside_compile
     def _under_onednn(self, x: Tensor, accumulator: Tensor) -> Tensor:
-        with running("onednn"):
+        with active_engine("onednn"):
             return self._sum(x, accumulator)
 
     def _sum(self, x: Tensor, accumulator: Tensor) -> Tensor:
@@ -215,7 +209,7 @@ class QuantizedLinearLeakyReLU(QuantizedLinear):
     @torch.jit.unused
     @outside_compile
     def _under_onednn(self, x: Tensor) -> Tensor:
-        with running("onednn"):
+        with active_engine("onednn"):
             return self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -237,7 +231,7 @@ class QuantizedLinearTanh(QuantizedLinear):
     @torch.jit.unused
     @outside_compile
     def _under_onednn(self, x: Tensor) -> Tensor:
-        with running("onednn"):
+        with active_engine("onednn"):
             return self._fused(x)
 
     def _fused(self, x: Tensor) -> Tensor:

@@ -267,10 +267,21 @@ class QuantizedGroupNorm(_Normed):
 
 
 class QuantizedInstanceNorm(_Normed):
-    """`quantized.instance_norm`, by the statistics of the input."""
+    """`quantized.instance_norm`, by the statistics of the input; one of less than `batched_rank` axes is no batch."""
+
+    def __init__(
+        self, weight: Tensor | None, bias: Tensor | None, output: Affine, eps: float, *, batched_rank: int | None = None
+    ) -> None:
+        super().__init__(weight, bias, output, eps)
+        self.batched_rank: int = batched_rank or 0
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        if x.dim() < self.batched_rank:
+            return self._normed(x.unsqueeze(0)).squeeze(0)
+        return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.quantized.instance_norm(
             x, self.weight, self.bias, self.eps, self.scale, self.zero_point
         )
