@@ -94,7 +94,7 @@ SPATIAL_LEAVES: Mapping[str, Builder] = MappingProxyType(
             f"codes.adaptive_max_pool{rank}d": literal(lambda g: AdaptiveMaxPool(_sizes(g.output_size)))
             for rank in (1, 2, 3)
         },
-        "codes.pad": literal(lambda g: Pad(tuple(_plain(g.pad)), g.mode, g.value, g.given)),
+        "codes.pad": literal(lambda g: Pad(None if g.pad is None else tuple(_plain(g.pad)), g.mode, g.value, g.given)),
         "codes.interpolate": literal(_interpolate),
     }
 )

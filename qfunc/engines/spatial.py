@@ -93,8 +93,11 @@ def _pad(call: Call) -> Plan:
     node = call.node
     if call.output != call.input.affine:
         return _OTHER_QPARAMS
-    options = {name: node.get(name) for name in ("pad", "mode", "value")}
-    return kernel_node(call, "codes.pad", (call.input.codes,), given=call.output, **options)
+    pad = node.get("pad")
+    computed = any(True for _ in refs(pad))
+    options = {"pad": None if computed else pad, "mode": node.get("mode"), "value": node.get("value")}
+    made = kernel_node(call, "codes.pad", (call.input.codes,), given=call.output, **options)
+    return _called_with(made, pad) if computed and isinstance(made, Node) else made
 
 
 def _interpolate(call: Call) -> Plan:

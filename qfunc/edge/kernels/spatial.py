@@ -68,20 +68,23 @@ class AdaptiveMaxPool(Kernel):
 class Pad(Kernel):
     """`F.pad` of codes: with the code of `value`, or by a mode that repeats codes.
 
+    The widths may be known when the module is called.
+
     >>> Pad((1, 0), "constant", None, Affine(0.5, 7))(torch.tensor([9], dtype=torch.uint8)).tolist()
     [7, 9]
     """
 
-    def __init__(self, pad: tuple[int, ...], mode: str, value: float | None, given: Affine) -> None:
+    def __init__(self, pad: tuple[int, ...] | None, mode: str, value: float | None, given: Affine) -> None:
         super().__init__()
-        self.pad, self.mode, self.value = list(pad), mode, value
+        self.pad, self.mode, self.value = None if pad is None else list(pad), mode, value
         self.code = int(Quantize(given)(torch.tensor([value or 0.0]))[0])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pad: Any = None) -> Tensor:
         """The padded codes."""
+        widths = self.pad if pad is None else pad
         if self.mode == "constant":
-            return F.pad(x, self.pad, value=self.code)
-        return like(F.pad(x, self.pad, mode=self.mode), x)
+            return F.pad(x, widths, value=self.code)
+        return like(F.pad(x, widths, mode=self.mode), x)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
