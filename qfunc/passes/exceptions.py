@@ -40,10 +40,10 @@ def _getitem(node: Node, graph: Graph) -> str:
     (whole,) = (value for name, value in node.args if name == "input")
     if isinstance(whole, Ref) and graph[whole.id].kind in PARTS:
         return "" if isinstance(node.get("index"), int) else "several parts are taken at once"
-    return "" if isinstance(whole, Ref) and _gives_tensor(graph[whole.id], graph) else "it takes from what is no tensor"
+    return "" if isinstance(whole, Ref) and gives_tensor(graph[whole.id], graph) else "it takes from what is no tensor"
 
 
-def _gives_tensor(node: Node, graph: Graph) -> bool:
+def gives_tensor(node: Node, graph: Graph) -> bool:
     """Whether a value is known to be a tensor, and not a tuple of them."""
     if node.fact is not None or node.kind not in BY_NAME:
         return isinstance(node.fact, TensorFact)

@@ -15,6 +15,7 @@ from qfunc.ir import Draft, Graph, Node, Origin, Ref, fresh_id, users
 from qfunc.ir.node import NamedArgs, fact_in, substitute
 from qfunc.numerics.grid import Affine
 from qfunc.ops.shapes import PARTS
+from qfunc.passes.exceptions import gives_tensor
 from qfunc.passes.numbers import asks_size
 
 
@@ -68,7 +69,8 @@ def _quantized_before(graph: Graph, engine: Engine) -> Graph:
 
 def _takes_part(node: Node, graph: Graph) -> bool:
     """Whether it is about a tuple of parts, of which others may be read otherwise."""
-    return node.kind in PARTS or graph[next(node.uses())].kind in PARTS
+    source = graph[next(node.uses())]
+    return node.kind in PARTS or source.kind in PARTS or (node.kind == "getitem" and not gives_tensor(source, graph))
 
 
 _ENLARGING = frozenset({"expand", "repeat", "repeat_interleave", "index_select"})
@@ -89,6 +91,8 @@ class _Moves:
         self._wanted = self._read_by_quantization()
         self._codes: dict[str, tuple[str, Affine]] = {}
         """Values that stand for codes: the id of the codes, and their qparams."""
+        self._quantized: dict[str, str] = {}
+        """Floats that are quantized: the id of the codes."""
         self._instead: dict[str, str] = {}
         """Values that others read under another id."""
         self._nodes: dict[str, Node] = {}
@@ -101,18 +105,25 @@ class _Moves:
             source = self._codes.get(next(node.uses(), ""))
             if source is not None and node.kind in self._moves and self._gains(node):
                 self._move(node.map(turn), *source)
-            elif source is not None and asks_size(node):
+            elif asks_size(node) and (codes := self._asked(node)):
                 name = next(name for name, value in node.args if isinstance(value, Ref))
-                self._nodes[node.id] = node.map(turn).with_args(**{name: Ref(source[0])})
+                self._nodes[node.id] = node.map(turn).with_args(**{name: Ref(codes)})
             elif source is not None and node.kind == "quantize" and affine is not None:
                 self._quantize(node, *source, affine)
             else:
                 self._nodes[node.id] = node.map(turn) if self._instead else node
                 if node.kind == "dequantize" and affine is not None:
                     self._codes[node.id] = next(self._nodes[node.id].uses()), affine
+                elif node.kind == "quantize" and affine is not None:
+                    self._quantized[next(node.uses())] = node.id
         if all(self._nodes.get(id) is node for id, node in self._graph.nodes.items()):
             return self._graph
         return replace(self._graph, nodes=pmap(self._nodes), order=tuple(self._nodes))
+
+    def _asked(self, node: Node) -> str:
+        """The codes that have the size of what a node asks; none where its value is in float alone."""
+        value = next(node.uses(), "")
+        return self._codes[value][0] if value in self._codes else self._quantized.get(value, "")
 
     def _read_by_quantization(self) -> set[str]:
         """What is quantized, at once or behind a chain of moves."""
