@@ -200,3 +200,18 @@ def test_padding_to_a_size_that_another_value_has_is_done_on_codes(mode):
     for size in ((9, 8), (8, 8), (11, 13)):
         x = torch.randn(1, 3, *size)
         assert sqnr(model(x), module(x)) > 20
+
+
+@torch.no_grad()
+def test_a_float_island_looks_its_operator_up_once(monkeypatch):
+    x = torch.randn(2, 8, 6)
+    lowered = unwrap(quantize(Between(nn.GELU()).eval(), [x]))
+    assert "float island" in {entry.kernel for entry in lowered.certificate.entries}
+    module = unwrap(materialize(lowered))
+    expected = module(x)
+
+    def none(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("importlib.import_module", none)
+    assert torch.equal(module(x), expected)
