@@ -81,7 +81,7 @@ class Pad(Kernel):
 
     def forward(self, x: Tensor, pad: Any = None) -> Tensor:
         """The padded codes."""
-        widths = self.pad if pad is None else pad
+        widths: Any = self.pad if pad is None else pad
         if self.mode == "constant":
             return F.pad(x, widths, value=self.code)
         return like(F.pad(x, widths, mode=self.mode), x)
