@@ -134,3 +134,84 @@ def test_weights_without_data_are_a_failure():
 def test_batches_that_do_not_fit_say_how_to_make_them_fit(batch):
     failure = quantize(Two(ends_in_a_sum).eval(), [batch]).failure()
     assert "pass the inputs only" in render(failure)
+
+
+class Between(nn.Module):
+    """A function between two layers of 8 features."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)
+        self.norm = nn.LayerNorm(6)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.norm(self.a(x))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["onednn", "quantized"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.max(x, 2)[0],
+        lambda x: torch.max(x, 2, keepdim=True)[0].expand(-1, -1, 6),
+        lambda x: torch.topk(x, 3, dim=2)[0],
+        lambda x: torch.sort(x, dim=2)[0][..., :4],
+        lambda x: torch.var_mean(x, 2)[1],
+    ],
+    ids=["max", "max with keepdim", "topk", "sort", "var_mean"],
+)
+def test_the_part_of_a_tuple_that_runs_in_float_is_no_move_of_codes(function, engine):
+    torch.manual_seed(0)
+    model, x = Between(lambda x: F.relu(function(x)).reshape(2, 8, -1)).eval(), torch.randn(2, 8, 6)
+    module = unwrap(materialize(unwrap(quantize(model, [x], engine=engine))))
+    assert sqnr(model(x), module(x)) > 25
+
+
+def test_asking_for_a_size_costs_no_conversion():
+    def asks(x):
+        rows, channels, length = x.shape
+        return x.view(rows, channels, length)
+
+    x = torch.randn(2, 8, 6)
+    asked, plain = (
+        unwrap(quantize(Between(function).eval(), [x])).certificate for function in (asks, lambda x: x.view(2, 8, 6))
+    )
+    assert plain.conversions == 1
+    assert asked.conversions == plain.conversions, asked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_padding_to_a_size_that_another_value_has_is_done_on_codes(mode):
+    def joined(m, x):
+        skip = m.c(x)
+        deep = F.max_pool2d(skip, 2).repeat(1, 1, 2, 2)
+        high, wide = skip.size(2) - deep.size(2), skip.size(3) - deep.size(3)
+        return m.d(F.pad(deep, [wide // 2, wide - wide // 2, high // 2, high - high // 2], mode=mode) + skip)
+
+    torch.manual_seed(0)
+    model = Two(joined).eval()
+    lowered = unwrap(quantize(model, [torch.randn(2, 3, 9, 8)]))
+    (entry,) = (entry for entry in lowered.certificate.entries if entry.operator == "pad")
+    assert (entry.kernel, lowered.certificate.conversions) == ("codes.pad", 1)
+    module = unwrap(materialize(lowered))
+    for size in ((9, 8), (8, 8), (11, 13)):
+        x = torch.randn(1, 3, *size)
+        assert sqnr(model(x), module(x)) > 20
+
+
+@torch.no_grad()
+def test_a_float_island_looks_its_operator_up_once(monkeypatch):
+    x = torch.randn(2, 8, 6)
+    lowered = unwrap(quantize(Between(nn.GELU()).eval(), [x]))
+    assert "float island" in {entry.kernel for entry in lowered.certificate.entries}
+    module = unwrap(materialize(lowered))
+    expected = module(x)
+
+    def none(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("importlib.import_module", none)
+    assert torch.equal(module(x), expected)

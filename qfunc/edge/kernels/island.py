@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,12 @@ from qfunc.edge.kernels.quantized import DequantizeTensor, QuantizeTensor
 from qfunc.engines.island import IslandCall
 from qfunc.ir import Arg, DictArg, ListArg, Name, Ref, SliceArg
 from qfunc.numerics.grid import Affine
-from qfunc.ops import BY_NAME, canonical_call, resolve
+from qfunc.ops import BY_NAME, KINDS, canonical_call, resolve
+
+# Looked up once: a name costs imports, which each call would try anew, and which end a graph of torch.compile.
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {target: resolve(target) for row in KINDS for target, _ in (row.call, row.full_call) if target}
+)
 
 
 class Island(Kernel):
@@ -73,7 +79,7 @@ def computed(kind: str, named: Mapping[str, Any]) -> Tensor:
     target, names = canonical_call(BY_NAME[kind], tuple(named.items()))
     positional = [named[name] for name in names if not name.endswith("=")]
     keywords = {name[:-1]: named[name[:-1]] for name in names if name.endswith("=")}
-    result: Tensor = resolve(target)(*positional, **keywords)
+    result: Tensor = _FUNCTIONS[target](*positional, **keywords)
     return result
 
 
