@@ -172,8 +172,8 @@ class Certificate:
             self.islands
         )
         head = (
-            f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers{weights}{islands}, "
-            f"{self.conversions} conversion{plural} between float and integers left"
+            f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers"
+            f"{weights}{islands}, {self.conversions} conversion{plural} between float and integers left"
         )
         limited = "weights are limited so that two products fit 16 bits, where kernels of this host add them there"
         return [head, *([limited] if self.limited else [])]

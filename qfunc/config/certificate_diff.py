@@ -32,7 +32,7 @@ class CertificateDiff:
 
     changes: tuple[Change, ...] = ()
     lost: tuple[str, ...] = ()
-    """The nodes that computed on integers and do so no more, or in an island or on smaller weights and are float now."""
+    """The nodes that computed on integers and do so no more, or that are float now and were not."""
     gained: tuple[str, ...] = ()
     """The same the other way round."""
 
