@@ -9,6 +9,7 @@ from typing import Any
 from qfunc.backends.cpu import TRANSPOSED
 from qfunc.config.backend_config import PARAMETERS, OperatorConfig
 from qfunc.config.qconfig import QConfig
+from qfunc.config.weights import RECURRENT
 from qfunc.errors import BadConfig, Problem, UnsupportedDType
 from qfunc.ir import Expression, Node, Ref, TensorFact
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
@@ -20,6 +21,8 @@ from qfunc.params import loads
 def inputs_of(node: Node, row: OperatorConfig) -> tuple[str, ...]:
     """The arguments that are activations."""
     named = row.inputs if row.inputs is not None else BY_NAME[node.kind].tensors if node.kind in BY_NAME else ("0",)
+    if node.kind in RECURRENT and not node.has("0"):
+        named = ("input",)  # called by its name
     return tuple(slot for slot in named if node.has(slot))
 
 
