@@ -12,12 +12,18 @@ from qfunc.config.columns import aligned
 from qfunc.config.host_report import Verdict
 from qfunc.ir import Note
 
-Form: TypeAlias = Literal["integer", "moves", "island", "float"]
-"""How an operator is computed: by a kernel on integers; by moving codes, which changes none; in float, but by a kernel
-that takes or gives codes; in float."""
+Form: TypeAlias = Literal["integer", "moves", "weights", "island", "float"]
+"""How an operator is computed: by a kernel on integers; by moving codes, which changes none; in float, with a weight of
+integers or smaller floats; in float, but by a kernel that takes or gives codes; in float."""
 
 _FORMS: Mapping[Form, str] = MappingProxyType(
-    {"integer": "integer kernel", "moves": "moves codes", "island": "float island", "float": "float"}
+    {
+        "integer": "integer kernel",
+        "moves": "moves codes",
+        "weights": "smaller weight",
+        "island": "float island",
+        "float": "float",
+    }
 )
 
 
@@ -57,7 +63,7 @@ class Entry:
 
     @property
     def fallback(self) -> bool:
-        """Whether it was meant to run on integers and stays float; a float island, whose borders are codes, is none."""
+        """Whether it was meant to run on integers and stays float; an island and a smaller weight are none."""
         return self.intended and self.form == "float"
 
     @property
@@ -75,7 +81,7 @@ class Entry:
         kept = [verdict.kernel for verdict in self.contracts if verdict.ok]
         if self.form == "float":
             return ""
-        if self.form != "integer":
+        if self.form in ("moves", "island"):
             return "exact by construction"
         return f"keeps {', '.join(kept)}" if kept else "not checked"
 
@@ -118,6 +124,11 @@ class Certificate:
         return sum(entry.on_integers for entry in self.entries)
 
     @property
+    def on_weights(self) -> int:
+        """How many compute in float with weights of integers or smaller floats."""
+        return sum(entry.form == "weights" for entry in self.entries)
+
+    @property
     def islands(self) -> int:
         """How many compute in float between codes."""
         return sum(entry.form == "island" for entry in self.entries)
@@ -156,12 +167,13 @@ class Certificate:
 
     def _head(self) -> list[str]:
         plural = "" if self.conversions == 1 else "s"
+        weights = f", {self.on_weights} in float on smaller weights" * bool(self.on_weights)
         islands = f", {self.islands} in {'a float island' if self.islands == 1 else 'float islands'}" * bool(
             self.islands
         )
         head = (
-            f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers{islands}, "
-            f"{self.conversions} conversion{plural} between float and integers left"
+            f"engine {self.engine} on {self.host}: {self.in_int8} of {self.total} operators on integers"
+            f"{weights}{islands}, {self.conversions} conversion{plural} between float and integers left"
         )
         limited = "weights are limited so that two products fit 16 bits, where kernels of this host add them there"
         return [head, *([limited] if self.limited else [])]

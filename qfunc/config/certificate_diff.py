@@ -32,7 +32,7 @@ class CertificateDiff:
 
     changes: tuple[Change, ...] = ()
     lost: tuple[str, ...] = ()
-    """The nodes that computed on integers and do so no more, or in an island and are float now."""
+    """The nodes that computed on integers and do so no more, or that are float now and were not."""
     gained: tuple[str, ...] = ()
     """The same the other way round."""
 
@@ -46,10 +46,10 @@ class CertificateDiff:
 
 _ENTRY = ("operator", "form", "kernel", "engine", "inputs", "weight", "output", "intended", "contracts")
 _TOTALS = (
-    *("engine", "host", "in_int8", "islands", "total", "conversions", "requantizations", "limited"),
+    *("engine", "host", "in_int8", "on_weights", "islands", "total", "conversions", "requantizations", "limited"),
     *("multiply_adds", "int8_share", "weight_bytes", "float_weight_bytes"),
 )
-_RANK = {"float": 0, "island": 1, "moves": 2, "integer": 2}
+_RANK = {"float": 0, "weights": 1, "island": 1, "moves": 2, "integer": 2}
 
 
 def difference(first: Certificate, second: Certificate) -> CertificateDiff:

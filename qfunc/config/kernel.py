@@ -92,6 +92,8 @@ class KernelRow:
     """Whether a contract must hold on the host; false for what only moves elements."""
     takes: tuple[type, ...] = CODES
     """How its operands may be given; by default all as codes of one scale."""
+    writes_floats: bool = False
+    """Whether its result is always float, so that a quantization behind it stays a node of its own."""
     own: Own | None = None
     """What makes and checks a kernel of the user's; None for qfunc's."""
 

@@ -12,6 +12,9 @@ from qfunc.params import Load
 RECURRENT = frozenset(f"torch.nn.{name}" for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"))
 """Layers whose weights are several matrices."""
 
+RECURRENT_KERNELS = ("recurrent_dynamic", "recurrent_cast")
+"""The kinds of the nodes that take their place when they are lowered."""
+
 _MATRIX = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 

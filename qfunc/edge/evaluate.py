@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from qfunc.config.weights import RECURRENT, RECURRENT_KERNELS
 from qfunc.edge.observer import ObserverError, observe_once
 from qfunc.edge.tensors import is_current, share
 from qfunc.errors import BadConfig, NonFinite, Problem, StaleSource, UserFunctionFailed
@@ -241,7 +242,20 @@ def check_sources(graph: Graph) -> list[Problem]:
                 found[StaleSource(load.name)] = None
             elif quantized:
                 found.update(dict.fromkeys(unquantizable(tensor, load.name, graph[id].place)))
+    found.update((StaleSource(name), None) for name in _biases(graph) if not is_current(graph.sources["model"], name))
     return list(found)
+
+
+def _biases(graph: Graph) -> Iterator[str]:
+    """Those of recurrent layers whose matrices are expressions: their module has them, and they are read with these."""
+    layers: dict[str, None] = {}
+    for node in graph:
+        if node.kind in RECURRENT or node.kind in RECURRENT_KERNELS:
+            matrices = (load for _, value in node.args if isinstance(value, Expression) for load in loads(value))
+            layers.update((load.name.rpartition(".")[0], None) for load in matrices)
+    for path in layers:
+        prefix = f"{path}." if path else ""
+        yield from (name for name in graph.sources["model"].tensors if name.startswith(f"{prefix}bias_"))
 
 
 def unquantizable(weight: Tensor, name: str, place: str) -> Iterator[Problem]:

@@ -1,4 +1,7 @@
-"""The `onednn` engine's rows of layers that read floats: quantized or cast as the model runs, or weights alone."""
+"""The rows of layers that read floats: quantized or cast as the model runs, or weights alone.
+
+The `onednn` engine has them, and the `quantized` one behind rows of its own, since they take and can give floats.
+"""
 
 from __future__ import annotations
 
@@ -210,3 +213,12 @@ DYNAMIC_ROWS: tuple[KernelRow, ...] = (
     KernelRow("recurrent_dynamic", tuple(sorted(RECURRENT)), _recurrent, takes=_ANY),
 )
 """Those of linear layers, of weights that are integers or small floats alone, of embeddings and of recurrent layers."""
+
+ATEN_KERNELS = frozenset({"int8_weight.linear", "weight_only", "cast_weight", "recurrent_cast"})
+"""The kinds of nodes whose arithmetic is aten's."""
+
+FLOAT_KERNELS = ATEN_KERNELS | {
+    *("onednn.linear_float16", "quantized.linear_float16"),
+    *(f"{codes}.{kind}" for codes in ("codes", "quantized") for kind in ("embedding", "embedding_bag")),
+}
+"""The kinds of nodes whose weights are integers or small floats, and whose arithmetic is float."""

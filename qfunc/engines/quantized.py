@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from qfunc.backends.cpu import MOVES
 from qfunc.config.host_report import HostReport
@@ -10,6 +11,7 @@ from qfunc.config.kernel import Call, Engine, KernelRow, Plan
 from qfunc.engines import quantized_dynamic as dynamic
 from qfunc.engines import quantized_layers as layers
 from qfunc.engines import quantized_operators as operators
+from qfunc.engines.dynamic import DYNAMIC_ROWS
 from qfunc.engines.island import island
 from qfunc.engines.quantized_layers import Planner
 from qfunc.numerics.unmeasured import Cast, Dynamic
@@ -77,7 +79,7 @@ def _static(chosen: str) -> tuple[KernelRow, ...]:
 
 
 def _dynamic(chosen: str) -> tuple[KernelRow, ...]:
-    """The rows of layers that read floats."""
+    """The rows of layers that read floats; what torch has no right kernel for is computed by the plain ones."""
 
     def bound(planner: Planner) -> Callable[[Call], Plan]:
         return lambda call: planner(call, torch_engine(call.host, chosen))
@@ -85,9 +87,10 @@ def _dynamic(chosen: str) -> tuple[KernelRow, ...]:
     names = ("embedding", "embedding_bag")
     own, halved = bound(dynamic.linear_dynamic), bound(dynamic.linear_float16)
     return (
-        KernelRow("quantized.linear_dynamic", ("linear",), own, checked=False, takes=(Dynamic,)),
-        KernelRow("quantized.linear_float16", ("linear",), halved, checked=False, takes=(Cast,)),
-        *(KernelRow(f"quantized.{name}", (name,), bound(dynamic.embedding)) for name in names),
+        KernelRow("quantized.linear_dynamic", ("linear",), own, checked=False, takes=(Dynamic,), writes_floats=True),
+        KernelRow("quantized.linear_float16", ("linear",), halved, checked=False, takes=(Cast,), writes_floats=True),
+        *(KernelRow(f"quantized.{name}", (name,), bound(dynamic.embedding), writes_floats=True) for name in names),
+        *(replace(row, writes_floats=True) for row in DYNAMIC_ROWS),  # whose codes would be no quantized tensors
     )
 
 

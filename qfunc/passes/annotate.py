@@ -175,7 +175,14 @@ def _misplaced(parts: list[_Part], graph: Graph) -> Iterator[Problem]:
 def _notes(
     graph: Graph, rules: list[Rules], custom: CustomConfig, mapping: QConfigMapping, asked: QConfigMapping
 ) -> Iterator[Note]:
-    """Notes of entries that match or change nothing, once for each mapping; of standalone modules' own, with a path."""
+    """Notes of entries that match or change nothing, once for each mapping; of standalone modules' own, with a path.
+
+    And of the layers for which a configuration that is meant for many means another axis than it says.
+    """
+    turned = [id for one in rules for id in one.turned]
+    if turned:
+        more = f", and {len(turned) - 1} more" if turned[1:] else ""
+        yield Note(turned[0], f"has scales along axis 1, its output channels, where the configuration says 0{more}")
     held: dict[int, list[Rules]] = {}
     for one in rules:
         held.setdefault(id(one.mapping), []).append(one)

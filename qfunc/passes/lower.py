@@ -10,11 +10,12 @@ from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 
 from qfunc.config.arguments import wrong_arguments
-from qfunc.config.certificate import Certificate, Entry
+from qfunc.config.certificate import Certificate, Entry, Form
 from qfunc.config.host_report import Consulted, HostReport, Verdict
 from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
 from qfunc.engines.choice import AUTO, best_engine, runnable
+from qfunc.engines.dynamic import ATEN_KERNELS, FLOAT_KERNELS, LINEAR_DYNAMIC
 from qfunc.engines.own import ConstraintError, is_own, misplaced, objects_of
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Expression, Graph, Name, Node, Note, TensorFact, refs, users
@@ -178,18 +179,19 @@ class _Lowering:
         for row in self._fitting(self._rows.get(node.kind, []), call):
             if not (meant or (row.name == ISLAND and self._borders_on_codes(call))):
                 continue
-            planned, asked = self._planned(row, call)
+            given = replace(call, output=None) if row.writes_floats else call
+            planned, asked = self._planned(row, given)
             verdicts |= asked
             broken = [verdict for verdict in asked.values() if not verdict.ok]
             if isinstance(planned, Node):
-                self._replace(node, planned, call.output)
+                self._replace(node, planned, given.output)
                 told += [f"{verdict.kernel}: fails its contract: {verdict.reason}" for verdict in broken]
                 named = planned.kind in BY_NAME or row.name == ISLAND or is_own(planned)
                 return replace(
                     entry,
-                    form="island" if row.name == ISLAND else "integer",
+                    form=_form(planned, row),
                     kernel=row.name if named else planned.kind,
-                    output=call.output.dtype if call.output else "float32",
+                    output=given.output.dtype if given.output else "float32",
                     reason="; ".join(reasons if row.name == ISLAND else told),
                     engine=self._engine_of(planned, row),
                     weight=_weight(planned) or entry.weight,
@@ -241,7 +243,11 @@ class _Lowering:
             return "own"
         if planned.has("engine"):
             return f"{self._engine}.{planned.get('engine')!s}"
-        return "aten" if row.name == ISLAND or planned.kind.startswith("codes.") else self._engine
+        if row.name == ISLAND or planned.kind.startswith("codes.") or planned.kind in ATEN_KERNELS:
+            return "aten"
+        return (
+            "onednn" if planned.kind in ("onednn.linear_float16", LINEAR_DYNAMIC, "recurrent_dynamic") else self._engine
+        )
 
     def _fitting(self, rows: list[KernelRow], call: Call) -> list[KernelRow]:
         """The rows to try: where a kernel takes operands given as these are, no other need say that it does not."""
@@ -359,6 +365,13 @@ def _without_codes(source: Node) -> str:
             return f"has codes that kernels do not take: {what}"
         case _:
             return "is float"
+
+
+def _form(planned: Node, row: KernelRow) -> Form:
+    """How a kernel computes."""
+    if row.name == ISLAND:
+        return "island"
+    return "weights" if planned.kind in FLOAT_KERNELS else "integer"
 
 
 def _weight(node: Node) -> str:

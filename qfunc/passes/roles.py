@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
+from qfunc.backends.cpu import TRANSPOSED
 from qfunc.config.backend_config import PARAMETERS, OperatorConfig
+from qfunc.config.qconfig import QConfig
+from qfunc.config.weights import RECURRENT
 from qfunc.errors import BadConfig, Problem, UnsupportedDType
 from qfunc.ir import Expression, Node, Ref, TensorFact
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.ops import BY_NAME, WEIGHTED
 from qfunc.params import loads
@@ -15,6 +21,8 @@ from qfunc.params import loads
 def inputs_of(node: Node, row: OperatorConfig) -> tuple[str, ...]:
     """The arguments that are activations."""
     named = row.inputs if row.inputs is not None else BY_NAME[node.kind].tensors if node.kind in BY_NAME else ("0",)
+    if node.kind in RECURRENT and not node.has("0"):
+        named = ("input",)  # called by its name
     return tuple(slot for slot in named if node.has(slot))
 
 
@@ -61,6 +69,27 @@ def axis_problems(node: Node, row: OperatorConfig, spec: QuantSpec) -> Iterator[
     if weight is not None and spec.ch_axis is not None and spec.ch_axis >= len(shape):
         reason = f"ch_axis {spec.ch_axis} is no axis of its weight of shape {tuple(shape)}"
         yield BadConfig(node.place, reason, "use ch_axis=0, the axis of the output channels")
+
+
+def along_outputs(node: Node, qconfig: QConfig) -> QConfig:
+    """A configuration that is meant for many types, with the output channels of this node's weight as `ch_axis`.
+
+    Axis 0 is that of all layers but transposed convolutions, whose output channels are axis 1.
+    """
+    weight = _of_axis_1(qconfig.weight) if node.kind in TRANSPOSED else qconfig.weight
+    return qconfig if weight is qconfig.weight else replace(qconfig, weight=weight)
+
+
+def _of_axis_1(weight: Any) -> Any:
+    """What observes channels along axis 0, for axis 1; anything else as it is."""
+    if isinstance(weight, FakeQuantize):
+        inner = _of_axis_1(weight.observer)
+        return weight if inner is weight.observer else replace(weight, observer=inner)
+    spec = getattr(weight, "spec", None)
+    own = is_dataclass(weight) and any(each.name == "spec" and each.init for each in fields(weight))
+    if not own or is_fixed(weight) or not isinstance(spec, QuantSpec) or spec.ch_axis != 0:
+        return weight
+    return replace(weight, spec=replace(spec, ch_axis=1))
 
 
 def weight_problems(node: Node, row: OperatorConfig) -> Iterator[Problem]:

@@ -29,6 +29,7 @@ from qfunc.passes.exceptions import float_because
 from qfunc.passes.kept import kind_as_written, why_kept
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.roles import (
+    along_outputs,
     axis_problems,
     can_write_float,
     computes_weight,
@@ -85,6 +86,8 @@ class Rules:
         self.problems: list[Problem] = [*lookup.problems, *resolution.problems]
         self.floats: dict[str, str] = {}
         self.refused: set[str] = set()
+        self.turned: list[str] = []
+        """The transposed convolutions whose weights have scales along axis 1 where the configuration says 0."""
         self._chosen: dict[str, tuple[OperatorConfig, QConfig]] = {}
         self._misfits: dict[tuple[Entry, bool], list[Problem]] = {}
         self._demanded = demanded
@@ -156,6 +159,10 @@ class Rules:
 
     def _decide(self, node: Node, chosen: Chosen) -> None:
         row, qconfig = self.backend.operator(node), self._with_inputs(chosen.qconfig)
+        if qconfig is not None and self.backend.lazy and chosen.entry[0] in ("global_qconfig", "object_types"):
+            turned = along_outputs(node, qconfig)
+            self.turned += [node.id] if turned is not qconfig else []
+            qconfig = turned
         if node.kind in PARTS and row is None:
             self.floats[node.id] = "its parts are read in float"
         elif row is None:

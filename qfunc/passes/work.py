@@ -125,7 +125,8 @@ def _attention(node: Node, graph: Graph) -> int | None:
 
 def _recurrent(node: Node, graph: Graph) -> int | None:
     """At each step of each sequence all matrices are multiplied once."""
-    given = _shape(graph, node.get("0")) if node.has("0") else None
+    slot = next((name for name in ("0", "input") if node.has(name)), None)
+    given = None if slot is None else _shape(graph, node.get(slot))
     matrices = [shape for shape, _ in _tensors(node, graph) if len(shape) == 2]
     return None if not given or not matrices else prod(given[:-1]) * sum(map(prod, matrices))
 

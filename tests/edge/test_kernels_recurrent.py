@@ -16,6 +16,7 @@ from qfunc.backends.default_mappings import DYNAMIC, FLOAT16_DYNAMIC
 from qfunc.edge.host import check_host
 from qfunc.edge.kernels import recurrent_int8
 from qfunc.edge.kernels.recurrent_int8 import RecurrentCast, RecurrentDynamic
+from qfunc.errors import StaleSource, problems
 from qfunc.testing import oracle
 from qfunc.testing.metrics import same_bits, sqnr
 
@@ -210,6 +211,48 @@ def test_float16_cells_are_the_reference_form(make):
     converted, lowered = stages(make().eval(), FLOAT16_DYNAMIC)
     x = torch.randn(3, 6)
     close(unwrap(materialize(lowered))(x), unwrap(materialize(converted))(x), 1e-6)
+
+
+class Named(Holder):
+    """Called with keywords, in an order that is not the layer's."""
+
+    def forward(self, x, state=None):
+        return self.layer(hx=state, input=x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["onednn", "quantized"])
+@pytest.mark.parametrize("mapping", [DYNAMIC, FLOAT16_DYNAMIC], ids=["int8", "float16"])
+@pytest.mark.parametrize("make", (LAYERS | CELLS).values(), ids=LAYERS | CELLS)
+def test_a_layer_may_be_called_by_keywords(make, mapping, engine):
+    torch.manual_seed(5)
+    layer = make().eval()
+    x = torch.randn(3, 6) if "Cell" in type(layer).__name__ else torch.randn(4, 3, 6)
+    made = []
+    for holder in (Holder(layer), Named(layer)):
+        prepared = unwrap(prepare(unwrap(trace(holder.eval(), x)), mapping))
+        lowered = unwrap(calibrated(prepared, []).bind(convert).bind(lambda c: lower(c, engine=engine, strict=True)))
+        made.append((lowered, unwrap(materialize(lowered))))
+    (first, one), (second, other) = made
+    close(other(x), one(x), 0.0)
+    assert [(e.kernel, e.multiply_adds) for e in first.certificate.entries if e.intended] == [
+        (e.kernel, e.multiply_adds) for e in second.certificate.entries if e.intended
+    ]
+    assert second.certificate.multiply_adds
+
+
+@pytest.mark.parametrize("mapping", [DYNAMIC, FLOAT16_DYNAMIC], ids=["int8", "float16"])
+@pytest.mark.parametrize("make", [LAYERS["GRU"], CELLS["LSTMCell"]], ids=["layer", "cell"])
+def test_a_bias_that_changed_since_is_told(make, mapping):
+    layer = make().eval()
+    for stage in stages(layer, mapping):
+        unwrap(materialize(stage))
+    stale = stages(layer, mapping)
+    name = next(name for name, _ in layer.named_parameters() if name.startswith("bias_hh"))
+    with torch.no_grad():
+        layer.get_parameter(name).add_(1.0)
+    for stage in stale:
+        assert problems(materialize(stage).failure()) == (StaleSource(f"layer.{name}"),)
 
 
 def test_impossible_calls_are_told():

@@ -15,12 +15,15 @@ from qfunc import (
     QConfig,
     QConfigMapping,
     calibrate,
+    check_host,
     convert,
     fuse,
     lower,
     materialize,
     prepare,
     quantize,
+    read_certificate,
+    to_json,
     trace,
     unwrap,
 )
@@ -164,10 +167,12 @@ CASES = [
 ]  # fmt: skip
 
 
-def staged(model: nn.Module, mapping: QConfigMapping | None, inputs: tuple[Any, ...], batches: Any = ()) -> Any:
+def staged(
+    model: nn.Module, mapping: QConfigMapping | None, inputs: tuple[Any, ...], batches: Any = (), engine: str = "onednn"
+) -> Any:
     graph = unwrap(trace(model, inputs).bind(fuse))
     converted = unwrap(calibrate(unwrap(prepare(graph, mapping)), batches).bind(convert))
-    return converted, unwrap(lower(converted, strict=True))
+    return converted, unwrap(lower(converted, engine=engine, strict=True))
 
 
 @torch.no_grad()
@@ -192,6 +197,93 @@ def test_every_layer_is_lowered_without_data(make: Make, mapping: QConfigMapping
     if "LSTM" not in str(inputs):
         again = unwrap(quantize(model, [], qconfig_mapping=mapping, strict=True))
         assert same_bits(unwrap(materialize(again))(*inputs), module(*inputs))
+
+
+# Of each layer one configuration a kind; torch's own kernels are tried first, and the plain ones stand behind them.
+ANY_ENGINE = [
+    *((layer, config) for layer in LINEARS.items() for config in (DYNAMIC | WEIGHT_ONLY | FLOAT16).items()),
+    *((layer, config) for layer in CONVOLUTIONS.items() for config in (WEIGHT_ONLY | STATIC).items()),
+    *((layer, config) for layer in TABLES.items() for config in TABLE_CONFIGS.items()),
+    *((layer, config) for layer in RECURRENT.items() for config in (DYNAMIC | FLOAT16).items()),
+]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.skipif(not check_host().quantized_engines, reason="torch has no engines of its own here")
+@pytest.mark.parametrize("layers", [LINEARS, CONVOLUTIONS, TABLES, RECURRENT], ids=["linear", "conv", "table", "rnn"])
+def test_the_quantized_engine_has_a_kernel_wherever_the_default_one_has(layers: dict[str, Make]) -> None:
+    for (layer, make), (config, mapping) in ANY_ENGINE:
+        if layer not in layers:
+            continue
+        torch.manual_seed(0)
+        model, inputs = make()
+        model.eval()
+        converted, lowered = staged(model, mapping, inputs, engine="quantized")
+        assert all(entry.kernel for entry in lowered.certificate.entries if entry.intended), (layer, config)
+        assert [off for off in kernels_off(converted, lowered, [inputs]) if off] == [], (layer, config)
+        assert sqnr(model(*inputs), unwrap(materialize(lowered))(*inputs)) > 15, (layer, config)
+
+
+FORMS: dict[str, tuple[Make, QConfigMapping, str]] = {
+    "int8 rows times floats": (LINEARS["linear"], mappings.WEIGHT_ONLY, "weights"),
+    "codes that are dequantized": (CONVOLUTIONS["conv2d"], mappings.WEIGHT_ONLY, "weights"),
+    "looked up": (TABLES["embedding"], TABLE_CONFIGS["uint8"], "weights"),
+    "float16": (LINEARS["linear"], mappings.FLOAT16_DYNAMIC, "weights"),
+    "recurrent float16": (RECURRENT["LSTM"], mappings.FLOAT16_DYNAMIC, "weights"),
+    "dynamic": (LINEARS["linear"], mappings.DYNAMIC, "integer"),
+    "recurrent dynamic": (RECURRENT["LSTM"], mappings.DYNAMIC, "integer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("engine", ["onednn", "quantized"])
+@pytest.mark.parametrize("name", FORMS)
+def test_float_arithmetic_on_integer_weights_is_not_counted_as_int8(name: str, engine: str) -> None:
+    make, mapping, form = FORMS[name]
+    model, inputs = make()
+    _, lowered = staged(model.eval(), mapping, inputs, engine=engine)
+    certificate = lowered.certificate
+    (entry,) = [entry for entry in certificate.entries if entry.intended]
+    assert entry.form == form
+    assert (certificate.in_int8, certificate.on_weights) == ((1, 0) if form == "integer" else (0, 1))
+    assert not certificate.fallbacks
+    assert entry.verdict in ("not checked", f"keeps {', '.join(v.kernel for v in entry.contracts)}")
+    if certificate.multiply_adds:
+        assert certificate.int8_share == (form == "integer")
+    assert ("in float on smaller weights" in str(certificate)) == (form == "weights")
+    assert unwrap(read_certificate(unwrap(to_json(certificate)))) == certificate
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_what_gives_floats_in_the_quantized_engine_feeds_its_integer_layers() -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.bags, self.cell = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8), nn.GRUCell(8, 8)
+            self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = self.fc(self.words(x[:, 0])) + self.fc(self.bags(x))
+            return self.head(self.cell(torch.relu(mixed)))
+
+    torch.manual_seed(0)
+    model, batches = Text().eval(), [index(4, 5)]
+    mapping = qfunc.NATIVE.qconfig_mapping.set_object_type(nn.GRUCell, mappings.DYNAMIC.global_qconfig)
+    for table in (nn.Embedding, nn.EmbeddingBag):
+        mapping = mapping.set_object_type(table, qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY)
+    graph = unwrap(trace(model, batches[0]).bind(lambda found: fuse(found, backend=qfunc.NATIVE)))
+    prepared = unwrap(prepare(graph, mapping, backend=qfunc.NATIVE))
+    converted = unwrap(calibrate(prepared, batches).bind(convert))
+    lowered = unwrap(lower(converted, engine="quantized", strict=True))
+    kernels = {entry.node: (entry.kernel, entry.output) for entry in lowered.certificate.entries}
+    assert kernels["words"] == ("quantized.embedding", "float32")
+    assert kernels["bags"] == ("codes.embedding_bag", "float32")
+    assert kernels["cell"] == ("recurrent_dynamic", "float32")
+    assert kernels["fc"][0] == kernels["head"][0] == "quantized.linear"
+    assert [off for off in kernels_off(converted, lowered, [(batches[0],)]) if off] == []
+    assert sqnr(model(batches[0]), unwrap(materialize(lowered))(batches[0])) > 20
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import nn
 
 import qfunc
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.qparams import INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8
 from qfunc.testing import forms, sqnr
 from qfunc.testing.kernel_law import kernels_off
@@ -92,9 +95,10 @@ def test_weights_of_transposed_convolutions(groups: int, weight: qfunc.QuantSpec
     model = nn.Sequential(nn.ConvTranspose2d(4, 8, 4, 2, 1, groups=groups), nn.ConvTranspose2d(8, 2, 2, 2))
     x = torch.randn(2, 4, 5, 5)
     observer = qfunc.PerChannelMinMax(replace(weight, ch_axis=axis)) if weight.per_channel else qfunc.MinMax(weight)
-    mapping = qfunc.QConfigMapping().set_global(qfunc.QConfig(qfunc.MinMax(), observer))
+    qconfig = qfunc.QConfig(qfunc.MinMax(), observer)
+    mapping = qfunc.QConfigMapping().set_module_name("0", qconfig).set_module_name("1", qconfig)
     converted, lowered = lowered_with(model, x, qfunc.CPU, mapping)
-    if weight.per_channel and axis == 0:
+    if weight.per_channel and axis == 0:  # as it was asked for, by name
         reasons = [entry.reason for entry in lowered.certificate.fallbacks]
         assert len(reasons) == 2
         assert all("scales along ch_axis=0, and its output channels are axis 1" in reason for reason in reasons)
@@ -102,6 +106,41 @@ def test_weights_of_transposed_convolutions(groups: int, weight: qfunc.QuantSpec
     assert [e.kernel for e in lowered.certificate.entries] == ["onednn.conv_transpose2d"] * 2
     assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
     assert sqnr(model(x), qfunc.unwrap(qfunc.materialize(lowered))(x)) > 25
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("entry", ["global", "type", "function"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_configuration_for_many_layers_means_output_channels(groups: int, entry: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    observer: Any = qfunc.PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)
+    qconfig = qfunc.QConfig(qfunc.MinMax(), FakeQuantize(observer) if trained else observer)
+    mapping = {
+        "global": qfunc.QConfigMapping().set_global(qconfig),
+        "type": qfunc.QConfigMapping().set_object_type(nn.ConvTranspose1d, qconfig),
+        "function": qfunc.QConfigMapping().set_object_type(F.conv_transpose1d, qconfig),
+    }[entry]
+
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.weight = nn.ConvTranspose1d(4, 8, 4, 2, 1, groups=groups), nn.Parameter(torch.randn(8, 3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv_transpose1d(self.up(x), self.weight)
+
+    model, x = Up().eval(), torch.randn(2, 4, 5)
+    converted, lowered = lowered_with(model, x, qfunc.CPU, mapping)
+    meant = [e for e in lowered.certificate.entries if e.intended]
+    assert [e.kernel for e in meant] == ["onednn.conv_transpose1d"] * (2 if entry == "global" else 1)
+    told = [note.text for note in lowered.certificate.notes if "along axis 1, its output channels" in note.text]
+    assert [text.endswith("and 1 more") for text in told] == [entry == "global"]
+    assert [off for off in kernels_off(converted, lowered, [(x,)]) if off] == []
+    assert sqnr(model(x), qfunc.unwrap(qfunc.materialize(lowered))(x)) > 25
+    graph = qfunc.unwrap(qfunc.trace(model, x))
+    theirs = qfunc.unwrap(qfunc.prepare(graph, mapping, backend=qfunc.NATIVE)).weights
+    assert {w.spec.ch_axis for w in theirs.values()} == {0}  # the reference's rule
 
 
 class Scaled(nn.Module):

@@ -248,15 +248,16 @@ def test_layers_that_read_floats(engine: str, qconfig: str) -> None:
     assert (kernels["words"], kernels["bag"]) == ("quantized.embedding", "quantized.embedding_bag")
     name = {"dynamic": "linear_dynamic", "float16": "linear_float16"}[qconfig]
     holds = check_host().verdict(f"quantized.{name}[{engine}]").ok
-    assert kernels["fc"] == (f"quantized.{name}" if holds else "")
+    assert kernels["fc"] == (f"quantized.{name}" if holds else f"onednn.{name}")
     with torch.no_grad():
         assert [why for why in kernels_off(converted, lowered, [(ids,)]) if why] == []
         module = unwrap(qfunc.materialize(lowered))
         assert sqnr(model(ids), module(ids)) > 30
         state = module.state_dict()
         assert state["words.weight"].dtype is torch.uint8
-        scripted = torch.jit.script(module)
-        assert torch.equal(scripted(ids), module(ids))
+        if holds:
+            scripted = torch.jit.script(module)
+            assert torch.equal(scripted(ids), module(ids))
 
 
 def test_a_kernel_that_breaks_its_contract_is_not_taken() -> None:

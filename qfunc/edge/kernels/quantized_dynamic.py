@@ -120,7 +120,7 @@ class QuantizedEmbedding(PackedTable):
 
     def forward(self, indices: Tensor) -> Tensor:
         """The float rows."""
-        rows: Tensor = torch.ops.quantized.embedding_byte(self.packed, indices.reshape(-1))
+        rows: Tensor = torch.ops.quantized.embedding_byte(self.packed, indices.reshape(-1).contiguous())
         return rows.reshape(indices.shape + self.weight.shape[1:])
 
 
@@ -137,7 +137,9 @@ class QuantizedEmbeddingBag(PackedTable):
         self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
         """The float sums."""
+        starts = None if offsets is None else offsets.contiguous()
+        factors = None if per_sample_weights is None else per_sample_weights.contiguous()
         out: Tensor = torch.ops.quantized.embedding_bag_byte(
-            self.packed, indices, offsets, False, 0, False, per_sample_weights, None, self.include_last_offset
+            self.packed, indices.contiguous(), starts, False, 0, False, factors, None, self.include_last_offset
         )
         return out

@@ -115,12 +115,16 @@ def table_contracts() -> Iterator[Contract]:
     def lookups() -> Iterator[Sample]:
         yield from (Sample(f"{index.dtype}", (index,), None, None) for index in (indices, indices.to(torch.int32)))
         yield Sample("no index", (indices[:0],), None, None)
+        yield Sample("strided", (indices[:, 0],), None, None)
 
     def bags() -> Iterator[Sample]:
         yield Sample("two dimensions", (indices,), None, None)
         yield Sample("offsets", (indices.reshape(-1), offsets), None, None)
         factors = torch.arange(6, dtype=torch.float32) - 2.5
         yield Sample("factors", (indices.reshape(-1), offsets, factors), None, None)
+        yield Sample("strided", (indices.t(),), None, None)
+        pairs = (torch.stack([value, value], -1)[:, 0] for value in (indices.reshape(-1), offsets, factors))
+        yield Sample("strided factors", tuple(pairs), None, None)
 
     def sums(sample: Sample) -> Tensor:
         index, *rest = sample.tensors
