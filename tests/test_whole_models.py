@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -215,3 +216,55 @@ def test_a_float_island_looks_its_operator_up_once(monkeypatch):
 
     monkeypatch.setattr("importlib.import_module", none)
     assert torch.equal(module(x), expected)
+
+
+class Parts(nn.Module):
+    """Lists of parts of a tensor, as detectors have them, and a residual that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        parts = list(self.first(x).chunk(2, 1))
+        parts.append(self.inner(parts[-1]))
+        doubled = [part * 2 for part in torch.split(x, split_size_or_sections=[1, 3], dim=1)]
+        unread = self.inner(x) + x  # noqa: F841
+        return self.last(torch.cat(parts, 1)) + doubled[0]
+
+
+@pytest.mark.parametrize("engine", ["onednn", "quantized", "reference"])
+def test_lists_of_parts_are_traced_and_what_nobody_reads_is_not_computed(engine):
+    torch.manual_seed(0)
+    model, data = Parts().eval(), torch.randn(2, 4, 6, 6)
+    lowered = unwrap(quantize(model, [data], engine=engine, strict=engine != "reference"))
+    assert sqnr(model(data), unwrap(materialize(lowered))(data)) > 25
+    unread = [note.node for note in lowered.certificate.notes if "nobody reads" in note.text]
+    assert {"add", "getitem_3", "mul_1"} <= set(unread)  # the convolution, where it is not fused with the sum
+    assert set(unread).isdisjoint(lowered.graph.nodes)
+
+
+def test_an_unknown_number_of_parts_is_untraceable():
+    class Unknown(nn.Module):
+        def forward(self, x):
+            return len(list(x.split(2, 1)))
+
+    assert "length is unknown" in trace(Unknown()).failure().reason
+
+
+def test_an_embedding_is_not_meant_by_the_default_configuration():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 4)).eval()
+    (entry, _) = unwrap(quantize(model, [torch.tensor([[1, 2]])], strict=True)).certificate.entries
+    assert "FLOAT_QPARAMS_WEIGHT_ONLY" in entry.reason
+
+
+def test_islands_between_quantized_tensors_can_be_scripted():
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.LayerNorm(8), nn.Softmax(1), nn.Conv1d(4, 4, 1)).eval()
+    data = torch.randn(2, 4, 8)
+    module = unwrap(materialize(unwrap(quantize(model, [data], engine="quantized", strict=True))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        scripted = torch.jit.script(module)
+    torch.testing.assert_close(scripted(data), module(data), rtol=0, atol=0)

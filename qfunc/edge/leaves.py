@@ -15,7 +15,7 @@ from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul, Stack
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
 from qfunc.edge.kernels.grid import DequantizeGrid, QuantizeDynamically, QuantizeGrid
-from qfunc.edge.kernels.island import Island, QuantizedIsland, computed
+from qfunc.edge.kernels.island import Island, computed
 from qfunc.edge.kernels.linear import LinearCall, OnednnLinear
 from qfunc.edge.kernels.own import made
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean, Sum
@@ -126,15 +126,12 @@ def _dims(dim: Arg) -> tuple[int, ...]:
             return tuple(getattr(dim, "items", dim))  # type: ignore[arg-type]
 
 
-def _island(kernel: type[Island]) -> Builder:
-    def build(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
-        parameters = {name: value for name, value in node.args if isinstance(value, Expression)}
-        call: Any = node.get("call")
-        rank: Any = node.get("batched_rank") if node.has("batched_rank") else None
-        buffers = {name: evaluator.tensor(value).clone() for name, value in parameters.items()}
-        return kernel(call, buffers, batched_rank=rank)
-
-    return build
+def _island(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
+    parameters = {name: value for name, value in node.args if isinstance(value, Expression)}
+    call: Any = node.get("call")
+    rank: Any = node.get("batched_rank") if node.has("batched_rank") else None
+    buffers = {name: evaluator.tensor(value).clone() for name, value in parameters.items()}
+    return Island(call, buffers, batched_rank=rank)
 
 
 def _own(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Module:
@@ -162,8 +159,7 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         "onednn.linear": _onednn_linear,
         **WEIGHT_LEAVES,
         "requantize": literal(lambda g: requantize(g.given, g.output)),
-        "codes.float": _island(Island),
-        "quantized.float": _island(QuantizedIsland),
+        "codes.float": _island,
         OWN: _own,
         "codes.add": literal(lambda g: Add(g.left, g.right, g.output, g.post_op, alpha=g.alpha)),
         "codes.sub": literal(lambda g: Add(g.left, g.right, g.output, g.post_op, alpha=-g.alpha)),

@@ -70,7 +70,7 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     if graph is None:
         return Failure(not_a_stage(stage))
     made = emitted(graph, copy=copy).map(lambda made: made.module)
-    if isinstance(stage, (Converted, Lowered)) and stage.original_weights:
+    if isinstance(stage, (Converted, Lowered)) and stage.original_weights is not None:
         tensors = tensors_of(stage.original_weights, graph.sources, copy=copy)
         return made.bind(lambda module: _with_originals(module, tensors))
     return made

@@ -83,5 +83,12 @@ def island(kernel: str) -> KernelRow:
         options = {} if rank is None else {"batched_rank": rank}
         return kernel_node(call, kernel, inputs, call=body, **options, **weights)
 
-    kinds = tuple(row.name for row in KINDS if row.name not in WEIGHTED | MOVES)
-    return KernelRow(ISLAND, kinds, plan, checked=False, takes=(*CODES, *FLOATS))
+    return KernelRow(ISLAND, _KINDS, plan, checked=False, takes=(*CODES, *FLOATS))
+
+
+def open_island() -> KernelRow:
+    """The same where the conversions at the borders stay nodes of their own, so that the graph can be scripted."""
+    return KernelRow(ISLAND, _KINDS, lambda call: call.node, checked=False, takes=(*CODES, *FLOATS))
+
+
+_KINDS = tuple(row.name for row in KINDS if row.name not in WEIGHTED | MOVES)

@@ -68,7 +68,7 @@ def own_kernel(
 
     >>> own_kernel("mine.relu", ("relu",), lambda call: None).unwrap().name
     'mine.relu'
-    >>> own_kernel("mine.erfinv", ("erfinv",), lambda call: None).failure().kind
+    >>> own_kernel("mine.erfinv", ("erfinv",), lambda call: None).failure().what
     'operator'
     """
     problems = list(_wrong(name, operators, make, constraint, trials))

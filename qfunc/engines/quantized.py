@@ -12,7 +12,7 @@ from qfunc.engines import quantized_dynamic as dynamic
 from qfunc.engines import quantized_layers as layers
 from qfunc.engines import quantized_operators as operators
 from qfunc.engines.dynamic import DYNAMIC_ROWS
-from qfunc.engines.island import island
+from qfunc.engines.island import open_island
 from qfunc.engines.quantized_layers import Planner
 from qfunc.numerics.unmeasured import Cast, Dynamic
 
@@ -96,9 +96,7 @@ def _dynamic(chosen: str) -> tuple[KernelRow, ...]:
 
 def _engine(chosen: str = "") -> Engine:
     name = f"quantized.{chosen}" if chosen else "quantized"
-    return Engine(
-        name, (*_static(chosen), *_dynamic(chosen), island("quantized.float")), MOVES_OF_TENSORS, _CONVERSIONS
-    )
+    return Engine(name, (*_static(chosen), *_dynamic(chosen), open_island()), MOVES_OF_TENSORS, _CONVERSIONS)
 
 
 QUANTIZED = _engine()

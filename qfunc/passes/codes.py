@@ -9,6 +9,7 @@ from qfunc.ir import Arg, DictArg, Draft, Graph, ListArg, Node, Origin, RecordAr
 from qfunc.ir.node import NamedArgs, fact_in
 from qfunc.numerics.grid import Affine, Grid
 from qfunc.numerics.unmeasured import Cast, Dynamic
+from qfunc.ops import BY_NAME
 from qfunc.params import DeriveQParams
 from qfunc.passes.borders import output_elements
 from qfunc.passes.stages import Prepared
@@ -86,14 +87,20 @@ def _rebuilt(result: Arg, elements: tuple[Arg, ...]) -> Arg:
 
 
 def without_unread(graph: Graph, before: Graph) -> Graph:
-    """The graph without the nodes that `before` does not have and that nobody reads."""
+    """The graph without what nobody reads: nodes that `before` does not have, and operators that do nothing else."""
     read: set[str] = set()
     unread: list[str] = []
     for node in (graph[id] for id in reversed(graph.order)):
-        if node.id in before.nodes or node.id in read:
+        if node.id in read or (node.id in before.nodes and not _only_computes(node)):
             read.update(node.uses())
         else:
             unread.append(node.id)
     draft = Draft(graph)
     draft.erase(unread)
     return draft.commit()
+
+
+def _only_computes(node: Node) -> bool:
+    """Whether a node does nothing but give a value: it writes to no memory and draws no random numbers."""
+    in_training = node.has("training") and node.get("training") is not False
+    return node.kind in BY_NAME and not node.aliased and not in_training

@@ -42,7 +42,7 @@ def convert(
     dynamically goes through one node, which rounds it to codes of its own range and gives float again; what is cast
     through two casts, there and back, where float16 overflows to infinity as `Tensor.to` does. Qparams that a function
     makes of a weight's are an expression, like the weight. Nothing of the input changes, so that it can be converted
-    any number of times.
+    any number of times. Operators whose results nobody reads are left out, as a note tells.
 
     What equalized layers read is multiplied by a scale per channel before it is quantized, with qparams of the scaled
     range, and their weights are divided by it: see `qfunc.passes.equalized`. The weights of the model stay as they are.
@@ -88,7 +88,9 @@ def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Convert
     meant = {*prepared.outputs, *prepared.weights, *prepared.refused}
     meant |= {edge.user for edge, site in prepared.inputs.items() if isinstance(hows[site], (Dynamic, Cast))}
     intended = {
-        node.id: node.origin.module for node in prepared.graph if node.id in meant and node.id not in prepared.swapped
+        node.id: node.origin.module
+        for node in prepared.graph
+        if node.id in meant and node.id in made.nodes and node.id not in prepared.swapped
     }
     taken = {id: hows[prepared.outputs[id]] for id in prepared.graph.order if id in prepared.quantized_inputs}
     given = {index: hows[prepared.outputs[id]] for index, id in given_codes(prepared).items()}
@@ -98,12 +100,18 @@ def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Convert
             prepared.backend,
             pmap(intended),
             prepared.floats,
-            (*prepared.notes, *_warned(calibrated.warnings)),
+            (*prepared.notes, *_warned(calibrated.warnings), *_dropped(before.graph, made)),
             pmap(taken),
             pmap(given),
-            original_weights(before) if keep_original_weights else pmap(),
+            original_weights(before) if keep_original_weights else None,
         )
     )
+
+
+def _dropped(before: Graph, made: Graph) -> Iterator[Note]:
+    for id in before.order:
+        if id not in made.nodes:
+            yield Note(id, "is not computed: nobody reads what it gives")
 
 
 MOST_WARNINGS = 10

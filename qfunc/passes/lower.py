@@ -51,7 +51,7 @@ class Lowered:
     """The qparams of the inputs that are codes, by the ids of their nodes."""
     output_qparams: PMap[int, Any] = pmap()
     """The qparams of the items of the output that are codes, by position."""
-    original_weights: PMap[str, PMap[str, Expression]] = pmap()
+    original_weights: PMap[str, PMap[str, Expression]] | None = None
     """Those of the converted stage."""
 
     __hash__ = None  # type: ignore[assignment]
@@ -184,14 +184,16 @@ class _Lowering:
             verdicts |= asked
             broken = [verdict for verdict in asked.values() if not verdict.ok]
             if isinstance(planned, Node):
-                self._replace(node, planned, given.output)
+                written = None if planned is node else given.output
+                if planned is not node:
+                    self._replace(node, planned, written)
                 told += [f"{verdict.kernel}: fails its contract: {verdict.reason}" for verdict in broken]
                 named = planned.kind in BY_NAME or row.name == ISLAND or is_own(planned)
                 return replace(
                     entry,
                     form=_form(planned, row),
                     kernel=row.name if named else planned.kind,
-                    output=given.output.dtype if given.output else "float32",
+                    output=written.dtype if written else "float32",
                     reason="; ".join(reasons if row.name == ISLAND else told),
                     engine=self._engine_of(planned, row),
                     weight=_weight(planned) or entry.weight,

@@ -176,7 +176,7 @@ class Rules:
             key = (chosen.entry, weight_slot(node, row) is not None)
             if misfit:
                 self._misfits.setdefault(key, []).append(UnsupportedDType(node.place, misfit))
-                self._keep(node, misfit)
+                self._keep(node, misfit, meant=not self._is_default(chosen.entry))
             else:
                 self.fits.add(key)
                 self._chosen[node.id] = (row, qconfig)
@@ -189,10 +189,10 @@ class Rules:
         given = None if default is None or is_fixed(default.of_inputs) else default.of_inputs
         return replace(qconfig, input_activation=given or MinMax(qconfig.activation.spec))  # type: ignore[union-attr]
 
-    def _keep(self, node: Node, reason: str) -> None:
+    def _keep(self, node: Node, reason: str, *, meant: bool = True) -> None:
         """Keep a node float; a layer with weights that the configuration meant to quantize is `refused`."""
         self.floats[node.id] = reason or "the configuration keeps it float"
-        if reason and kind_as_written(node, self.graph) in WEIGHTED:
+        if meant and reason and kind_as_written(node, self.graph) in WEIGHTED:
             self.refused.add(node.id)
 
     def useless_entries(self, fits: AbstractSet[tuple[Entry, bool]]) -> Iterator[Problem]:
@@ -225,7 +225,12 @@ class Rules:
         if not all(found):
             return ""
         taken = " or ".join(dict.fromkeys(map(str, row.dtypes)))
-        return f"the {self.backend.name} backend runs it with {taken}, not with {found[0]}"
+        told = f"the {self.backend.name} backend runs it with {taken}, not with {found[0]}"
+        if all(dtypes.is_dynamic for dtypes in row.dtypes):
+            return f"{told}: configure it as qfunc.backends.default_mappings.DYNAMIC does"
+        if weighted and all(dtypes.input_dtype == "float32" for dtypes in row.dtypes):
+            return f"{told}: configure it with qfunc.backends.qconfigs.FLOAT_QPARAMS_WEIGHT_ONLY"
+        return told
 
     def _can_quantize(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> bool:
         operands = list(self._operands(node, row))

@@ -164,7 +164,7 @@ class Converted:
     """The qparams of the inputs that are codes, by the ids of their nodes."""
     output_qparams: PMap[int, Any] = pmap()
     """The qparams of the items of the output that are codes, by position."""
-    original_weights: PMap[str, PMap[str, Expression]] = pmap()
+    original_weights: PMap[str, PMap[str, Expression]] | None = None
     """The float parameters of layers whose weights became integers, where they were asked for: see `convert`."""
 
     __hash__ = None  # type: ignore[assignment]

@@ -32,7 +32,7 @@ from qfunc.params import DequantizeWeight, QuantizeWeight
 from qfunc.passes.certificate import quantized_weights
 from qfunc.passes.stages import Converted
 
-LIPSCHITZ = {"relu": 1.0, "clamp": 1.0, "hardswish": 1.5, "torch.neg": 1.0}
+LIPSCHITZ = {"relu": 1.0, "clamp": 1.0, "hardswish": 1.5, "torch.cumsum": 8.0}
 MOVES: dict[str, Callable[..., Any]] = {
     "cat": lambda node, errors: torch.cat(errors, node.get("dim")),
     "reshape": lambda node, errors: errors[0],

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from qfunc.edge.kernels.affine import Dequantize, Quantize
 from qfunc.edge.kernels.base import Kernel
-from qfunc.edge.kernels.quantized import DequantizeTensor, QuantizeTensor
 from qfunc.engines.island import IslandCall
 from qfunc.ir import Arg, DictArg, ListArg, Name, Ref, SliceArg
-from qfunc.numerics.grid import Affine
 from qfunc.ops import BY_NAME, KINDS, canonical_call, resolve
 
 # Looked up once: a name costs imports, which each call would try anew, and which end a graph of torch.compile.
@@ -34,14 +32,8 @@ class Island(Kernel):
         for name, value in parameters.items():
             self.register_buffer(name, value)
         self._parameters_named = tuple(parameters)
-        self._into = nn.ModuleList(nn.Identity() if grid is None else self._decoder(grid) for grid in call.grids)
-        self._out_of = nn.Identity() if call.output is None else self._encoder(call.output)
-
-    def _decoder(self, grid: Affine) -> nn.Module:
-        return Dequantize(grid)
-
-    def _encoder(self, grid: Affine) -> nn.Module:
-        return Quantize(grid)
+        self._into = nn.ModuleList(nn.Identity() if grid is None else Dequantize(grid) for grid in call.grids)
+        self._out_of = nn.Identity() if call.output is None else Quantize(call.output)
 
     def forward(self, *inputs: Any) -> Tensor:
         """The result on operands given as the call's `grids` say."""
@@ -62,16 +54,6 @@ class Island(Kernel):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return " + ".join([self.call.kind, *(post.kind for post in self.call.posts)])
-
-
-class QuantizedIsland(Island):
-    """The same between torch's quantized tensors; codes that are not `uint8` are plain there, too."""
-
-    def _decoder(self, grid: Affine) -> nn.Module:
-        return DequantizeTensor() if grid.dtype == "uint8" else super()._decoder(grid)
-
-    def _encoder(self, grid: Affine) -> nn.Module:
-        return QuantizeTensor(grid) if grid.dtype == "uint8" else super()._encoder(grid)
 
 
 def computed(kind: str, named: Mapping[str, Any]) -> Tensor:
