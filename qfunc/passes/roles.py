@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from qfunc.backends.cpu import TRANSPOSED
 from qfunc.config.backend_config import PARAMETERS, OperatorConfig
@@ -86,10 +86,10 @@ def _of_axis_1(weight: Any) -> Any:
         inner = _of_axis_1(weight.observer)
         return weight if inner is weight.observer else replace(weight, observer=inner)
     spec = getattr(weight, "spec", None)
-    own = is_dataclass(weight) and any(each.name == "spec" and each.init for each in fields(weight))
-    if not own or is_fixed(weight) or not isinstance(spec, QuantSpec) or spec.ch_axis != 0:
+    own = {each.name for each in fields(weight) if each.init} if is_dataclass(weight) else set()
+    if "spec" not in own or is_fixed(weight) or not isinstance(spec, QuantSpec) or spec.ch_axis != 0:
         return weight
-    return replace(weight, spec=replace(spec, ch_axis=1))
+    return replace(cast("Any", weight), spec=replace(spec, ch_axis=1))
 
 
 def weight_problems(node: Node, row: OperatorConfig) -> Iterator[Problem]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from qfunc.edge.host import check_host
 from qfunc.edge.kernels import quantized_operators as operators
 from qfunc.edge.kernels.contract import adversarial_codes, check
+from qfunc.edge.kernels.conv import ConvCall, OnednnConv
 from qfunc.edge.kernels.island import computed
-from qfunc.edge.kernels.quantized import active_engine
+from qfunc.edge.kernels.quantized import QUANTIZED_CONV, active_engine
 from qfunc.edge.kernels.quantized_contracts import as_quantized
 from qfunc.edge.kernels.quantized_dynamic import (
     QuantizedEmbedding,
@@ -141,6 +144,69 @@ def test_the_other_operand_of_a_fused_sum_may_broadcast_and_is_kept(shape: tuple
     result = module(X, other)
     assert torch.equal(other.int_repr(), kept)
     assert (result.int_repr() - (real / 0.4 + 90).clamp(0, 255)).abs().max() < 1.01
+
+
+def _geometries(seed: int, count: int) -> Iterator[tuple[int, int, tuple[int, ...], tuple[tuple[int, ...], ...]]]:
+    """Channels of a group, outputs of it, sizes, and kernel, stride, padding and dilation of small convolutions."""
+    draw = random.Random(seed)
+    while count:
+        dims = draw.choice((1, 2, 2, 3))
+        kernel, size = ([draw.randint(1, most) for _ in range(dims)] for most in (4, 6))
+        stride, dilation = ([draw.choice((1, 1, 2, 3)) for _ in range(dims)] for _ in range(2))
+        padding = [draw.randint(0, 3) for _ in range(dims)]
+        room = zip(size, kernel, padding, dilation, strict=True)
+        if all(s + 2 * p > d * (k - 1) for s, k, p, d in room):
+            count -= 1
+            channels, outs = draw.choice((1, 1, 2, 3, 8, 16)), draw.choice((1, 2, 8, 16, 48))
+            yield channels, outs, tuple(size), (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.mark.parametrize("engine", ["plain", *ENGINES])
+def test_convolutions_of_any_small_shape_are_right(engine: str) -> None:
+    """Windows larger than inputs, single ones in spite of a stride, ones in padding, many outputs of one channel."""
+    generator = torch.Generator().manual_seed(4)
+    for turn, (channels, outs, size, geometry) in enumerate(_geometries(5, 300)):
+        kernel, stride, padding, dilation = geometry
+        groups, zero_point = (1, 2, 3, 8)[turn % 4], (0, 100, 255)[turn % 3]
+        weight = torch.randint(-63, 64, (outs * groups, channels, *kernel), dtype=torch.int8, generator=generator)
+        x = torch.randint(0, 256, (1 + turn % 2, channels * groups, *size), generator=generator).to(torch.uint8)
+        options = (stride, padding, dilation, groups)
+        exact = CONVOLVE[len(size)](x.double() - zero_point, weight.double(), None, *options)
+        step = max(exact.abs().max().item() / 120, 1.0)
+        ones, codes = torch.ones(outs * groups), (exact / step + 128).clamp(0, 255)
+        if engine == "plain":
+            sums = OnednnConv(weight, ones, None, ConvCall(1.0, zero_point, 1.0, 0, "float32", *options))(x)
+            found = (sums.double() / step + 128).clamp(0, 255)
+        else:
+            call = QConvCall(step, 128, *options)
+            module = QUANTIZED_CONV[len(size)](weight, ones, None, call, engine)
+            found = module(as_quantized(x, Affine(1.0, zero_point))).int_repr().double()
+        assert found.shape == codes.shape, geometry
+        assert (found - codes).abs().max() < 1.01, (tuple(weight.shape), tuple(x.shape), options)
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="torch has no onednn engine here")
+def test_fused_sums_of_any_small_shape_are_right() -> None:
+    generator = torch.Generator().manual_seed(6)
+    for turn, (channels, outs, size, geometry) in enumerate(_geometries(7, 200)):
+        if len(size) != 2:
+            continue
+        kernel, stride, padding, dilation = geometry
+        groups = (1, 2, 8)[turn % 3]
+        weight = torch.randint(-63, 64, (outs * groups, channels, *kernel), dtype=torch.int8, generator=generator)
+        x = torch.randint(0, 256, (2, channels * groups, *size), generator=generator).to(torch.uint8)
+        options = (stride, padding, dilation, groups)
+        exact = F.conv2d(x.double() - 100, weight.double(), None, *options)
+        step = max(exact.abs().max().item() / 60, 1.0)
+        other = torch.randint(64, 192, exact.shape, generator=generator).to(torch.uint8)
+        call, given = QConvCall(step, 128, *options), as_quantized(other, Affine(step, 128))
+        module = QuantizedConvAdd2d(weight, torch.ones(outs * groups), None, call, "onednn")
+        found = module(as_quantized(x, Affine(1.0, 100)), given).int_repr()
+        codes = (exact / step + other.double()).clamp(0, 255)
+        assert (found.double() - codes).abs().max() < 1.01, (tuple(weight.shape), tuple(x.shape), options)
 
 
 MOVED: dict[str, tuple[dict[str, object], ...]] = {

@@ -66,6 +66,20 @@ def output_affine(scale: float, zero_point: int, dtype: OutputDType) -> Affine |
     return Affine(scale, zero_point, dtype)
 
 
+MOST_OF_ONE = 16
+"""How many outputs of each of several groups of one channel oneDNN 3.12 is known to compute right on AVX-512."""
+
+
+def is_thin(weight: Tensor, groups: int) -> bool:
+    """Whether oneDNN may be wrong on a convolution of this weight, whose groups have one channel and many outputs."""
+    return groups > 1 and weight.shape[1] == 1 and weight.shape[0] > MOST_OF_ONE * groups
+
+
+def thickened(weight: Tensor) -> Tensor:
+    """The weight for twice the channels, of which every second counts nothing."""
+    return torch.cat([weight, torch.zeros_like(weight)], 1)
+
+
 class OnednnConv(Kernel):
     """A 1d, 2d or 3d convolution, any groups, on `uint8` codes; the result is channels-last.
 
@@ -90,7 +104,8 @@ class OnednnConv(Kernel):
         fused = call.post_op.name in self._operator_has[dims]
         self._clamp = None if fused else _clamp_behind(call)
         self._post_op = call.post_op if fused else NO_POST_OP
-        self._plain = self._pad is None and self._clamp is None and dims == 2
+        self._thin = is_thin(weight, call.groups)
+        self._plain = self._pad is None and self._clamp is None and dims == 2 and not self._thin
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of the codes `x`."""
@@ -125,20 +140,28 @@ class OnednnConv(Kernel):
         entry = self._packs.get(x.shape[2:])
         if entry is None:
             entry = self._packed(x.shape[2:], lambda: self._pack(x))
-        out: Tensor = _pointwise(x, *entry)
+        out: Tensor = _pointwise(self._thickened(x), *entry)
         return out if self._clamp is None else out.clamp_(*self._clamp)
+
+    def _thickened(self, x: Tensor) -> Tensor:
+        """What the operator is called with: of a thin convolution each channel twice, the second times zero."""
+        return x.repeat_interleave(2, 1) if self._thin else x
 
     def _is_misread(self, x: Tensor) -> bool:
         """Whether oneDNN's kernels may be wrong on an input of this size.
 
         Those of oneDNN 3.12 for AVX-512 are, on some shapes, where the window is larger than the input and padding
-        makes up for it, or where a single window fits in spite of a stride.
+        makes up for it, or where a single window fits in spite of a stride. Where padding holds a whole window, they
+        read what is not theirs, and may end the process.
         """
         if x.dim() != self._dims + 2:
             return False
         call = self.call
         geometry = zip(x.shape[2:], self._extents(), self._padding, self._output_size(x), call.stride, strict=True)
-        return any((pad and extent > size) or (count == 1 and s > 1) for size, extent, pad, count, s in geometry)
+        return any(
+            (pad and extent > size) or pad >= extent or (count == 1 and s > 1)
+            for size, extent, pad, count, s in geometry
+        )
 
     def _extents(self) -> list[int]:
         """The sizes of the window."""
@@ -192,8 +215,10 @@ class OnednnConv(Kernel):
         if self._dims == 1:
             weight, stride, padding, dilation = weight.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
         geometry = (stride, padding, dilation, call.groups)
-        scale, zero_point = call.input_scale, call.input_zero_point
-        packed = _prepack(weight, self.weight_scale, scale, zero_point, *geometry, list(x.shape))
+        scale, zero_point, shape = call.input_scale, call.input_zero_point, list(x.shape)
+        if self._thin:
+            weight, shape[1] = thickened(weight), 2 * shape[1]
+        packed = _prepack(weight, self.weight_scale, scale, zero_point, *geometry, shape)
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         output = (call.output_scale, call.output_zero_point, TORCH_DTYPE[call.output_dtype])
         return (scale, zero_point, packed, self.weight_scale, zeros), (self.bias, *geometry, *output)
@@ -288,13 +313,13 @@ class OnednnConvAdd(OnednnConv):
             accumulator = other.clone()
         if not x.shape[0]:
             return accumulator
-        out: Tensor = _binary(x, *head, accumulator, *tail)
+        out: Tensor = _binary(self._thickened(x), *head, accumulator, *tail)
         return out if self._clamp is None else out.clamp_(*self._clamp)
 
     def _in_float(self, x: Tensor, other: Tensor) -> Tensor:
         """The sum where it is larger than the convolution's result, which the operator would have to spread."""
         head, (bias, *geometry) = self._operands(x)
-        value = _pointwise(x, *head, bias, *geometry[:-3], 1.0, 0, torch.float32, "none", [], "")
+        value = _pointwise(self._thickened(x), *head, bias, *geometry[:-3], 1.0, 0, torch.float32, "none", [], "")
         value = value + Dequantize(self.other)(other)
         low, high = {"none": (None, None), "relu": (0.0, None)}.get(self.call.post_op.name, self.call.post_op.scalars)
         if (low, high) != (None, None):

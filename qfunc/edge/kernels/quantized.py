@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from qfunc.edge.kernels.base import check_weight
+from qfunc.edge.kernels.conv import is_thin, thickened
 from qfunc.numerics.grid import Affine
 
 TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
@@ -173,6 +174,35 @@ _CONV_PREPACK = {
 }
 
 
+_ONEDNN = ("x86", "onednn")
+"""torch's engines that run convolutions with oneDNN, of which 3.12 is wrong on some small shapes (see `OnednnConv`)."""
+
+
+def _extents(call: QConvCall, weight: Tensor) -> list[int]:
+    """The sizes of the window."""
+    return [step * (size - 1) + 1 for step, size in zip(call.dilation, weight.shape[2:], strict=True)]
+
+
+def _guarded(call: QConvCall, weight: Tensor, engine: TorchEngine) -> QConvCall:
+    """The call, padded beforehand where padding holds a whole window."""
+    held = any(pad >= extent for pad, extent in zip(call.padding, _extents(call, weight), strict=True))
+    if engine not in _ONEDNN or not held:
+        return call
+    assert not any(call.pad), "either the kernel pads, or what is before it"
+    pad = tuple(width for width in reversed(call.padding) for _ in range(2))
+    return replace(call, pad=pad, padding=(0,) * len(call.padding), padding_mode="zeros")
+
+
+def _least(call: QConvCall, weight: Tensor, engine: TorchEngine) -> list[int]:
+    """The smallest spatial sizes that are right: of a padded window, and of two windows where they have a stride."""
+    if engine not in _ONEDNN:
+        return [0] * len(call.stride)
+    return [
+        max(extent if pad else 0, extent + stride - 2 * pad if stride > 1 else 0)
+        for extent, stride, pad in zip(_extents(call, weight), call.stride, call.padding, strict=True)
+    ]
+
+
 class PackedConv(Packed):
     """A convolution: its literals, and the padding before it."""
 
@@ -185,6 +215,7 @@ class PackedConv(Packed):
         # torch divides by these, and a division by zero ends the process
         assert call.groups > 0 and min(*call.stride, *call.dilation) > 0, f"{call}"
         assert len(call.pad) % 2 == 0 and len(call.pad) <= 2 * dims, f"{dims} spatial dimensions"
+        call = _guarded(call, weight, engine)
         self.stride = list(call.stride)
         self.padding = list(call.padding)
         self.dilation = list(call.dilation)
@@ -192,6 +223,9 @@ class PackedConv(Packed):
         self.pads: bool = any(call.pad)
         self.pad = list(call.pad) or [0, 0]  # TorchScript does not know the type of an empty list
         self.padding_mode: str = call.padding_mode
+        self.least = _least(call, weight, engine)
+        self.guarded: bool = any(self.least)
+        self.thin: bool = engine in _ONEDNN and is_thin(weight, call.groups)
         self.relu: bool = call.relu
         self.scale: float = call.output_scale
         self.zero_point: int = call.output_zero_point
@@ -202,6 +236,60 @@ class PackedConv(Packed):
         prepack = _CONV_PREPACK[self.weight.dim() - 2]
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return prepack(self._quantized_weight(), self.bias, *geometry)
+
+    @torch.jit.unused
+    def _quantized_weight(self) -> Tensor:
+        weight = super()._quantized_weight()
+        if not self.thin:
+            return weight
+        scale, zeros = self.weight_scale.double(), torch.zeros(self.weight.shape[0], dtype=torch.int64)
+        return torch._make_per_channel_quantized_tensor(thickened(self.weight), scale, zeros, 0)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """What the operator is called with."""
+        if self.pads:
+            x = pad_quantized(x, self.pad, self.padding_mode)
+        if self.guarded:
+            x = self._grown(x)
+        if self.thin:
+            x = x.repeat_interleave(2, 1)
+        return x
+
+    def _grown(self, x: Tensor) -> Tensor:
+        """A small input with so many zeros behind it that the operator is right."""
+        first = x.dim() - len(self.least)
+        grow = [0, 0] * len(self.least)
+        for axis, least in enumerate(self.least):
+            grow[2 * (len(self.least) - 1 - axis) + 1] = max(least - x.size(first + axis), 0)
+        return F.pad(x, grow) if sum(grow) > 0 and self._fits(x) else x
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the result has any values; the operator refuses what has none."""
+        return min(self._sizes(x)) > 0
+
+    def _sizes(self, x: Tensor) -> list[int]:
+        """The spatial sizes of the result of an input, as it is padded before."""
+        sizes: list[int] = []
+        for axis, stride in enumerate(self.stride):
+            extent = self.dilation[axis] * (self.weight.size(axis + 2) - 1) + 1
+            given = x.size(x.dim() - len(self.stride) + axis) + 2 * self.padding[axis]
+            sizes.append((given - extent) // stride + 1)
+        return sizes
+
+    def _shown(self, out: Tensor, x: Tensor) -> Tensor:
+        """The part of a result that is of the input `x`, and not of the zeros behind it."""
+        if not self.guarded:
+            return out
+        if self.pads:
+            x = pad_quantized(x, self.pad, self.padding_mode)
+        sizes = self._sizes(x)
+        first = out.dim() - len(sizes)
+        cut = False
+        for axis, size in enumerate(sizes):
+            if out.size(first + axis) > size:
+                out = out.narrow(first + axis, 0, size)
+                cut = True
+        return out.contiguous() if cut else out
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -219,13 +307,11 @@ class QuantizedConv1d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
-            fused: Tensor = torch.ops.quantized.conv1d_relu(x, self.packed, self.scale, self.zero_point)
-            return fused
-        out: Tensor = torch.ops.quantized.conv1d(x, self.packed, self.scale, self.zero_point)
-        return out
+            fused: Tensor = torch.ops.quantized.conv1d_relu(self._given(x), self.packed, self.scale, self.zero_point)
+            return self._shown(fused, x)
+        out: Tensor = torch.ops.quantized.conv1d(self._given(x), self.packed, self.scale, self.zero_point)
+        return self._shown(out, x)
 
 
 class QuantizedConv2d(PackedConv):
@@ -233,13 +319,11 @@ class QuantizedConv2d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
-            fused: Tensor = torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
-            return fused
-        out: Tensor = torch.ops.quantized.conv2d(x, self.packed, self.scale, self.zero_point)
-        return out
+            fused: Tensor = torch.ops.quantized.conv2d_relu(self._given(x), self.packed, self.scale, self.zero_point)
+            return self._shown(fused, x)
+        out: Tensor = torch.ops.quantized.conv2d(self._given(x), self.packed, self.scale, self.zero_point)
+        return self._shown(out, x)
 
 
 class QuantizedConv3d(PackedConv):
@@ -247,13 +331,11 @@ class QuantizedConv3d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
         if self.relu:
-            fused: Tensor = torch.ops.quantized.conv3d_relu(x, self.packed, self.scale, self.zero_point)
-            return fused
-        out: Tensor = torch.ops.quantized.conv3d(x, self.packed, self.scale, self.zero_point)
-        return out
+            fused: Tensor = torch.ops.quantized.conv3d_relu(self._given(x), self.packed, self.scale, self.zero_point)
+            return self._shown(fused, x)
+        out: Tensor = torch.ops.quantized.conv3d(self._given(x), self.packed, self.scale, self.zero_point)
+        return self._shown(out, x)
 
 
 QUANTIZED_CONV = {1: QuantizedConv1d, 2: QuantizedConv2d, 3: QuantizedConv3d}

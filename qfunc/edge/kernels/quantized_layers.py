@@ -124,8 +124,8 @@ class QuantizedConvAdd2d(PackedConv):
     """`quantized.conv2d_add` (+ ReLU) of torch's onednn engine: `conv(x) + other` in one kernel.
 
     The kernel writes into its accumulator. `overwrite=True` lets that be `other` itself: only for a caller who knows
-    that nobody reads it afterwards. Where `other` has another shape than the convolution's result, it computes in
-    float.
+    that nobody reads it afterwards. Where `other` has another shape than the convolution's result, or oneDNN may be
+    wrong on an input so small, it computes in float.
     """
 
     def __init__(
@@ -146,9 +146,11 @@ class QuantizedConvAdd2d(PackedConv):
         """The quantized result."""
         if self.pads:
             x = pad_quantized(x, self.pad, self.padding_mode)
-        if list(other.shape) != self._output_shape(x):
+        if list(other.shape) != self._output_shape(x) or self._is_small(x):
             return self._in_float(x, other)
         accumulator = other if self.overwrite else other.clone()
+        if self.thin:
+            x = x.repeat_interleave(2, 1)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._sum(x, accumulator)
         return self._under_onednn(x, accumulator)
@@ -174,6 +176,12 @@ class QuantizedConvAdd2d(PackedConv):
             extent = self.dilation[axis] * (self.weight.shape[axis + 2] - 1) + 1
             shape.append((x.shape[axis + 2] + 2 * self.padding[axis] - extent) // self.stride[axis] + 1)
         return shape
+
+    def _is_small(self, x: Tensor) -> bool:
+        missing = 0
+        for axis, least in enumerate(self.least):
+            missing = max(missing, least - x.size(axis + 2))
+        return missing > 0
 
     def _in_float(self, x: Tensor, other: Tensor) -> Tensor:
         weight = self.weight.to(torch.float32) * self.weight_scale.reshape(-1, 1, 1, 1)
