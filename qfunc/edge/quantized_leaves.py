@@ -13,13 +13,11 @@ from qfunc.edge.build import Builder, Literals, literal, weights
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.quantized import (
     QUANTIZED_CONV,
-    DequantizeTensor,
     QConvCall,
     QuantizedAdd,
     QuantizedCat,
     QuantizedLinear,
     QuantizedMul,
-    QuantizeTensor,
 )
 from qfunc.edge.kernels.quantized_dynamic import (
     QuantizedEmbedding,
@@ -50,6 +48,7 @@ from qfunc.edge.kernels.quantized_operators import (
     QuantizedSoftmax,
     QuantizedStack,
 )
+from qfunc.edge.kernels.quantized_tensors import DequantizeTensor, QuantizeTensor
 from qfunc.ir import Expression, Node, Opaque
 from qfunc.params import QuantizeWeight
 

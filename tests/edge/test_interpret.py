@@ -64,17 +64,16 @@ def hold(way: Walk) -> None:
     """At every stage: the output is that of the module, every node is seen once in order, the batch stays."""
     for name, stage in way.stages.items():
         for inputs in way.inputs():
-            before = fingerprint(inputs)
             try:
-                output, seen = shown(stage, inputs)
+                expected = way.run(name, tuple(map(copied, inputs)))
             except ObserverError:  # channels along an axis whose size changes from one batch to the next
-                with pytest.raises(ObserverError):
-                    way.run(name, tuple(map(copied, inputs)))
                 continue
+            before = fingerprint(inputs)
+            output, seen = shown(stage, inputs)
             assert fingerprint(inputs) == before, name
             assert [id for id, _ in seen] == list(graph_of(stage).order), name
             assert same_bits(seen[-1][1], output), name
-            assert same_bits(output, way.run(name, tuple(map(copied, inputs)))), name
+            assert same_bits(output, expected), name
 
 
 @each_architecture

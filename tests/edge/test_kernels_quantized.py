@@ -10,14 +10,13 @@ import torch
 from qfunc.edge.kernels.contract import check
 from qfunc.edge.kernels.quantized import (
     QUANTIZED_CONV,
-    DequantizeTensor,
     QConvCall,
     QuantizedAdd,
     QuantizedCat,
     QuantizedLinear,
     QuantizedMul,
-    QuantizeTensor,
 )
+from qfunc.edge.kernels.quantized_tensors import DequantizeTensor, QuantizeTensor
 from qfunc.numerics.grid import Affine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*:UserWarning")

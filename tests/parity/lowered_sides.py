@@ -97,9 +97,9 @@ class LoweredSides:
             return sqnr(self.expected, outputs(oracle.quantize(self.model, self.batches), self.batches))
 
     def share_in_int8(self, side: str = "default") -> float:
-        """The share of the model's multiplications that run on integers; NaN where it has none."""
+        """The share of the multiplications that are computed which run on integers; NaN where there are none."""
         fused = unwrap(self.traced.bind(lambda graph: fuse(graph, backend=SIDES[side][0])))
         counts = multiply_adds(fused, self.batches[0])
         entries = unwrap(self.lowered(side)).certificate.entries
-        total = sum(counts.values())
+        total = sum(counts[entry.node] for entry in entries)  # what nobody reads is not among them
         return sum(counts[entry.node] for entry in entries if entry.kernel) / total if total else math.nan

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from qfunc.edge.kernels.base import check_weight
 from qfunc.edge.kernels.conv import is_thin, thickened
+from qfunc.edge.kernels.quantized_tensors import pad_quantized, with_codes
 from qfunc.numerics.grid import Affine
 
 TorchEngine: TypeAlias = Literal["x86", "fbgemm", "qnnpack", "onednn"]
@@ -60,46 +60,6 @@ class QConvCall:
     relu: bool = False
     pad: tuple[int, ...] = ()
     padding_mode: str = "zeros"
-
-
-def pad_quantized(x: Tensor, pad: list[int], mode: str, value: float = 0.0) -> Tensor:
-    """Pad a quantized tensor: by a number, rounded to its codes, or by a mode that only repeats codes.
-
-    >>> x = torch.quantize_per_tensor(torch.tensor([[[1.0, 2.0]]]), 0.5, 3, torch.quint8)
-    >>> pad_quantized(x, [1, 0], "circular").dequantize(), pad_quantized(x, [1, 0], "constant").dequantize()
-    (tensor([[[2., 1., 2.]]]), tensor([[[0., 1., 2.]]]))
-    """
-    if mode == "constant" or mode == "zeros":
-        return F.pad(x, pad, "constant", value)
-    # aten has reflection alone for quantized tensors
-    codes = F.pad(x.int_repr(), pad, mode)
-    return torch._make_per_tensor_quantized_tensor(codes, x.q_scale(), x.q_zero_point())
-
-
-class QuantizeTensor(nn.Module):
-    """Float to a `quint8` tensor."""
-
-    def __init__(self, output: Affine) -> None:
-        super().__init__()
-        assert output.dtype == "uint8", "activations are quint8"
-        self.scale: float = output.scale
-        self.zero_point: int = output.zero_point
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The quantized result."""
-        return torch.quantize_per_tensor(x.to(torch.float32), self.scale, self.zero_point, torch.quint8)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"scale={self.scale:.6g}, zero_point={self.zero_point}"
-
-
-class DequantizeTensor(nn.Module):
-    """A quantized tensor to float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The quantized result."""
-        return x.dequantize()
 
 
 class Packed(nn.Module):
@@ -261,7 +221,7 @@ class PackedConv(Packed):
         grow = [0, 0] * len(self.least)
         for axis, least in enumerate(self.least):
             grow[2 * (len(self.least) - 1 - axis) + 1] = max(least - x.size(first + axis), 0)
-        return F.pad(x, grow) if sum(grow) > 0 and self._fits(x) else x
+        return pad_quantized(x, grow, "constant") if sum(grow) > 0 and self._fits(x) else x
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the result has any values; the operator refuses what has none."""
@@ -289,7 +249,7 @@ class PackedConv(Packed):
             if out.size(first + axis) > size:
                 out = out.narrow(first + axis, 0, size)
                 cut = True
-        return out.contiguous() if cut else out
+        return with_codes(out.int_repr().contiguous(), out) if cut else out  # aten copies no part of five axes
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

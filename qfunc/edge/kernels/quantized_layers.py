@@ -14,15 +14,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 from qfunc.edge.kernels.base import outside_compile
-from qfunc.edge.kernels.quantized import (
-    Packed,
-    PackedConv,
-    QConvCall,
-    QuantizedLinear,
-    TorchEngine,
-    active_engine,
-    pad_quantized,
-)
+from qfunc.edge.kernels.quantized import Packed, PackedConv, QConvCall, QuantizedLinear, TorchEngine, active_engine
+from qfunc.edge.kernels.quantized_tensors import pad_quantized
 from qfunc.numerics.grid import Affine
 
 

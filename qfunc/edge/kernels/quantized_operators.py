@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfunc.edge.kernels.quantized import pad_quantized
+from qfunc.edge.kernels.quantized_tensors import pad_quantized
 from qfunc.numerics.grid import Affine
 
 
