@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qfunc.edge.evaluate import Evaluator
-from qfunc.ir import Expression, Node, Opaque
+from qfunc.ir import Arg, Expression, Node, Opaque
 from qfunc.numerics.grid import Affine
 from qfunc.params import QuantizeWeight
 
@@ -48,3 +48,14 @@ def weights(node: Node, evaluator: Evaluator) -> Weights:
 def output(affine: Affine | None) -> tuple[float, int, Any]:
     """Scale, zero point and dtype of a kernel's result; None is float32."""
     return (1.0, 0, "float32") if affine is None else (affine.scale, affine.zero_point, affine.dtype)
+
+
+def dims(dim: Arg) -> tuple[int, ...]:
+    """Dimensions to reduce, all for None."""
+    match dim:
+        case None:
+            return ()
+        case int():
+            return (dim,)
+        case _:
+            return tuple(getattr(dim, "items", dim))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qfunc.edge.build import Builder, Literals, literal, output, weights
+from qfunc.edge.build import Builder, Literals, dims, literal, output, weights
 from qfunc.edge.custom_modules import CustomModuleError
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
@@ -115,17 +115,6 @@ def _average1d(given: Any) -> nn.Module:
     return AvgPool(given.kernel_size, given.given, given.output, count_include_pad=given.count_include_pad, **options)
 
 
-def _dims(dim: Arg) -> tuple[int, ...]:
-    """Dimensions to reduce, all for None."""
-    match dim:
-        case None:
-            return ()
-        case int():
-            return (dim,)
-        case _:
-            return tuple(getattr(dim, "items", dim))  # type: ignore[arg-type]
-
-
 def _island(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
     parameters = {name: value for name, value in node.args if isinstance(value, Expression)}
     call: Any = node.get("call")
@@ -171,8 +160,8 @@ LEAVES: Mapping[str, Builder] = MappingProxyType(
         "codes.avg_pool1d": literal(_average1d),
         **{f"codes.avg_pool{rank}d": literal(_average) for rank in (2, 3)},
         **{f"codes.adaptive_avg_pool{rank}d": _ADAPTIVE for rank in (1, 2, 3)},
-        "codes.mean": literal(lambda g: Mean(_dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
-        "codes.sum": literal(lambda g: Sum(_dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
+        "codes.mean": literal(lambda g: Mean(dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
+        "codes.sum": literal(lambda g: Sum(dims(g.dim), g.given, g.output, keepdim=g.keepdim)),
         **SPATIAL_LEAVES,
         **QUANTIZED_LEAVES,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfunc.edge.build import Builder, Literals, literal, weights
+from qfunc.edge.build import Builder, Literals, dims, literal, weights
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.kernels.quantized import (
     QUANTIZED_CONV,
@@ -42,6 +42,7 @@ from qfunc.edge.kernels.quantized_operators import (
     QuantizedLayerNorm,
     QuantizedLeakyReLU,
     QuantizedMatmul,
+    QuantizedMean,
     QuantizedNumber,
     QuantizedPad,
     QuantizedSigmoid,
@@ -163,6 +164,7 @@ QUANTIZED_LEAVES: Mapping[str, Builder] = MappingProxyType(
         "quantized.hardswish": literal(lambda g: QuantizedHardswish(g.output)),
         "quantized.hardsigmoid": literal(lambda _: QuantizedHardsigmoid()),
         "quantized.sigmoid": literal(lambda g: QuantizedSigmoid(g.output)),
+        "quantized.mean": literal(lambda g: QuantizedMean(dims(g.dim), keepdim=g.keepdim)),
         "quantized.softmax": literal(lambda g: QuantizedSoftmax(g.output, g.dim)),
         "quantized.batch_norm": _batch_norm,
         **{f"quantized.{kind}": _norm for kind in ("layer_norm", "group_norm", "instance_norm")},

@@ -74,7 +74,8 @@ def _static(chosen: str) -> tuple[KernelRow, ...]:
         *(_row(f"quantized.{kind}", (kind,), operators.norm, chosen, checked=True) for kind in _NORMS),
         _row("quantized.pad", ("pad",), operators.pad, chosen, checked=True),
         _row("quantized.interpolate", ("interpolate",), operators.interpolate, chosen),
-        _row("quantized.aten", ("relu", "clamp", "mean", *_POOLS), operators.same_qparams, chosen),
+        _row("quantized.aten", ("relu", "clamp", *_POOLS), operators.same_qparams, chosen),
+        _row("quantized.mean", ("mean",), operators.mean, chosen),
     )
 
 

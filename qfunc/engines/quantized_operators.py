@@ -67,9 +67,18 @@ def same_qparams(call: Call, engine: str) -> Plan:
         return "input and output have different qparams"
     if node.kind == "clamp" and any(isinstance(node.get(name), Ref) for name in ("min", "max")):
         return "a bound is computed by the graph"
-    if node.has("dtype") and node.get("dtype") is not None:
-        return "the mean is taken in another dtype"
     return _aten_breach(call, engine) or on_codes(call)
+
+
+def mean(call: Call, engine: str) -> Plan:
+    """Aten's mean hands the qparams on as well."""
+    node = call.node
+    if call.output != call.input.affine:
+        return "input and output have different qparams"
+    if node.get("dtype") is not None:
+        return "the mean is taken in another dtype"
+    options = {"dim": node.get("dim"), "keepdim": node.get("keepdim")}
+    return _aten_breach(call, engine) or kernel_node(call, "quantized.mean", (call.input.codes,), **options)
 
 
 def _aten_breach(call: Call, engine: str) -> str:

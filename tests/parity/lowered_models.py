@@ -82,11 +82,6 @@ UNTRACEABLE = {"TestHelperModules.ControlFlow": ("Untraceable", "common_quantiza
 CHAOTIC = {"NormalizationTestModel": "a norm over equal columns: its output is the rounding error of zero"}
 """What cannot be compared, and why."""
 
-MISSING = {
-    ("TestHelperModules.Conv2dWithObsSharingOps", "x86 on quantized"): "required rank 4 tensor to use channels_last",
-}
-"""FAILS, and ought not to: models and sides that raise when they run, and what."""
-
 THEIRS_FAIL = {
     "conv1d": (TypeError, "must be tuple of ints"),
     "functional": (AssertionError, "Dequantize index 1 exceeded"),

@@ -180,6 +180,27 @@ class QuantizedSoftmax(Quantized):
         return out
 
 
+class QuantizedMean(nn.Module):
+    """Aten's mean of quantized tensors over some dimensions, over all where none are named."""
+
+    def __init__(self, dims: tuple[int, ...], *, keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims = list(dims)
+        self.keepdim: bool = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized result."""
+        if x.dim() == 4 and x.size(2) * x.size(3) == 1:
+            # with the strides of channels-last memory, which one position leaves open, aten refuses it
+            x = x.clone(memory_format=torch.contiguous_format)
+        dims = self.dims if len(self.dims) > 0 else list(range(x.dim()))
+        return x.mean(dims, self.keepdim)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"dims={self.dims}, keepdim={self.keepdim}"
+
+
 class QuantizedBatchNorm(Quantized):
     """`quantized.batch_norm` (+ ReLU), of inputs `[batch, channels, ...]`."""
 
