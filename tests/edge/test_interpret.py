@@ -66,8 +66,8 @@ def hold(way: Walk) -> None:
         for inputs in way.inputs():
             try:
                 expected = way.run(name, tuple(map(copied, inputs)))
-            except ObserverError:  # channels along an axis whose size changes from one batch to the next
-                continue
+            except (ObserverError, RuntimeError):
+                continue  # qparams along an axis whose size changes from one batch to the next: no module runs
             before = fingerprint(inputs)
             output, seen = shown(stage, inputs)
             assert fingerprint(inputs) == before, name
