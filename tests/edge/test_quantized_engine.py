@@ -152,7 +152,8 @@ def test_what_stays_on_integers_in_the_reference_does_here_as_well(name: str) ->
     # A product with a number has the qparams of its operand, in the reference's own reference form as well, but its
     # kernel keeps scales of its own. Of memory that is channels-last it can make no view.
     if name not in ("x*-0.5", "view"):
-        assert noise >= _theirs(model, batches) - 0.1
+        # Where the host's kernels would overflow, and torch.ao lets them, weights may lose a bit.
+        assert noise >= _theirs(model, batches) - (6.02 if lowered.certificate.limited else 0.1)
 
 
 @pytest.mark.parametrize("name", BREAKS)
