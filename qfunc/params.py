@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from qfunc.ir.value import Expression
+from qfunc.ir.value import Expression, Token
 from qfunc.numerics.grid import Grid
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.qparams import QParams, QuantSpec
@@ -85,6 +85,34 @@ class DequantizeWeight(Expression):
 
     def __str__(self) -> str:
         return f"dequantize_weight({self.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class NormFactor:
+    """What a batch norm multiplies a channel with: `gamma / sqrt(var + eps)`; an absent `gamma` is 1."""
+
+    gamma: Expression | None
+    var: Expression
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class FakeQuantizeWeight(Expression):
+    """A parameter that is rounded while it trains, by what the token stands for.
+
+    Where `norms` follow the layer it is rounded as it will be once they are folded into it: times their factors. With
+    `exact`, the statistics of a batch are those of the layer without rounding.
+    """
+
+    value: Load
+    start: Token
+    norms: tuple[NormFactor, ...] = ()
+    transpose: bool = False
+    groups: int = 1
+    exact: bool = False
+
+    def __str__(self) -> str:
+        return f"fake_quantize({self.value})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +229,11 @@ def loads(expression: Expression | Grid | None) -> Iterator[Load]:
             yield from loads(value)
         case DivideColumns(value) | MultiplyRows(value):
             yield from loads(value)
+        case FakeQuantizeWeight(value, _, norms):
+            yield value
+            for norm in norms:
+                yield from loads(norm.gamma)
+                yield from loads(norm.var)
         case DeriveQParams(of):
             for source in of:
                 yield from loads(source)

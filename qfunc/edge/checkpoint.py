@@ -13,7 +13,7 @@ from returns.result import Failure, Success
 
 from qfunc.edge.container import ANOTHER
 from qfunc.edge.run import Point
-from qfunc.edge.statistic_types import OWN, classes_in, is_frozen_dataclass
+from qfunc.edge.statistic_types import types_of_observers
 from qfunc.edge.statistics_file import read_statistics, write_statistics
 from qfunc.errors import (
     BadBatch,
@@ -150,18 +150,4 @@ def _told(statistics: Statistics) -> dict[str, Any]:
 
 def types_of(prepared: Prepared) -> dict[str, type]:
     """The classes of the user's statistics and of their states, by the names that they have in files."""
-    values = [value for fold in prepared.folds for value in (fold.observer.statistic, fold.observer.init())]
-    found = {cls: None for value in values for one in _parts(value) for cls in classes_in(one)}
-    own = set(OWN.values())
-    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in found if cls not in own}
-
-
-def _parts(value: Any) -> Iterator[type]:
-    """The frozen dataclasses that a value is made of."""
-    if type(value) is tuple:
-        for item in value:
-            yield from _parts(item)
-    elif is_frozen_dataclass(type(value)):
-        yield type(value)
-        for field in dataclasses.fields(value):
-            yield from _parts(getattr(value, field.name))
+    return types_of_observers(fold.observer for fold in prepared.folds)

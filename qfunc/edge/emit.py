@@ -133,13 +133,14 @@ class Emitter:
     def _post(self, node: Node, value: fx.Node) -> fx.Node:
         """What is fused behind an operator; a norm's module, which is there to be trained, is called as such."""
         for post in node.post:
-            name = f"{node.id}_{post.kind}"
-            if _is_module_of_own(post):
-                path = self._clone(_target(post), known=True)
-                value = self._fx.create_node("call_module", path, (value,), {}, name)
-            else:
-                value = self._canonical(post.kind, post.args, name, value)
+            value = self._behind(node, post, value)
         return value
+
+    def _behind(self, node: Node, post: PostOp, value: fx.Node) -> fx.Node:
+        name = f"{node.id}_{post.kind}"
+        if not _is_module_of_own(post):
+            return self._canonical(post.kind, post.args, name, value)
+        return self._fx.create_node("call_module", self._clone(_target(post), known=True), (value,), {}, name)
 
     def _own(self, node: Node) -> fx.Node:
         """A module that a user's fuser made: a copy, since the graph keeps it as it is."""
@@ -171,8 +172,9 @@ class Emitter:
         inputs = node.get("inputs")
         assert isinstance(inputs, tuple)
         path = node.origin.module or node.id
-        if not (node.kind == "observe" and hasattr(self.root, path)):
-            path = self._attach(path, LEAVES[node.kind](node, self._evaluator, self._graph.objects))
+        if node.kind not in _SHARED or path not in self._made:
+            self._made[path] = self._attach(path, LEAVES[node.kind](node, self._evaluator, self._graph.objects))
+        path = self._made[path]
         return self._fx.create_node("call_module", path, tuple(self._arg(item) for item in inputs), {}, node.id)
 
     def _clone(self, path: str, known: bool) -> str:
@@ -188,8 +190,12 @@ class Emitter:
                 raise UncopyableModuleError(path, str(error)) from error
             if switched:
                 clone.inplace = False
-            self._clones[path, switched] = self._attach(path, clone)
+            self._clones[path, switched] = self._attach(path, self._dressed(clone))
         return self._clones[path, switched]
+
+    def _dressed(self, module: nn.Module) -> nn.Module:
+        """What takes the place of an unchanged module."""
+        return module
 
     def _layer(self, node: Node, path: str) -> str:
         """The path of a copy of the source's layer with the tensors that the node's expressions give."""
@@ -321,6 +327,10 @@ class Emitter:
                 return self._graph.objects[id].value
             case _:
                 return arg
+
+
+_SHARED = ("observe", "fake_quantize")
+"""The leaves of which nodes of one path are one module."""
 
 
 def _target(node: Node | PostOp) -> str:

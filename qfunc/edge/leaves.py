@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qfunc.edge.build import Builder, Literals, dims, literal, output, weights
 from qfunc.edge.custom_modules import CustomModuleError
 from qfunc.edge.evaluate import Evaluator
+from qfunc.edge.fake_quantize import fake_quantizer
 from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul, Stack
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd
@@ -21,6 +22,7 @@ from qfunc.edge.kernels.own import made
 from qfunc.edge.kernels.pool import AdaptiveAvgPool, AvgPool, MaxPool, Mean, Sum
 from qfunc.edge.kernels.post_op import read_post_op
 from qfunc.edge.observer import ObserverModule
+from qfunc.edge.qat_layers import Mode
 from qfunc.edge.quantized_leaves import QUANTIZED_LEAVES
 from qfunc.edge.spatial_leaves import SPATIAL_LEAVES
 from qfunc.edge.weight_leaves import WEIGHT_LEAVES
@@ -36,6 +38,12 @@ def _observer(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Mod
     token = node.get("fold")
     assert isinstance(token, Token)
     return ObserverModule(objects[token.id].value)
+
+
+def _fake_quantize(node: Node, _: Evaluator, objects: Mapping[str, Opaque]) -> nn.Module:
+    token = node.get("start")
+    assert isinstance(token, Token)
+    return fake_quantizer(objects[token.id].value)
 
 
 def _quantize(node: Node, evaluator: Evaluator, _: Mapping[str, Opaque]) -> nn.Module:
@@ -140,6 +148,9 @@ _ADAPTIVE = literal(lambda g: AdaptiveAvgPool(g.output_size, g.given, g.output))
 LEAVES: Mapping[str, Builder] = MappingProxyType(
     {
         "observe": _observer,
+        "fake_quantize": _fake_quantize,
+        "training_mode": literal(lambda _: Mode(of_norms=False)),
+        "norm_mode": literal(lambda _: Mode(of_norms=True)),
         "quantize": _quantize,
         "dequantize": _dequantize,
         "quantize_dynamically": literal(lambda g: QuantizeDynamically(g.spec)),

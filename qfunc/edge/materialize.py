@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from qfunc.edge.custom_modules import CustomModuleError, stale_modules
 from qfunc.edge.decomposed import REGISTERED, missing_operators
 from qfunc.edge.emit import Emitter, UncopyableModuleError
+from qfunc.edge.emit_training import TrainingEmitter
 from qfunc.edge.evaluate import check_sources, tensors_of
 from qfunc.edge.observer import ObserverError
 from qfunc.engines.decomposed import uses_decomposed
@@ -23,6 +24,7 @@ from qfunc.ir import Graph
 from qfunc.passes.lower import Lowered
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Calibrated, Converted, Prepared
+from qfunc.passes.training import rounds, with_fake_quantization
 from qfunc.result import R
 
 _HOOKS = (
@@ -45,13 +47,16 @@ class Emitted:
     module: fx.GraphModule
     values: Mapping[str, fx.Node]
     """By the ids of the graph's nodes, in their order: the node that gives the value with all that is fused behind."""
+    memo: Mapping[int, Any]
+    """What stands for a source's tensors and modules, by their ids."""
 
 
 def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     """A `GraphModule` that computes what the stage describes, with the model's parameter names, attributes and hooks.
 
     Its parameters share the source model's memory until either side writes to them, unless `copy` is asked for; ties
-    between parameters are kept. The source model is never changed.
+    between parameters are kept. The source model is never changed. What was prepared for training has memory of its
+    own, and rounds while it trains.
 
     Where `convert` was asked for the original weights, the module has them as `original_weights`, a dict of dicts of
     tensors, by the paths of layers: no part of its `state_dict`, sharing memory as parameters do.
@@ -87,11 +92,14 @@ def _with_originals(module: fx.GraphModule, tensors: dict[str, dict[str, Tensor]
 
 
 def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
-    """`materialize` of a graph, which also tells where each value is in the module's code."""
+    """`materialize` of a graph, which also tells where each value is in the module's code.
+
+    What is for training has memory of its own.
+    """
     problems = [*check_sources(graph), *stale_modules(graph), *missing_operators(graph)]
     if problems:
         return Failure(several(problems))
-    emitter = Emitter(graph, copy=copy)
+    emitter = TrainingEmitter(graph, copy=True) if rounds(graph) else Emitter(graph, copy=copy)
     try:
         fx_graph = emitter.emit()
     except (ObserverError, CustomModuleError) as error:
@@ -107,7 +115,7 @@ def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
         unsave = partial(_unsave, names=tuple(emitter.unsaved))
         unsave(module)
         module._register_deepcopy_hook(unsave)
-    return Success(Emitted(module, emitter.values))
+    return Success(Emitted(module, emitter.values, emitter.memo))
 
 
 def graph_to_run(stage: object) -> Graph | None:
@@ -115,6 +123,8 @@ def graph_to_run(stage: object) -> Graph | None:
     match stage:
         case Graph():
             return stage
+        case Prepared(folding=str()) | Calibrated(Prepared(folding=str())):
+            return with_fake_quantization(stage)
         case Prepared():
             return with_observers(stage)
         case Calibrated(prepared):
@@ -136,6 +146,8 @@ def _set_flags(module: fx.GraphModule, graph: Graph) -> None:
     for path, part in module.named_modules():
         if part is module or type(part) is nn.Module or type(part).__module__.startswith("qfunc."):
             part.training = flags.get(path, graph.training)
+    if not graph.training and any(source.model.training for source in graph.sources.values()):
+        module.eval()  # it was traced for training, and evaluates now
 
 
 def _unsave(module: nn.Module, names: tuple[str, ...]) -> None:

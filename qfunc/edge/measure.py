@@ -21,7 +21,7 @@ from qfunc.edge.checkpoint import resumed, save_checkpoint
 from qfunc.edge.content import statistics_of
 from qfunc.edge.evaluate import unquantizable
 from qfunc.edge.interpret import Hook, Interpreter
-from qfunc.edge.materialize import emitted, materialize
+from qfunc.edge.materialize import emitted
 from qfunc.edge.progress import tracked
 from qfunc.edge.run import POLICIES, Execute, Point, Policy, Run, unmeasured
 from qfunc.errors import (
@@ -38,6 +38,7 @@ from qfunc.errors import (
 from qfunc.params import loads
 from qfunc.passes.channels import wrong_channels
 from qfunc.passes.custom_modules import kept_in_modules
+from qfunc.passes.evaluation import evaluating
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
@@ -130,15 +131,18 @@ def _close_gaps() -> None:
 
 def _runner(prepared: Prepared, hook: Hook | None) -> R[tuple[fx.GraphModule, Execute]]:
     """The module that observes, and what runs it: its code, or, with a hook, the interpreter, which shows it values."""
-    if hook is None:
-        return materialize(prepared).map(lambda module: (module, lambda inputs: module(*inputs)))
     graph = with_observers(prepared)
+    if prepared.folding is not None:
+        graph = evaluating(graph)
+    made = emitted(graph)
+    if hook is None:
+        return made.map(lambda found: (found.module, lambda inputs: found.module(*inputs)))
 
     def shown(made: Interpreter) -> Execute:
         guarded = made.guarded(lambda id, value: hook(id, value) if id in prepared.graph.nodes else None)
         return lambda inputs: made.forward(inputs, guarded)
 
-    return emitted(graph).map(lambda made: Interpreter(graph, made)).map(lambda made: (made.module, shown(made)))
+    return made.map(lambda found: Interpreter(graph, found)).map(lambda runs: (runs.module, shown(runs)))
 
 
 _CTRL_C = "Ctrl-C ended calibration"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types as python_types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from types import MappingProxyType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
@@ -104,6 +104,25 @@ def classes_in(cls: object) -> Iterator[type]:
             seen[one] = None
             todo += hints_of(one).values()
     yield from seen
+
+
+def types_of_observers(observers: Iterable[Any]) -> dict[str, type]:
+    """The classes of the user's statistics and of their states, by the names that they have in files."""
+    values = [value for observer in observers for value in (observer.statistic, observer.init())]
+    found = {cls: None for value in values for one in _parts(value) for cls in classes_in(one)}
+    own = set(OWN.values())
+    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in found if cls not in own}
+
+
+def _parts(value: Any) -> Iterator[type]:
+    """The frozen dataclasses that a value is made of."""
+    if type(value) is tuple:
+        for item in value:
+            yield from _parts(item)
+    elif is_frozen_dataclass(type(value)):
+        yield type(value)
+        for field in dataclasses.fields(value):
+            yield from _parts(getattr(value, field.name))
 
 
 def hints_of(cls: type) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def dequantize(
     >>> dequantize(torch.tensor([0, 2, 8], dtype=torch.uint8), torch.tensor(0.5), torch.tensor(2))
     tensor([-1.,  0.,  3.])
     """
-    scale, zero_point = _along(scale, q, ch_axis), _along(zero_point, q, ch_axis)
+    scale, zero_point = along(scale, q, ch_axis), along(zero_point, q, ch_axis)
     narrow = torch.iinfo(q.dtype).bits <= 16
     steps = q.to(torch.float32) - zero_point if narrow else (q.to(torch.int64) - zero_point).to(torch.float32)
     return (steps * scale).to(dtype)
@@ -80,15 +80,15 @@ def fake_quantize(
     >>> fake_quantize(torch.tensor([-1.0, 0.3, 9.0]), torch.tensor(0.5), torch.tensor(2), 0, 8)
     tensor([-1.0000,  0.5000,  3.0000])
     """
-    steps = _rounded(x, scale, zero_point, quant_min, quant_max, ch_axis) - _along(zero_point, x, ch_axis)
-    return (steps.to(torch.float32) * _along(scale, x, ch_axis)).to(x.dtype)
+    steps = _rounded(x, scale, zero_point, quant_min, quant_max, ch_axis) - along(zero_point, x, ch_axis)
+    return (steps.to(torch.float32) * along(scale, x, ch_axis)).to(x.dtype)
 
 
 def _rounded(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, ch_axis: int | None
 ) -> Tensor:
     """The integers that stand for x, as floating point numbers that hold them exactly."""
-    scale, zero_point = _along(scale, x, ch_axis), _along(zero_point, x, ch_axis)
+    scale, zero_point = along(scale, x, ch_axis), along(zero_point, x, ch_axis)
     scaled = x.to(torch.float32) * (1.0 / scale)
     if zero_point.is_floating_point():
         return torch.clamp(torch.round(scaled + zero_point), quant_min, quant_max)
@@ -98,8 +98,8 @@ def _rounded(
     return torch.clamp(steps + zero_point, quant_min, quant_max)
 
 
-def _along(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
-    """Per-channel values in a shape that broadcasts along `ch_axis` of x."""
+def along(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
+    """Per-channel values, or one for all, in a shape that broadcasts along `ch_axis` of x."""
     if ch_axis is None or values.dim() == 0:
         return values
     return values.view([-1 if axis == ch_axis else 1 for axis in range(x.dim())])

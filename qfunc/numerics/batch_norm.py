@@ -55,7 +55,7 @@ def fold_batch_norm(
         shift = shift * factor
         if beta is not None:
             shift = shift + beta.double()
-        folded = _scaled(weight.double(), factor, transpose, groups).to(weight.dtype)
+        folded = scaled_channels(weight.double(), factor, transpose, groups).to(weight.dtype)
         return folded, shift.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -100,7 +100,7 @@ def _factor(running_var: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
     return factor if gamma is None else factor * gamma.double()
 
 
-def _scaled(weight: Tensor, factor: Tensor, transpose: bool, groups: int) -> Tensor:
+def scaled_channels(weight: Tensor, factor: Tensor, transpose: bool, groups: int) -> Tensor:
     """`weight` times `factor`, which has one number per output channel."""
     spatial = [1] * (weight.dim() - 2)
     if not transpose:

@@ -15,7 +15,9 @@ from qfunc.numerics.qparams import QParams, QuantSpec
 class FakeQuantize:
     """What an observer finds, to which values are rounded already while the model trains.
 
-    Calibration, which only measures, takes it for its observer.
+    `learned` qparams begin with what the observer finds in the first batch, and are parameters of the model from then
+    on, trained like any other (see `qfunc.numerics.straight_through`); with `scale_gradient`, their gradients are
+    divided by the root of how many values share them. Calibration, which only measures, takes it for its observer.
 
     >>> from qfunc.numerics.observers import MovingAverageMinMax
     >>> FakeQuantize(MovingAverageMinMax()).spec.dtype
@@ -23,6 +25,8 @@ class FakeQuantize:
     """
 
     observer: Observer[Any]
+    learned: bool = False
+    scale_gradient: bool = True
 
     @property
     def spec(self) -> QuantSpec:

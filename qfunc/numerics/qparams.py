@@ -272,10 +272,8 @@ def _float_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
 def _step(low: Tensor, high: Tensor, steps: int) -> Tensor:
     """`(high - low) / steps` in float32, never infinite: in float64 for those channels whose width overflows."""
     step = (high - low) / steps
-    if not torch.isfinite(step).all():
-        wide = ((high.double() - low.double()) / steps).clamp(max=_LARGEST).to(torch.float32)
-        step = torch.where(torch.isfinite(step), step, wide)
-    return step
+    wide = ((high.double() - low.double()) / steps).clamp(max=_LARGEST).to(torch.float32)
+    return torch.where(torch.isfinite(step), step, wide)
 
 
 def middle(spec: QuantSpec) -> int:

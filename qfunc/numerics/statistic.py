@@ -132,18 +132,16 @@ class MovingAverageStatistic:
         if tensor.numel() == 0:
             return state
         new = _range(tensor, self.ch_axis)
-        if not state.observed:
-            return new
         c = self.averaging_constant
         minimum = state.minimum + c * (new.minimum - state.minimum)
         maximum = state.maximum + c * (new.maximum - state.maximum)
+        # Differences of large numbers overflow or cancel, down to a minimum above the maximum. The convex form does
+        # neither, but rounds otherwise than torch.ao: only the channels that need it are computed so.
         sound = torch.isfinite(minimum) & torch.isfinite(maximum) & (minimum <= maximum)
-        if not sound.all():
-            # Differences of large numbers overflow or cancel, down to a minimum above the maximum. The convex form
-            # does neither, but rounds otherwise than torch.ao: only the channels that need it are computed so.
-            minimum = torch.where(sound, minimum, state.minimum * (1 - c) + new.minimum * c)
-            maximum = torch.where(sound, maximum, state.maximum * (1 - c) + new.maximum * c)
-        return RangeState(minimum, maximum)
+        minimum = torch.where(sound, minimum, state.minimum * (1 - c) + new.minimum * c)
+        maximum = torch.where(sound, maximum, state.maximum * (1 - c) + new.maximum * c)
+        first = state.minimum > state.maximum
+        return RangeState(torch.where(first, new.minimum, minimum), torch.where(first, new.maximum, maximum))
 
 
 @dataclass(frozen=True, slots=True)

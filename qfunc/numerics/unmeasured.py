@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from qfunc.errors import BadConfig, Problem, UnknownName
-from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.observers import Observer, validate_observer
-from qfunc.numerics.qparams import UINT8, QuantSpec, validate
+from qfunc.numerics.qparams import FLOAT_QPARAMS, UINT8, QuantSpec, validate
 
 FLOATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """The floating-point types that values can be cast to."""
@@ -99,8 +99,19 @@ def validate_quantization(quantization: Any) -> Iterator[Problem]:
             return
         case FakeQuantize(observer) if not isinstance(observer, UNMEASURED):
             yield from validate_quantization(observer)
+            if quantization.learned:
+                yield from _unlearnable(quantization)
         case None:
             remedy = "pass KeepFloat() for what stays float, or an observer such as MinMax()"
             yield BadConfig("quantization", "it is None", remedy)
         case _:
             yield from validate_observer(quantization)
+
+
+def _unlearnable(quantization: FakeQuantize) -> Iterator[Problem]:
+    """Why qparams cannot be learned, if so."""
+    name, remedy = type(quantization.observer).__name__, "leave learned=True out, or use another observer or qscheme"
+    if is_fixed(quantization):
+        yield BadConfig(name, "its qparams are fixed, and cannot be learned as well", remedy)
+    elif getattr(quantization.spec, "qscheme", None) == FLOAT_QPARAMS:
+        yield BadConfig(name, f"qparams of the qscheme {FLOAT_QPARAMS} cannot be learned", remedy)

@@ -9,12 +9,10 @@ from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.config.annotation import ParameterSpec
-from qfunc.config.point import Edge, edges_by_slot, values_in
 from qfunc.config.qconfig_mapping import QConfigMapping
-from qfunc.config.resolve import values_of
 from qfunc.config.weights import RECURRENT, weights_of
 from qfunc.errors import BadConfig, Problem, WrongStage, several
-from qfunc.ir import Arg, Draft, Expression, Graph, Node, Note, Opaque, Origin, PostOp, Ref, map_arg
+from qfunc.ir import Arg, Draft, Expression, Graph, Node, Note, Opaque, Origin, Ref
 from qfunc.ir.node import NamedArgs, Written
 from qfunc.ir.value import Name
 from qfunc.numerics.grid import Grid, literals
@@ -24,10 +22,12 @@ from qfunc.passes.codes import How, code_dtype, decode, given_codes, insert_behi
 from qfunc.passes.custom_modules import custom_node, to_quantize, uncalibrated
 from qfunc.passes.derived import Derivations, wrong_derived
 from qfunc.passes.equalized import equalized
+from qfunc.passes.evaluation import evaluating, folded, without_folded
 from qfunc.passes.finish import finish
 from qfunc.passes.originals import original_weights
 from qfunc.passes.partial import partly
 from qfunc.passes.record import recorded
+from qfunc.passes.reroute import reroute, with_unrounded
 from qfunc.passes.stages import Calibrated, Converted, Prepared, measures
 from qfunc.result import R
 
@@ -43,6 +43,9 @@ def convert(
     through two casts, there and back, where float16 overflows to infinity as `Tensor.to` does. Qparams that a function
     makes of a weight's are an expression, like the weight. Nothing of the input changes, so that it can be converted
     any number of times. Operators whose results nobody reads are left out, as a note tells.
+
+    What was prepared for training becomes what it is in evaluation: batch norms are folded into the weights before
+    them, nothing drops, and qparams are those that training has settled.
 
     What equalized layers read is multiplied by a scale per channel before it is quantized, with qparams of the scaled
     range, and their weights are divided by it: see `qfunc.passes.equalized`. The weights of the model stay as they are.
@@ -73,18 +76,21 @@ def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Convert
     before = calibrated.prepared
     prepared, scaled, wrong = equalized(calibrated)
     found, problems = found | scaled, problems + wrong
-    weights = {id: weights_of(prepared.graph, prepared.graph[id]) for id in prepared.weights}
+    floats = prepared.graph if before.folding is None else folded(prepared.graph)
+    weights = {id: weights_of(floats, floats[id]) for id in prepared.weights}
     problems += [_no_weight(prepared.graph, id) for id, parts in weights.items() if not parts]
     underivable = list(wrong_derived(prepared))
     if underivable:
         return Failure(several([*problems, *underivable]))
-    derivations = Derivations(prepared, found, weights)
+    derivations = Derivations(prepared, found, weights, calibrated.qparams)
     hows = {id: how for id in prepared.sites if (how := _how(prepared, derivations, id)) is not None}
-    parameters = {id: dict(_parameters(prepared, derivations, id, weights)) for id in _with_parameters(prepared)}
+    parameters = {
+        id: dict(_parameters(prepared, floats[id], derivations, weights)) for id in _with_parameters(prepared)
+    }
     problems += [*derivations.problems, *uncalibrated(calibrated)]
     if problems:
         return Failure(several(problems))
-    made = _insert(prepared, hows, parameters, to_quantize(calibrated))
+    made = _insert(prepared, hows, _with_folded(floats, before, parameters), to_quantize(calibrated))
     meant = {*prepared.outputs, *prepared.weights, *prepared.refused}
     meant |= {edge.user for edge, site in prepared.inputs.items() if isinstance(hows[site], (Dynamic, Cast))}
     intended = {
@@ -103,7 +109,9 @@ def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Convert
             (*prepared.notes, *_warned(calibrated.warnings), *_dropped(before.graph, made)),
             pmap(taken),
             pmap(given),
-            original_weights(before) if keep_original_weights else None,
+            original_weights(before if before.folding is None else replace(before, graph=floats))
+            if keep_original_weights
+            else None,
         )
     )
 
@@ -149,15 +157,27 @@ def _with_parameters(prepared: Prepared) -> list[str]:
 
 
 def _parameters(
-    prepared: Prepared, derivations: Derivations, id: str, weights: Mapping[str, Mapping[str, Expression]]
+    prepared: Prepared, node: Node, derivations: Derivations, weights: Mapping[str, Mapping[str, Expression]]
 ) -> Iterator[tuple[str, Arg]]:
     """The parameters of a node that are quantized, by the names of its arguments."""
+    id = node.id
     spec = prepared.weights.get(id, KeepFloat())
     for name, value in weights.get(id, {}).items():
         yield name, _rounded(value, spec, derivations, "weight", id)
-    bias = prepared.graph[id].get("bias") if id in prepared.biases else None
+    bias = node.get("bias") if id in prepared.biases else None
     if isinstance(bias, Expression):
         yield "bias", _rounded(bias, prepared.biases[id], derivations, "bias", id)
+
+
+def _with_folded(
+    floats: Graph, before: Prepared, parameters: Mapping[str, Mapping[str, Arg]]
+) -> Mapping[str, Mapping[str, Arg]]:
+    """The parameters with those that have a batch norm in them and are not quantized."""
+    if before.folding is None:
+        return parameters
+    changed = (node for node in floats if node is not before.graph[node.id])
+    kept = {node.id: {"weight": node.get("weight"), "bias": node.get("bias")} for node in changed}
+    return {id: {**kept.get(id, {}), **parameters.get(id, {})} for id in (*kept, *parameters)}
 
 
 def _rounded(value: Expression, spec: ParameterSpec, derivations: Derivations, kind: str, id: str) -> Expression:
@@ -166,7 +186,7 @@ def _rounded(value: Expression, spec: ParameterSpec, derivations: Derivations, k
             return value
         case Cast(dtype):
             return CastWeight(value, dtype)
-        case _ if measures(spec):
+        case _ if measures(spec) and (kind, id) not in derivations.settled:
             return DequantizeWeight(QuantizeWeight(value, spec))
         case _:
             found = derivations.of(kind, id)
@@ -187,41 +207,24 @@ def _insert(
     graph = prepared.graph
     draft = Draft(graph)
     decoded: dict[str, str] = {}
-    for value in (id for id in graph.order if id in prepared.outputs):
-        how = hows[prepared.outputs[value]]
-        if value in prepared.quantized_inputs:
-            decoded[value] = decode(draft, graph[value], how)
-        draft.redirect(value, decoded.get(value) or _quantized(draft, graph[value], how))
-    pairs: dict[tuple[str, str], str] = {}
-    turned: dict[str, dict[Edge, str]] = {}
-    position = {id: index for index, id in enumerate(graph.order)}
-    slots = edges_by_slot(prepared.inputs)
-    for user, slot in sorted(slots, key=lambda key: (position[key[0]], key[1])):
-        values = values_in(graph[user], slot)
-        for edge in slots[user, slot]:
-            pair = (values[edge.index], prepared.inputs[edge])
-            if pair not in pairs:
-                pairs[pair] = _quantized(draft, graph[pair[0]], hows[pair[1]], decoded.get(pair[0], pair[0]))
-            turned.setdefault(user, {})[edge] = pairs[pair]
-    for user, edges in turned.items():
-        draft.put(_turn(draft[user], edges))
+
+    def of_output(node: Node, site: str) -> str:
+        if node.id in prepared.quantized_inputs:
+            decoded[node.id] = decode(draft, node, hows[site])
+        return decoded.get(node.id) or _quantized(draft, node, hows[site])
+
+    def of_use(node: Node, site: str) -> str:
+        return _quantized(draft, node, hows[site], decoded.get(node.id, node.id))
+
+    reroute(draft, prepared, of_output, of_use)
     for id in prepared.swapped:
         draft.put(custom_node(draft[id]))
     for id, given in parameters.items():
         draft.put(draft[id].with_args(**given))
-    made = with_codes_given(_unrounded(prepared, draft.commit()), prepared.quantized_outputs)
+    made = with_codes_given(with_unrounded(prepared, draft.commit()), prepared.quantized_outputs)
+    made = made if prepared.folding is None else evaluating(without_folded(made))
     made = without_unread(made, graph)
     return replace(made, objects=made.objects.update(custom)) if custom else made
-
-
-def _unrounded(prepared: Prepared, graph: Graph) -> Graph:
-    """The graph in which some uses read the values that others read quantized."""
-    draft, turned = Draft(graph), dict[str, dict[Edge, str]]()
-    for edge, value in values_of(prepared.unrounded, prepared.graph).items():
-        turned.setdefault(edge.user, {})[edge] = value
-    for user, edges in turned.items():
-        draft.put(_turn(graph[user], edges))
-    return draft.commit()
 
 
 def _quantized(draft: Draft, node: Node, how: How, floats: str = "") -> str:
@@ -246,30 +249,3 @@ def _cast(draft: Draft, node: Node, value: str, dtype: str, suffix: str) -> str:
     args: NamedArgs = (("input", Ref(value)), ("dtype", Name(f"torch.{dtype}")))
     origin = Origin(written=Written("call_method", "to", ("input", "dtype")))
     return insert_behind(draft, node, suffix, "cast", args, dtype, origin)
-
-
-def _turn(node: Node, edges: dict[Edge, str]) -> Node:
-    """The node with some of its uses redirected."""
-    args = tuple((name, _turn_arg(value, node.id, name, edges)) for name, value in node.args)
-    post = tuple(
-        PostOp(
-            p.kind,
-            tuple((name, _turn_arg(value, node.id, f"post.{i}.{name}", edges)) for name, value in p.args),
-            p.origin,
-        )
-        for i, p in enumerate(node.post)
-    )
-    return Node(node.id, node.kind, args, post, node.origin, node.fact, node.aliased)
-
-
-def _turn_arg(arg: Arg, user: str, slot: str, edges: dict[Edge, str]) -> Arg:
-    count = -1
-
-    def leaf(value: Arg) -> Arg:
-        nonlocal count
-        if not isinstance(value, Ref):
-            return value
-        count += 1
-        return Ref(edges.get(Edge(user, slot, count), value.id))
-
-    return map_arg(arg, leaf)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pyrsistent import pmap
+
 from qfunc.config.annotation import Derived, ParameterSpec
 from qfunc.config.point import Edge, Point, used
 from qfunc.errors import BadConfig, Problem, UserFunctionFailed
@@ -15,10 +17,7 @@ from qfunc.numerics.observers import Observer
 from qfunc.numerics.qparams import QParams
 from qfunc.numerics.unmeasured import told
 from qfunc.params import DeriveQParams, QParamsSource, QuantizeWeight
-from qfunc.passes.stages import Prepared, SiteObserver, measures
-
-Owner = tuple[str, str]
-"""What has qparams of its own: ("site", its name), or ("weight" or "bias", the id of the node)."""
+from qfunc.passes.stages import Owner, Prepared, SiteObserver, measures
 
 
 def owner(prepared: Prepared, point: Point) -> Owner | None:
@@ -93,13 +92,19 @@ def _reaches(rests: Mapping[Owner, list[Owner]], start: Owner) -> bool:
 class Derivations:
     """The qparams of all that has some: known, or expressions where they rest on a weight's; without cycles.
 
-    `measured` are those of the sites that observers have finished. `problems` are the functions that fail.
+    `measured` are those of the sites that observers have finished, `settled` those that training has, of whatever has
+    some. `problems` are the functions that fail.
     """
 
     def __init__(
-        self, prepared: Prepared, measured: Mapping[str, QParams], weights: Mapping[str, Mapping[str, Expression]]
+        self,
+        prepared: Prepared,
+        measured: Mapping[str, QParams],
+        weights: Mapping[str, Mapping[str, Expression]],
+        settled: Mapping[Owner, Grid] = pmap(),
     ) -> None:
         self.problems: list[Problem] = []
+        self.settled = settled
         self._prepared = prepared
         self._measured = measured
         self._weights = weights
@@ -115,6 +120,8 @@ class Derivations:
     def _make(self, key: Owner) -> QParamsSource | None:
         kind, name = key
         spec = _spec(self._prepared, key)
+        if key in self.settled:
+            return self.settled[key]
         if isinstance(spec, Derived):
             return self._derive(key, spec)
         if kind == "site":

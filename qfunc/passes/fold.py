@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import takewhile
+
 from qfunc.backends.cpu import CONVOLUTIONS, TRANSPOSED
-from qfunc.ir import Draft, Expression, Graph, ListArg, Node, Ref, TensorFact, users
+from qfunc.ir import Draft, Expression, Graph, ListArg, Node, PostOp, Ref, TensorFact, users
 from qfunc.ir.node import Fact, NamedArgs
 from qfunc.match import NoMatch, Users
 from qfunc.params import FoldBatchNorm, Load
@@ -110,7 +113,9 @@ def _unfit(norm: Node, weight: object, bias: object) -> str:
     return f"a weight is {min(wrong)}" if wrong else ""
 
 
-def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, before: bool = False) -> NamedArgs:
+def _with_norm(
+    args: NamedArgs, norm: Node | PostOp, *, transpose: bool, groups: int, before: bool = False
+) -> NamedArgs:
     values = dict(args)
     mean, var, gamma, beta = (norm.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
     weight, bias, eps = values["weight"], values["bias"], norm.get("eps")
@@ -118,6 +123,23 @@ def _with_norm(args: NamedArgs, norm: Node, *, transpose: bool, groups: int, bef
         fold = FoldBatchNorm(part, weight, bias, mean, var, gamma, beta, eps, transpose, groups, before)  # type: ignore[arg-type]
         values[part] = fold
     return tuple(values.items())
+
+
+def norms_behind(layer: Node) -> tuple[PostOp, ...]:
+    """The batch norms that stay behind a layer for training, which come first of all that is fused there."""
+    return tuple(takewhile(lambda post: post.kind == "batch_norm", layer.post)) if layer.has("weight") else ()
+
+
+def with_norms_folded(layer: Node) -> Node:
+    """The layer with the batch norms behind it in its weight and bias, as in evaluation; itself if there are none."""
+    norms = norms_behind(layer)
+    groups = _groups(layer) if layer.kind in TRANSPOSED else 1
+    if not norms or groups is None:
+        return layer
+    args = layer.args
+    for norm in norms:
+        args = _with_norm(args, norm, transpose=layer.kind in TRANSPOSED, groups=groups)
+    return replace(layer, args=args, post=layer.post[len(norms) :])
 
 
 # A norm before a layer ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from pyrsistent import PMap, pmap
 
@@ -16,11 +16,18 @@ from qfunc.config.point import Edge
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.errors import Problem
 from qfunc.ir import Expression, Graph, Note, Opaque
+from qfunc.numerics.grid import Grid
 from qfunc.numerics.observers import Observer
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.statistic import RangeState
 from qfunc.numerics.unmeasured import Cast, Dynamic, KeepFloat
 from qfunc.passes.statistics import Fold, Statistics, folds_of
+
+Owner: TypeAlias = tuple[str, str]
+"""What has qparams of its own: ("site", its name), or ("weight" or "bias", the id of the node)."""
+
+Folding: TypeAlias = Literal["approximate", "exact"]
+"""Whether the statistics of a batch are those of the rounded weight, or of the weight as it is, by a second pass."""
 
 SiteObserver: TypeAlias = Observer[Any] | Derived | Dynamic | Cast
 """What says how a site is quantized: an observer, which measures, or what measures nothing."""
@@ -113,6 +120,8 @@ class Prepared:
     unrounded: frozenset[Edge] = frozenset()
     configuration: Configuration | None = field(default=None, compare=False, repr=False)
     """What it was made of; None for annotations."""
+    folding: Folding | None = None
+    """How batch norms are folded into the weights that a model trains with; None for one that is not to be trained."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -140,6 +149,8 @@ class Calibrated:
     """What was wrong with the data and could be borne: batches left out, values clipped, values that never change."""
     columns: PMap[str, RangeState] = pmap()
     """The ranges of the weights of layers to be equalized, by input channel; the layers by the ids of their nodes."""
+    qparams: PMap[Owner, Grid] = pmap()
+    """The qparams that training has settled."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -1,0 +1,174 @@
+"""`absorb`: what a module has learned, back into a value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyrsistent import pmap
+from returns.result import Failure, Success
+from torch import Tensor, nn
+
+from qfunc.config.arguments import shown
+from qfunc.edge.content import statistics_of
+from qfunc.edge.custom_modules import calibrated_modules
+from qfunc.edge.fake_quantize import FakeQuantizer
+from qfunc.edge.materialize import Emitted, emitted
+from qfunc.edge.tensors import named_tensors, source_of
+from qfunc.errors import BadConfig, NonFinite, Problem, UserFunctionFailed, WrongStage, several, told
+from qfunc.ir import Graph, Opaque, Source, Token
+from qfunc.numerics.grid import Grid
+from qfunc.numerics.statistic import finite
+from qfunc.passes.stages import Calibrated, Owner, Prepared
+from qfunc.passes.statistics import Key, Measured, Statistics, merge_of
+from qfunc.passes.training import with_fake_quantization
+from qfunc.result import R
+
+
+def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calibrated]:
+    """The prepared stage with what a module that was materialized from it has learned, for `convert`.
+
+    That is its parameters, the running statistics of its batch norms, what its observers have found and the qparams
+    that it rounds with: converted, the graph computes what the module computes in evaluation. The module can go on
+    training; nothing is shared with it. `materialize` of the result gives a module that goes on from there.
+
+    Args:
+        prepared: the stage that was materialized, from `prepare_qat`.
+        module: the module, as it is or wrapped for distributed training or compiled, on any device; or its
+            `state_dict`, such as a checkpoint's.
+
+    Returns:
+        The calibrated stage, or `WrongStage`, `BadConfig` for each tensor that is missing, of another shape or that
+        the stage does not have, `NonFinite` for each that holds NaN or infinity, `UserFunctionFailed` for a model that
+        cannot be copied, or what `materialize` reports.
+
+    >>> import torch
+    >>> from qfunc import convert, fuse, materialize, prepare_qat, trace, unwrap
+    >>> graph = unwrap(trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU())).bind(lambda graph: fuse(graph, qat=True)))
+    >>> prepared = unwrap(prepare_qat(graph))
+    >>> module = unwrap(materialize(prepared))
+    >>> _ = module(torch.randn(8, 4)).sum().backward()
+    >>> quantized = unwrap(absorb(prepared, module).bind(convert).bind(materialize))
+    """
+    if not isinstance(prepared, Prepared) or prepared.folding is None:
+        given = type(prepared).__name__
+        given = f"{given} that is not for training" if isinstance(prepared, Prepared) else given
+        return Failure(WrongStage(given, "Prepared, from prepare_qat"))
+    state = _state_of(module)
+    if isinstance(state, BadConfig):
+        return Failure(state)
+    return emitted(with_fake_quantization(prepared)).bind(lambda made: _absorbed(prepared, made, state))
+
+
+def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
+    """The tensors of a module or state by name, without what wrappers put before the names."""
+    remedy = "pass the module that materialize(prepared) gave, or its state_dict"
+    if isinstance(module, nn.Module):
+        # buffers that are not saved are part of what a module has learned
+        found: Mapping[Any, Any] = {**module.state_dict(), **dict(named_tensors(module))}
+    elif isinstance(module, Mapping):
+        found = module
+    else:
+        return BadConfig("module", f"expected a module, got {shown(module)}", remedy)
+    tensors = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return tensors or BadConfig("module", "it has no tensors", remedy)
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What `DistributedDataParallel` and `torch.compile` put before the names of tensors."""
+
+
+def _unwrapped(name: str) -> str:
+    prefix = next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)
+    return name if prefix is None else _unwrapped(name.removeprefix(prefix))
+
+
+def _absorbed(prepared: Prepared, made: Emitted, state: Mapping[str, Tensor]) -> R[Calibrated]:
+    """What a module made anew has once it has the state: it knows by itself what is where."""
+    problems = list(_misfits(made.module, state))
+    if problems:
+        return Failure(several(problems))
+    _load(made.module, state)
+    trained = _trained_source(prepared.graph.sources["model"], made.memo)
+    if isinstance(trained, UserFunctionFailed):
+        return Failure(trained)
+    graph = replace(
+        prepared.graph,
+        sources=prepared.graph.sources.set("model", trained),
+        objects=prepared.graph.objects.update(dict(_owned(prepared.graph, made))),
+    )
+    stage = replace(prepared, graph=graph)
+    parts = [part for part in made.module.modules() if isinstance(part, FakeQuantizer)]
+    of_owner = {owner: part for part in parts for owner in part.owners}
+    settled = {owner: Grid.of(known) for owner, part in of_owner.items() if part.rounds and (known := part.qparams())}
+    statistics = _statistics(stage, of_owner)
+    return Success(Calibrated(stage, statistics, calibrated_modules(stage, made.module), qparams=pmap(settled)))
+
+
+def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """What a state lacks, has too much or has in another shape, and what in it is not finite."""
+    remedy = "absorb into the stage that the module was materialized from"
+    known = {**module.state_dict(), **dict(named_tensors(module))}
+    rounding = {path for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
+    for name in (name for name in module.state_dict() if name not in state):
+        yield BadConfig(name, "the module does not have this tensor", remedy)
+    for name, value in state.items():
+        resizes = name.rpartition(".")[0] in rounding
+        if name not in known:
+            yield BadConfig(name, "the stage does not have this tensor", remedy)
+        elif not resizes and value.shape != known[name].shape:
+            shapes = f"{tuple(value.shape)}, in the stage {tuple(known[name].shape)}"
+            yield BadConfig(name, f"its shape is {shapes}", remedy)
+        # ranges are infinite as long as nothing was measured
+        elif not (name.endswith(("min_val", "max_val")) or finite(value)):
+            reason = "it holds NaN or infinity: training has diverged"
+            yield NonFinite(name, reason, "go back to an earlier checkpoint, and train with smaller steps")
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    saved = module.state_dict()
+    module.load_state_dict({name: value for name, value in state.items() if name in saved}, strict=False)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module):
+            if name not in saved and name in state:
+                tensor.copy_(state[name])
+
+
+def _trained_source(source: Source, memo: Mapping[int, Any]) -> Source | UserFunctionFailed:
+    """A copy of the model that has the trained tensors in place of its own; `memo` has them by the ids of these."""
+    copies: dict[int, Any] = {}
+    try:
+        model = copy.deepcopy(source.model, copies)
+    except Exception as error:  # noqa: BLE001 - the copying of a user's model is the user's code
+        return UserFunctionFailed("model", f"it cannot be copied: {told(error)}")
+    others: dict[str, Tensor] = {}
+    held = {name: id(tensor) for name, tensor in named_tensors(source.model)}
+    with torch.no_grad():
+        for name, (tensor, _) in source.tensors.items():
+            if held.get(name) != id(tensor):
+                others[name] = tensor
+            elif id(tensor) in memo:
+                copies[id(tensor)].copy_(memo[id(tensor)])
+    return source_of(model, others)
+
+
+def _owned(graph: Graph, made: Emitted) -> Iterator[tuple[str, Opaque]]:
+    """The modules that fusers of the user's made, as they are trained."""
+    for node in (node for node in graph if node.kind == "owned"):
+        token = node.get("module")
+        assert isinstance(token, Token)
+        yield token.id, Opaque(made.module.get_submodule(str(made.values[node.id].target)))
+
+
+def _statistics(prepared: Prepared, of_owner: Mapping[Owner, FakeQuantizer]) -> Statistics:
+    """What the observers of sites have found; that of a site of several values is filed under each of them."""
+    measured: dict[Key, Measured] = {}
+    for site in prepared.sites.values():
+        part = of_owner.get(("site", site.id))
+        state = None if part is None else part.state()
+        if state is not None:
+            measured |= {fold.key: Measured(state, merge=merge_of(fold.observer)) for fold in site.folds}
+    return replace(statistics_of(prepared), measured=pmap(measured))

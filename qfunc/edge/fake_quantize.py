@@ -1,0 +1,348 @@
+"""Fake quantization at work: modules that measure what passes while a model trains, and round it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pyrsistent import pmap
+from torch import Tensor, nn
+
+from qfunc.config.annotation import Derived
+from qfunc.edge.observer import ObserverError, guarded, is_plain
+from qfunc.edge.statistic_types import types_of_observers
+from qfunc.edge.statistics_file import from_bytes, to_bytes
+from qfunc.edge.switched import KeepsDType, Switched
+from qfunc.errors import UnsupportedDType, UserFunctionFailed
+from qfunc.numerics.derive import derived_qparams
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
+from qfunc.numerics.observers import (
+    MinMax,
+    MovingAverageMinMax,
+    MovingAveragePerChannelMinMax,
+    PerChannelMinMax,
+    finished,
+)
+from qfunc.numerics.qparams import FLOAT_QPARAMS, QParams, QuantSpec, middle, qparams_of_range
+from qfunc.numerics.statistic import RangeState, finite
+from qfunc.numerics.straight_through import cast_through, round_and_learn, round_through
+from qfunc.numerics.unmeasured import Cast, Dynamic
+from qfunc.passes.statistics import Key, Measured, Statistics
+from qfunc.passes.training import Start
+from qfunc.result import unwrap
+
+
+class FakeQuantizer(KeepsDType, Switched):
+    """Rounds its input to the numbers that its integers stand for, and lets gradients straight through.
+
+    In training it measures its input first, unless `observer_enabled` is off; in evaluation it never does. As long as
+    there are no qparams (`scale` is 0), and while `fake_quant_enabled` is off, inputs pass as they are. Learned qparams
+    are parameters that begin with what the first batch gives; while `learning_enabled` is off they follow the observer
+    as others do. What was measured and the qparams are in the `state_dict`. A batch with NaN or infinity does not
+    count. What a checkpointed part computes once more on the way back is rounded as it was on the way there, and not
+    measured again.
+
+    Raises `ObserverError` for an input that is no floating-point tensor, and for a user's observer that fails.
+    """
+
+    SWITCHES: ClassVar = (("observer_enabled", True), ("fake_quant_enabled", True), ("learning_enabled", True))
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        self.add_switches()
+        assert isinstance(start.quantization, FakeQuantize), start
+        self.quantization, self.place, self.owners, self.rounds = (
+            start.quantization,
+            start.place,
+            start.owners,
+            start.rounds,
+        )
+        self.observer, self.spec = start.quantization.observer, start.quantization.spec
+        self.learned = start.quantization.learned
+        known = start.qparams
+        shape = (start.channels or 0,) if self.spec.per_channel else ()
+        of_floats = self.learned or self.spec.qscheme == FLOAT_QPARAMS
+        scale = torch.zeros(shape) if known is None else known.scale.clone()
+        zero_point = torch.zeros(shape, dtype=torch.int64) if known is None else known.zero_point.clone()
+        self._put("scale", scale, learned=self.learned)
+        self._put(
+            "zero_point",
+            zero_point.to(torch.float32) if of_floats else zero_point,
+            learned=self.learned and not self.spec.symmetric,
+        )
+        self.middle = middle(self.spec) if self.spec.symmetric else None
+        self.ready = known is not None
+
+    def _put(self, name: str, value: Tensor, *, learned: bool) -> None:
+        if learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, rounded where the module is switched on and knows qparams."""
+        _check(x, self.place)
+        learns = self.learned and self.on["learning_enabled"] and self.ready
+        if self.training and self.on["observer_enabled"] and not learns and x.numel() and not _computes_again():
+            self._measure(x.detach())
+        if not (self.rounds and self.on["fake_quant_enabled"] and self.ready):
+            return x
+        spec, axis = self.spec, self.spec.ch_axis
+        if self.learned:
+            with torch.no_grad():
+                self.scale.clamp_(min=spec.eps)
+            scaled = self.quantization.scale_gradient
+            given = (self.scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
+            return round_and_learn(x, *given, scale_gradient=scaled)
+        zero_point = self.zero_point if self.middle is None else self.middle
+        return round_through(x, self.scale, zero_point, spec.quant_min, spec.quant_max, axis)
+
+    def _measure(self, x: Tensor) -> None:
+        """Fold `x` into what was measured, and set the qparams."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _set(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take new qparams, in the memory of the old ones: optimizers and process groups hold that."""
+        for held, new in ((self.scale, scale), (self.zero_point, zero_point)):
+            if held.shape != new.shape:
+                held.resize_(new.shape)
+            held.copy_(new)
+        self.ready = True
+
+    def qparams(self) -> QParams | None:
+        """What it rounds with, in evaluation; None as long as it knows none."""
+        if not self.ready:
+            return None
+        scale, zero_point = self.scale.detach().clone(), self.zero_point.detach()
+        if self.learned:
+            zero_point = zero_point.round().clamp(self.spec.quant_min, self.spec.quant_max).to(torch.int64)
+            scale = scale.clamp(min=self.spec.eps)
+        return QParams(scale, zero_point.clone(), self.spec)
+
+    def state(self) -> Any:
+        """What its observer has found; None where nothing is measured."""
+        return None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, held in (*self._parameters.items(), *self._buffers.items()):
+            given = state_dict.get(f"{prefix}{name}")
+            if held is not None and isinstance(given, Tensor) and given.shape != held.shape:
+                with torch.no_grad():
+                    held.resize_(given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        off = "".join(f", {name}=False" for name, on in self.on.items() if not on)
+        return f"{self.quantization!r}, of {self.place}{off}"
+
+
+class FixedFakeQuantizer(FakeQuantizer):
+    """With qparams that are known beforehand."""
+
+    def _measure(self, x: Tensor) -> None:
+        pass
+
+
+class RangeFakeQuantizer(FakeQuantizer):
+    """With an observer of ranges, whose state is `min_val` and `max_val`: nothing here waits for a value."""
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        state = RangeState.unobserved() if start.state is None else start.state
+        shape = self.scale.shape
+        self.register_buffer("min_val", state.minimum.expand(shape).clone() if shape else state.minimum.clone())
+        self.register_buffer("max_val", state.maximum.expand(shape).clone() if shape else state.maximum.clone())
+
+    def _measure(self, x: Tensor) -> None:
+        before = RangeState(self.min_val, self.max_val)
+        after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
+        sound = torch.isfinite(after.minimum) & torch.isfinite(after.maximum)
+        for held, new in ((self.min_val, after.minimum), (self.max_val, after.maximum)):
+            if held.shape != new.shape:
+                held.resize_(new.shape).copy_(new)
+            else:
+                held.copy_(torch.where(sound, new, held))
+        found = qparams_of_range(self.min_val, self.max_val, self.spec)
+        self._set(found.scale, found.zero_point)
+
+    def state(self) -> RangeState:
+        """The range."""
+        return RangeState(self.min_val.clone(), self.max_val.clone())
+
+
+class StateFakeQuantizer(FakeQuantizer):
+    """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have."""
+
+    observer_state: Tensor
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        self._state, self._has_measured = start.state, start.state is not None
+        self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _measure(self, x: Tensor) -> None:
+        if not finite(x):
+            return
+        before = self._state if self._has_measured else guarded(self.observer, self.place, self.observer.init)
+        self._state = guarded(self.observer, self.place, self.observer.update, before, x)
+        self._has_measured = True
+        found = finished(self.observer, self._state)
+        if isinstance(found, str):
+            raise ObserverError(UserFunctionFailed(self.place, found))
+        if found is not None:
+            self._set(found.scale, found.zero_point)
+
+    def state(self) -> Any:
+        """What the observer has found; None as long as that is nothing."""
+        return self._state if self._has_measured else None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._has_measured:
+            written = to_bytes(_filed(self.observer, self._state), types=types_of_observers([self.observer]))
+            # a state that no file can hold stays behind: the qparams, which it was for, are saved all the same
+            data = bytearray(written.value_or(b""))
+            held = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+            self.observer_state = held.to(self.observer_state.device)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        data = bytes(self.observer_state.cpu().numpy())
+        if data:
+            found = unwrap(from_bytes(data, types=types_of_observers([self.observer]), place=self.place))[0]
+            self._state, self._has_measured = next(iter(found.measured.values())).state, True
+
+
+def _filed(observer: Any, state: Any) -> Statistics:
+    key: Key = (("observed",), observer.statistic)
+    return Statistics("", measured=pmap({key: Measured(state)}))
+
+
+class DynamicFakeQuantizer(Switched):
+    """Rounds each input for its own range, as it will be when the model runs."""
+
+    SWITCHES: ClassVar = (("fake_quant_enabled", True),)
+
+    def __init__(self, spec: QuantSpec, place: str) -> None:
+        super().__init__()
+        self.spec, self.place = spec, place
+        self.add_switches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, rounded."""
+        _check(x, self.place)
+        if not self.on["fake_quant_enabled"] or not x.numel():
+            return x
+        spec, seen = self.spec, x.detach()
+        low, high = torch.aminmax(seen)
+        found = qparams_of_range(low.to(torch.float32), high.to(torch.float32), spec)
+        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max)
+
+
+class CastFakeQuantizer(Switched):
+    """Rounds to the numbers of a smaller floating-point type."""
+
+    SWITCHES: ClassVar = (("fake_quant_enabled", True),)
+
+    def __init__(self, dtype: str, place: str) -> None:
+        super().__init__()
+        self.dtype, self.place = dtype, place
+        self.add_switches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, rounded."""
+        _check(x, self.place)
+        return cast_through(x, getattr(torch, self.dtype)) if self.on["fake_quant_enabled"] else x
+
+
+class DerivedFakeQuantizer(Switched):
+    """Rounds with qparams that a function makes of those that others have, once they all have some."""
+
+    SWITCHES: ClassVar = (("fake_quant_enabled", True),)
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        assert isinstance(start.quantization, Derived), start
+        self.quantization, self.place, self.owners = start.quantization, start.place, start.owners
+        self.sources = start.sources
+        self.others: tuple[FakeQuantizer | DerivedFakeQuantizer, ...] = ()
+        """Those whose qparams it takes; they are no parts of this module."""
+        self.add_switches()
+
+    def qparams(self) -> QParams | None:
+        """What it rounds with."""
+        of = [known for other in self.others if (known := other.qparams()) is not None]
+        if len(of) < len(self.sources):
+            return None
+        made = derived_qparams(self.quantization.function, tuple(of), self.quantization.spec)
+        if isinstance(made, str):
+            raise ObserverError(UserFunctionFailed(self.place, made))
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, rounded."""
+        _check(x, self.place)
+        found = self.qparams() if self.on["fake_quant_enabled"] else None
+        if found is None:
+            return x
+        spec = found.spec
+        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max, spec.ch_axis)
+
+
+def connect(root: nn.Module) -> None:
+    """Tell the fake quantizers whose qparams derive from others' which those are."""
+    parts = [module for module in root.modules() if isinstance(module, (FakeQuantizer, DerivedFakeQuantizer))]
+    by_owner = {owner: module for module in parts for owner in module.owners}
+    for module in parts:
+        if isinstance(module, DerivedFakeQuantizer):
+            module.others = tuple(by_owner[source] for source in module.sources if source in by_owner)
+
+
+def _check(x: object, place: str) -> None:
+    if not (isinstance(x, Tensor) and x.is_floating_point() and is_plain(x)):
+        reason = f"{x.dtype if isinstance(x, Tensor) else type(x).__name__} came by, which is not quantized"
+        raise ObserverError(UnsupportedDType(place, reason, "keep what uses it float"))
+
+
+def fake_quantizer(start: Start) -> Switched:
+    """The module for what is configured.
+
+    >>> from qfunc.numerics.observers import MovingAverageMinMax
+    >>> module = fake_quantizer(Start(FakeQuantize(MovingAverageMinMax()), "conv", ()))
+    >>> module(torch.tensor([0.0, 2.55, 1.004])).tolist()[2]
+    1.0
+    """
+    match start.quantization:
+        case Dynamic(spec):
+            return DynamicFakeQuantizer(spec, start.place)
+        case Cast(dtype):
+            return CastFakeQuantizer(dtype, start.place)
+        case Derived():
+            return DerivedFakeQuantizer(start)
+        case FakeQuantize(observer) as fixed if is_fixed(fixed):
+            return FixedFakeQuantizer(replace(start, qparams=fixed.finish(observer.init())))
+        case FakeQuantize(observer):
+            return RangeFakeQuantizer(start) if type(observer) in _OF_RANGES else StateFakeQuantizer(start)
+
+
+_OF_RANGES = (MinMax, PerChannelMinMax, MovingAverageMinMax, MovingAveragePerChannelMinMax)
+
+
+def _computes_again() -> bool:
+    """Whether this is within a backward pass, which computes a checkpointed part once more."""
+    return not torch.compiler.is_compiling() and _current_graph_task() != _NONE
+
+
+_current_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id")  # noqa: B009 - torch's stubs leave it out
+_NONE = -1

@@ -1,0 +1,47 @@
+"""What was traced to be trained as it is in evaluation: batch norms in the weights before them, nothing that drops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qfunc.ir import Draft, Graph, PostOp
+from qfunc.ir.node import NamedArgs
+from qfunc.passes.fold import norms_behind, with_norms_folded
+
+
+def folded(graph: Graph) -> Graph:
+    """The graph whose layers have the batch norms behind them in their weights and biases; the ids are the same."""
+    draft = Draft(graph)
+    for node in graph:
+        draft.put(with_norms_folded(node))
+    return draft.commit()
+
+
+def without_folded(graph: Graph) -> Graph:
+    """The graph less the batch norms behind layers, whose weights have them already."""
+    draft = Draft(graph)
+    for node in graph:
+        norms = norms_behind(node)
+        if norms:
+            draft.put(replace(node, post=node.post[len(norms) :]))
+    return draft.commit()
+
+
+def evaluating(graph: Graph) -> Graph:
+    """The graph in evaluation mode."""
+    draft = Draft(graph)
+    for node in graph:
+        if any(
+            value is True
+            for args in (node.args, *(p.args for p in node.post))
+            for name, value in args
+            if name == "training"
+        ):
+            post = tuple(PostOp(p.kind, _evaluating(p.args), p.origin) for p in node.post)
+            draft.put(replace(node, args=_evaluating(node.args), post=post))
+    modules = {path: replace(fact, training=False) for path, fact in graph.modules.items() if fact.training}
+    return replace(draft.commit(), training=False, modules=graph.modules.update(modules))
+
+
+def _evaluating(args: NamedArgs) -> NamedArgs:
+    return tuple((name, False if name == "training" and value is True else value) for name, value in args)
