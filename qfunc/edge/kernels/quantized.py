@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from qfunc.edge.kernels.base import check_weight
+from qfunc.edge.kernels.base import check_weight, keeping_dtype
 from qfunc.edge.kernels.conv import is_thin, thickened
 from qfunc.edge.kernels.quantized_tensors import pad_quantized, with_codes
 from qfunc.numerics.grid import Affine
@@ -120,11 +120,7 @@ class Packed(nn.Module):
 
     @torch.jit.unused
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
 
 _CONV_PREPACK = {
