@@ -8,39 +8,25 @@ from qfunc.backends.cpu import ELEMENTWISE, MOVES
 from qfunc.config.kernel import Call, Engine, KernelRow, Plan, kernel_node
 from qfunc.engines.dynamic import DYNAMIC_ROWS
 from qfunc.engines.island import island
-from qfunc.engines.post_op import breach, contract_name, post_op
+from qfunc.engines.post_op import breach, post_op
 from qfunc.engines.spatial import SPATIAL, clamp_row
-from qfunc.engines.weights import clips, weight_of
-from qfunc.ir import Expression, Ref
+from qfunc.engines.weights import layer_of
+from qfunc.ir import Ref
 
 
 def _conv(call: Call) -> Plan:
     node = call.node
-    weight = weight_of(call, call.host.onednn_layouts)
-    if isinstance(weight, str):
-        return weight
-    if call.input.affine.dtype != "uint8":
-        return "the kernel takes uint8 activations"
-    if clips(call.output):
-        return clips(call.output)
-    bias = node.get("bias")
-    if not (bias is None or isinstance(bias, Expression)):
-        return "its bias is computed by the graph"
     sums = node.post[:1] if node.post and node.post[0].kind == "add" else ()
     if sums and node.kind == "conv3d":
         return "the kernel adds in one and two dimensions"
     if sums and call.output is None:
         return "the kernel that adds writes uint8, and the result is read in float"
     kernel = f"onednn.{node.kind}{'_add' * len(sums)}"
-    post = post_op(kernel, node.post[len(sums) :], call.output)
-    if isinstance(post, str):
-        return post
-    broken = breach(call.host, contract_name(kernel, str(post[0])))
-    if broken:
-        return broken
+    layer = layer_of(call, kernel, node.post[len(sums) :])
+    if isinstance(layer, str):
+        return layer
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    args: dict[str, Any] = {name: node.get(name) for name in names}
-    args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
+    args = {**{name: node.get(name) for name in names}, **layer}
     if not sums:
         return kernel_node(call, kernel, (call.input.codes,), **args)
     other = call.operands["post.0.other"][0]
@@ -49,23 +35,8 @@ def _conv(call: Call) -> Plan:
 
 
 def _linear(call: Call) -> Plan:
-    node = call.node
-    weight = weight_of(call, call.host.onednn_layouts)
-    if isinstance(weight, str):
-        return weight
-    if clips(call.output):
-        return clips(call.output)
-    post = post_op("onednn.linear", node.post, call.output)
-    if isinstance(post, str):
-        return post
-    broken = breach(call.host, contract_name("onednn.linear", str(post[0])))
-    if broken:
-        return broken
-    bias = node.get("bias")
-    if not (bias is None or isinstance(bias, Expression)):
-        return "its bias is computed by the graph"
-    args = {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
-    return kernel_node(call, "onednn.linear", (call.input.codes,), **args)
+    layer = layer_of(call, "onednn.linear", call.node.post, int8=True)
+    return layer if isinstance(layer, str) else kernel_node(call, "onednn.linear", (call.input.codes,), **layer)
 
 
 def _arithmetic(call: Call) -> Plan:

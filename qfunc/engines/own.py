@@ -87,8 +87,8 @@ def _plain_trials(operator: str) -> tuple[Trial, ...]:
     return tuple(Trial((shape,) * count, operator=operator) for shape in ((2, 5, 7, 6), (3, 16)))
 
 
-class ConstraintError(Exception):
-    """A constraint of the user's raised, or gave no text."""
+class OwnKernelError(Exception):
+    """A function of the user's that is asked for a kernel raised, or gave what it may not."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -123,17 +123,39 @@ class _Plan:
 
     def _declined(self, call: Call) -> str:
         """Why the user's constraint does not let it take the call; empty where it does."""
-        place = call.node.place
-        try:
-            reason: object = None if self.constraint is None else self.constraint(call)
-        except Exception as error:
-            raise ConstraintError(
-                UserFunctionFailed(place, f"the constraint of {self.name} raised {told(error)}")
-            ) from error
-        if not isinstance(reason, str | None):
-            told_of = f"the constraint of {self.name} gave {reason!r}, not a text"
-            raise ConstraintError(UserFunctionFailed(place, told_of))
+        if self.constraint is None:
+            return ""
+        reason = _asked(self.constraint, call, f"the constraint of {self.name}", (str, type(None)), "a text")
         return reason or ""
+
+
+def guarded(kernels: tuple[KernelRow, ...]) -> tuple[KernelRow, ...]:
+    """Rows given to `lower`, of which plans that the user wrote fail with an `OwnKernelError` alone."""
+    return tuple(row if isinstance(row.plan, _Plan) else replace(row, plan=_Guarded(row)) for row in kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """How a call becomes a node by a plan that the user wrote."""
+
+    row: KernelRow
+
+    def __call__(self, call: Call) -> Plan:
+        """What the plan gives."""
+        planned: Plan = _asked(self.row.plan, call, f"the plan of {self.row.name}", (Node, str), "a node or a reason")
+        return planned
+
+
+def _asked(function: Callable[[Call], Any], call: Call, whose: str, expected: tuple[type, ...], what: str) -> Any:
+    """What a function of the user's gives for a call, where it is what it should be."""
+    place = call.node.place
+    try:
+        given = function(call)
+    except Exception as error:
+        raise OwnKernelError(UserFunctionFailed(place, f"{whose} raised {told(error)}")) from error
+    if not isinstance(given, expected):
+        raise OwnKernelError(UserFunctionFailed(place, f"{whose} gave {given!r}, not {what}"))
+    return given
 
 
 def _token(name: str) -> Token:

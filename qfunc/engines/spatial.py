@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import isnan
-from typing import Any
 
 from qfunc.config.kernel import Call, KernelRow, Plan, kernel_node
-from qfunc.engines.post_op import breach, contract_name, post_op
-from qfunc.engines.weights import clips, weight_of
+from qfunc.engines.post_op import post_op
+from qfunc.engines.weights import layer_of
 from qfunc.ir import Arg, Expression, Node, refs
 
 _RANKS = (1, 2, 3)
@@ -18,27 +17,12 @@ _OTHER_QPARAMS = "input and output have different qparams"
 
 def _conv_transpose(call: Call) -> Plan:
     node = call.node
-    weight = weight_of(call, call.host.onednn_layouts, axis=1)
-    if isinstance(weight, str):
-        return weight
-    if call.input.affine.dtype != "uint8":
-        return "the kernel takes uint8 activations"
-    if clips(call.output):
-        return clips(call.output)
-    bias = node.get("bias")
-    if not (bias is None or isinstance(bias, Expression)):
-        return "its bias is computed by the graph"
     # It is an ordinary convolution, whose result is rearranged.
-    ordinary = f"onednn.conv{node.kind[-2:]}"
-    post = post_op(ordinary, node.post, call.output)
-    if isinstance(post, str):
-        return post
-    broken = breach(call.host, contract_name(ordinary, str(post[0])))
-    if broken:
-        return broken
+    layer = layer_of(call, f"onednn.conv{node.kind[-2:]}", node.post, axis=1)
+    if isinstance(layer, str):
+        return layer
     names = ("stride", "padding", "output_padding", "dilation", "groups")
-    args: dict[str, Any] = {name: node.get(name) for name in names}
-    args |= {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
+    args = {**{name: node.get(name) for name in names}, **layer}
     return kernel_node(call, f"onednn.{node.kind}", (call.input.codes,), **args)
 
 

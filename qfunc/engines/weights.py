@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qfunc.config.kernel import Call
-from qfunc.ir import Ref
+from qfunc.engines.post_op import breach, contract_name, post_op
+from qfunc.ir import Expression, PostOp, Ref
 from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.numerics.saturation import PairLayout, PairLayouts, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight, loads
@@ -20,6 +23,33 @@ def weight_of(call: Call, layouts: PairLayouts, *, axis: int = 0) -> QuantizeWei
     low, high = call.input.affine.expected
     most = high - min(low, 0)  # kernels shift int8 activations to uint8
     return limited(call, weight.value, most, layouts, axis=axis)
+
+
+def layer_of(
+    call: Call, kernel: str, posts: tuple[PostOp, ...], *, axis: int = 0, int8: bool = False
+) -> dict[str, Any] | str:
+    """What a kernel of oneDNN's for a layer is made with: weight, bias, qparams and post-op; or why it takes no call.
+
+    `kernel` is the one whose post-ops it has and whose contract it needs, `posts` what it has to do behind the layer.
+    Output channels of the weight are along `axis`; with `int8` activations may be that as well.
+    """
+    weight = weight_of(call, call.host.onednn_layouts, axis=axis)
+    if isinstance(weight, str):
+        return weight
+    if call.input.affine.dtype != "uint8" and not int8:
+        return "the kernel takes uint8 activations"
+    if clips(call.output):
+        return clips(call.output)
+    bias = call.node.get("bias")
+    if not (bias is None or isinstance(bias, Expression)):
+        return "its bias is computed by the graph"
+    post = post_op(kernel, posts, call.output)
+    if isinstance(post, str):
+        return post
+    broken = breach(call.host, contract_name(kernel, str(post[0])))
+    if broken:
+        return broken
+    return {"weight": weight, "bias": bias, "input": call.input.affine, "output": call.output, "post_op": post}
 
 
 def limited(

@@ -102,5 +102,13 @@ def without_unread(graph: Graph, before: Graph) -> Graph:
 
 def _only_computes(node: Node) -> bool:
     """Whether a node does nothing but give a value: it writes to no memory and draws no random numbers."""
-    in_training = node.has("training") and node.get("training") is not False
-    return node.kind in BY_NAME and not node.aliased and not in_training
+    if node.kind not in BY_NAME or node.aliased:
+        return False
+    match node.kind:
+        case "attention":
+            return node.get("dropout_p") == 0
+        case "instance_norm":
+            updated = node.get("running_mean") is not None or node.get("running_var") is not None
+            return not updated or node.get("use_input_stats") is False
+        case _:
+            return not node.has("training") or node.get("training") is False

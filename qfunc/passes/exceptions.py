@@ -45,11 +45,16 @@ def _getitem(node: Node, graph: Graph) -> str:
 
 def gives_tensor(node: Node, graph: Graph) -> bool:
     """Whether a value is known to be a tensor, and not a tuple of them."""
+    while node.fact is None and node.kind == "getitem":
+        whole = node.get("input")
+        if not isinstance(whole, Ref):
+            return False
+        if graph[whole.id].kind in PARTS:
+            return isinstance(node.get("index"), int)
+        node = graph[whole.id]
     if node.fact is not None or node.kind not in BY_NAME:
         return isinstance(node.fact, TensorFact)
-    if node.kind != "getitem":
-        return node.kind not in PARTS
-    return _getitem(node, graph) == ""
+    return node.kind not in PARTS
 
 
 def _div(node: Node, _: Graph) -> str:

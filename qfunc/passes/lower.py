@@ -16,7 +16,7 @@ from qfunc.config.kernel import ISLAND, Call, Engine, KernelRow, Operand, Plan
 from qfunc.engines import ENGINES
 from qfunc.engines.choice import AUTO, best_engine, runnable
 from qfunc.engines.dynamic import ATEN_KERNELS, FLOAT_KERNELS, LINEAR_DYNAMIC
-from qfunc.engines.own import ConstraintError, is_own, misplaced, objects_of
+from qfunc.engines.own import OwnKernelError, guarded, is_own, misplaced, objects_of
 from qfunc.errors import EngineMissing, NotLowered, Problem, UnknownName, WrongStage, several
 from qfunc.ir import Draft, Expression, Graph, Name, Node, Note, TensorFact, refs, users
 from qfunc.ir.node import fact_in
@@ -87,8 +87,8 @@ def lower(
 
     Returns:
         The lowered graph, or `EngineMissing`, `UnknownName` for the engine, `NotLowered` for each node under `strict`,
-        `UnsupportedDType` for what the decomposed operators cannot say, `UserFunctionFailed` for a constraint of a
-        kernel of the user's, `WrongStage`.
+        `UnsupportedDType` for what the decomposed operators cannot say, `UserFunctionFailed` for a constraint or a plan
+        of a kernel of the user's, `WrongStage`.
     """
     if not isinstance(converted, Converted):
         return Failure(WrongStage(type(converted).__name__, "Converted"))
@@ -101,7 +101,8 @@ def lower(
     if problems:
         return Failure(several(problems))
     moved, coded = moved_on_codes(converted.graph, chosen)
-    lowering = _Lowering(replace(converted, graph=moved), host, replace(chosen, rows=(*kernels, *chosen.rows)), coded)
+    chosen = replace(chosen, rows=(*guarded(kernels), *chosen.rows))
+    lowering = _Lowering(replace(converted, graph=moved), host, chosen, coded)
     graph = lowering.run()
     if lowering.problems:
         return Failure(several(lowering.problems))
@@ -265,7 +266,7 @@ class _Lowering:
             return self._unfit(call, row), {}
         try:
             planned = row.plan(call)
-        except ConstraintError as error:
+        except OwnKernelError as error:
             self.problems.append(error.problem)
             return str(error.problem), {}
         if isinstance(planned, str) and all(verdict.ok for verdict in asked.values()):

@@ -134,6 +134,30 @@ def test_weights_that_become_no_integers_are_not_among_them():
     assert unwrap(materialize(converted_of(net(), mapping=QConfigMapping()))).original_weights == {}
 
 
+class Numbered(nn.Module):
+    """A layer has the name that the second call of another one has as a node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc_1, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = F.pad(x.mean((2, 3)), (0, 1))
+        return self.last(self.fc_1(self.fc(self.fc(y))))
+
+
+def test_a_path_is_that_of_its_layer_and_no_weights_are_lost():
+    torch.manual_seed(0)
+    model = Numbered().eval()
+    converted = converted_of(model)
+    calls = [node.id for node in converted.graph if node.origin.module == "fc"]
+    assert "fc_1" in calls
+    found = kept_of(converted)
+    assert torch.equal(found["fc_1"]["weight"], model.fc_1.weight)
+    assert len(found) == 3
+    assert all(torch.equal(parts["weight"], model.fc.weight) for key, parts in found.items() if key != "fc_1")
+
+
 def test_recurrent_layers_keep_all_their_matrices():
     model = nn.Sequential(nn.LSTM(4, 3, num_layers=2)).eval()
     graph = unwrap(trace(model, torch.randn(5, 2, 4)))

@@ -119,3 +119,66 @@ def test_codes_that_a_model_takes_and_gives_stay():
     assert kinds[0] == "placeholder"
     assert kinds.count("dequantize") == kinds.count("quantize") == 2
     assert converted.graph[next(converted.graph["output"].uses())].kind == "quantize"
+
+
+class Unread(nn.Module):
+    """Layers, and a call whose result nobody reads."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.call, self.a, self.b = call, nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x):
+        y = self.a(x)
+        self.call(y, self.mean, self.var)
+        return self.b(y)
+
+
+def _norm(function, **options):
+    return lambda y, mean, var: function(y.unsqueeze(2).expand(-1, -1, 3), mean, var, **options)
+
+
+def _attention(**options):
+    return lambda y, mean, var: F.scaled_dot_product_attention(y, y, y, **options)
+
+
+DOING_MORE = {
+    "instance norm": _norm(F.instance_norm),
+    "attention": _attention(dropout_p=0.5),
+}
+COMPUTING = {
+    "instance norm": _norm(F.instance_norm, use_input_stats=False),
+    "instance norm of the input": lambda y, mean, var: F.instance_norm(y.unsqueeze(0)),
+    "batch norm": _norm(F.batch_norm),
+    "attention": _attention(),
+    "dropout": lambda y, mean, var: F.dropout(y, 0.5, training=False),
+}
+
+
+def _left_by(model):
+    """What a call leaves behind: the state of random numbers, and the buffers."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model(X)
+    return torch.rand(3), model.mean.clone(), model.var.clone()
+
+
+@pytest.mark.parametrize("name", DOING_MORE)
+def test_what_does_more_than_compute_is_done_though_nobody_reads_it(name):
+    model = Unread(DOING_MORE[name]).eval()
+    made = unwrap(materialize(converted_of(model, [X], X86), copy=True))
+    torch.manual_seed(1)
+    untouched = torch.rand(3), model.mean.clone(), model.var.clone()
+    expected, found = _left_by(model), _left_by(made)
+    assert not all(map(torch.equal, expected, untouched))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_what_only_computes_is_not_done_where_nobody_reads_it(name):
+    graph = converted_of(Unread(COMPUTING[name]).eval(), [X], X86).graph
+    assert [node.kind for node in graph if node.kind in ("instance_norm", "batch_norm", "attention", "dropout")] == []

@@ -290,6 +290,28 @@ def test_a_constraint_that_fails_is_told_with_its_node(constraint: Any) -> None:
     assert "the constraint of mine.hardswish" in problem.reason
 
 
+@pytest.mark.parametrize(
+    "plan", [raising, lambda call: 3, lambda: "", None], ids=["raises", "no plan", "no argument", "none"]
+)
+def test_a_plan_that_fails_is_told_with_its_node(plan: Any) -> None:
+    rows = tuple(KernelRow(f"mine.{kind}", (kind,), plan, checked=False) for kind in ("hardswish", "cat"))
+    found = problems(lower(reference(), kernels=rows).failure())
+    assert {type(problem) for problem in found} == {UserFunctionFailed}
+    for kind, problem in zip(("hardswish", "cat"), found, strict=True):
+        assert problem.node.startswith(kind)
+        assert problem.reason.startswith(f"the plan of mine.{kind} ")
+
+
+def test_a_plan_of_the_user_may_decline_and_may_plan() -> None:
+    def plan(call: Any) -> Any:
+        return "not today" if call.node.kind == "cat" else replace(call.node, kind="hardswish")
+
+    row = KernelRow("mine.kept", ("cat", "hardswish"), plan, checked=False)
+    found = kernels(unwrap(lower(reference(), kernels=(row,))))
+    assert found["hardswish"] == "mine.kept"
+    assert found["cat"] == "codes.cat"
+
+
 @pytest.mark.parametrize("operator", [5, ["hardswish"], None])
 def test_a_trial_names_its_operator_with_a_text(operator: Any) -> None:
     failed = own_kernel("mine.hardswish", ("hardswish",), make_hardswish, trials=(Trial(((2, 3),), operator=operator),))

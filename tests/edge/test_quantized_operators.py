@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from qfunc.edge.host import check_host
+from qfunc.edge.kernels import quantized
 from qfunc.edge.kernels import quantized_operators as operators
 from qfunc.edge.kernels.contract import adversarial_codes, check
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv
@@ -38,6 +41,7 @@ from qfunc.edge.kernels.quantized_layers import (
     QuantizedLinearLeakyReLU,
     QuantizedLinearTanh,
 )
+from qfunc.edge.kernels.quantized_tensors import pad_quantized
 from qfunc.engines.quantized import MOVES_OF_TENSORS
 from qfunc.numerics.grid import Affine
 
@@ -144,6 +148,38 @@ def test_the_other_operand_of_a_fused_sum_may_broadcast_and_is_kept(shape: tuple
     result = module(X, other)
     assert torch.equal(other.int_repr(), kept)
     assert (result.int_repr() - (real / 0.4 + 90).clamp(0, 255)).abs().max() < 1.01
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="torch has no onednn engine here")
+@pytest.mark.parametrize("relu", [False, True])
+def test_fused_sums_are_scripted(relu: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-63, 64, (4, 8, 3, 3), dtype=torch.int8, generator=generator)
+    call = QConvCall(0.4, 90, (1, 1), (0, 0), (1, 1), relu=relu, pad=(1, 1, 1, 1), padding_mode="reflect")
+    module = QuantizedConvAdd2d(weight, torch.full((4,), 0.01), None, call, "onednn")
+    scripted = torch.jit.script(module)
+    for shape in ((2, 4, 5, 6), (2, 4, 1, 1)):  # the second is added in float
+        other = as_quantized(torch.randint(0, 256, shape, generator=generator).to(torch.uint8), GIVEN)
+        with active_engine("onednn"):
+            found = scripted(X, other)
+        assert torch.equal(found.int_repr(), module(X, other).int_repr())
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="torch has no onednn engine here")
+def test_an_input_is_padded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def pad(x: Tensor, *args: Any) -> Tensor:
+        given.append(x)
+        return pad_quantized(x, *args)
+
+    monkeypatch.setattr(quantized, "pad_quantized", pad)
+    weight, call = torch.ones((4, 8, 3, 3), dtype=torch.int8), QConvCall(0.4, 90, (2, 2), (0, 0), (1, 1))
+    call = replace(call, pad=(1, 1, 1, 1), padding_mode="reflect")
+    module = QUANTIZED_CONV[2](weight, torch.full((4,), 0.01), None, call, "onednn")
+    assert module.guarded  # so that the sizes of the result are needed as well
+    assert module(X).shape == (2, 4, 3, 3)
+    assert len(given) == 1
 
 
 def _geometries(seed: int, count: int) -> Iterator[tuple[int, int, tuple[int, ...], tuple[tuple[int, ...], ...]]]:
@@ -274,6 +310,7 @@ def test_threads_that_need_another_engine_wait_for_each_other() -> None:
 
 ENDS = """
 import sys, torch
+from qfunc.edge.kernels import quantized
 from qfunc.edge.kernels import quantized_operators as operators
 from qfunc.edge.kernels.quantized import QUANTIZED_CONV, QConvCall, active_engine
 from qfunc.edge.kernels.quantized_dynamic import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedLinearDynamic

@@ -13,7 +13,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qfunc import CPU, X86, BackendConfig, Lowered, materialize, quantize, unwrap
+from qfunc import (
+    CPU,
+    X86,
+    BackendConfig,
+    Lowered,
+    calibrate,
+    convert,
+    fuse,
+    lower,
+    materialize,
+    prepare,
+    quantize,
+    trace,
+    unwrap,
+)
 from qfunc.testing import metrics
 
 KEPT_BY_THE_REFERENCE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
@@ -152,3 +166,22 @@ def test_a_part_of_a_tuple_of_floats_is_quantized_itself(name: str, engine: str)
     module = unwrap(materialize(unwrap(quantize(model, [data], engine=engine))))
     with torch.no_grad():
         assert metrics.sqnr(model(data), module(data)) > 12
+
+
+def _sliced(x: Tensor) -> Tensor:
+    y = torch.chunk(x, 2, dim=1)[0]
+    for _ in range(600):
+        y = y[:, :8]
+    return torch.cat([y, y], dim=1)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no facts", "facts"])
+def test_a_long_chain_of_slices_is_a_tensor_where_it_begins_with_one(known: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Between(_sliced).eval(), torch.randn(4, 4, 8, 8)
+    traced = trace(model, data) if known else trace(model)
+    calibrated = traced.bind(fuse).bind(prepare).bind(lambda stage: calibrate(stage, [data], progress=False))
+    stage = unwrap(calibrated.bind(convert).bind(lower))
+    assert stage.certificate.in_int8 == len(stage.certificate.entries) > 600
+    with torch.no_grad():
+        assert metrics.sqnr(model(data), unwrap(materialize(stage))(data)) > 20

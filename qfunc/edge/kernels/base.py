@@ -54,6 +54,20 @@ def clamped_codes(scaled: Tensor, zero_point: int, low: int, high: int, dtype: t
     return scaled.view(torch.int32).sub_(_MAGIC_BITS - zero_point).to(dtype)
 
 
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to tensors, where it leaves their dtype; of the rest only the move to a device.
+
+    >>> keeping_dtype(lambda tensor: tensor.half())(torch.ones(1)).dtype
+    torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        given = fn(tensor)
+        return given if given.dtype == tensor.dtype else tensor.to(given.device)
+
+    return moved
+
+
 class Kernel(nn.Module):
     """A leaf module over plain codes. Its float32 buffers keep their dtype and bits through `.half()` and `.to(dtype)`.
 
@@ -106,11 +120,7 @@ class Kernel(nn.Module):
         self.drop_packs()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kernel:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        result = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         self.drop_packs()
         return cast("Kernel", result)
 

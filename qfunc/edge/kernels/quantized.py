@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from qfunc.edge.kernels.base import check_weight
+from qfunc.edge.kernels.base import check_weight, keeping_dtype
 from qfunc.edge.kernels.conv import is_thin, thickened
 from qfunc.edge.kernels.quantized_tensors import pad_quantized, with_codes
 from qfunc.numerics.grid import Affine
@@ -120,11 +120,7 @@ class Packed(nn.Module):
 
     @torch.jit.unused
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
 
 _CONV_PREPACK = {
@@ -205,10 +201,12 @@ class PackedConv(Packed):
         scale, zeros = self.weight_scale.double(), torch.zeros(self.weight.shape[0], dtype=torch.int64)
         return torch._make_per_channel_quantized_tensor(thickened(self.weight), scale, zeros, 0)
 
+    def _before(self, x: Tensor) -> Tensor:
+        """The input, padded as it is before the operator."""
+        return pad_quantized(x, self.pad, self.padding_mode) if self.pads else x
+
     def _given(self, x: Tensor) -> Tensor:
-        """What the operator is called with."""
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
+        """What the operator is called with, of an input that is padded before."""
         if self.guarded:
             x = self._grown(x)
         if self.thin:
@@ -228,7 +226,7 @@ class PackedConv(Packed):
         return min(self._sizes(x)) > 0
 
     def _sizes(self, x: Tensor) -> list[int]:
-        """The spatial sizes of the result of an input, as it is padded before."""
+        """The spatial sizes of the result of an input that is padded before."""
         sizes: list[int] = []
         for axis, stride in enumerate(self.stride):
             extent = self.dilation[axis] * (self.weight.size(axis + 2) - 1) + 1
@@ -237,11 +235,9 @@ class PackedConv(Packed):
         return sizes
 
     def _shown(self, out: Tensor, x: Tensor) -> Tensor:
-        """The part of a result that is of the input `x`, and not of the zeros behind it."""
+        """The part of a result that is of the input `x`, padded before, and not of the zeros behind it."""
         if not self.guarded:
             return out
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
         sizes = self._sizes(x)
         first = out.dim() - len(sizes)
         cut = False
@@ -267,6 +263,7 @@ class QuantizedConv1d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        x = self._before(x)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv1d_relu(self._given(x), self.packed, self.scale, self.zero_point)
             return self._shown(fused, x)
@@ -279,6 +276,7 @@ class QuantizedConv2d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        x = self._before(x)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv2d_relu(self._given(x), self.packed, self.scale, self.zero_point)
             return self._shown(fused, x)
@@ -291,6 +289,7 @@ class QuantizedConv3d(PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
+        x = self._before(x)
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv3d_relu(self._given(x), self.packed, self.scale, self.zero_point)
             return self._shown(fused, x)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qfunc.edge.kernels.base import outside_compile
 from qfunc.edge.kernels.quantized import Packed, PackedConv, QConvCall, QuantizedLinear, TorchEngine, active_engine
-from qfunc.edge.kernels.quantized_tensors import pad_quantized
 from qfunc.numerics.grid import Affine
 
 
@@ -113,7 +112,26 @@ class QuantizedConvTranspose3d(PackedTransposed):
 QUANTIZED_CONV_TRANSPOSE = {1: QuantizedConvTranspose1d, 2: QuantizedConvTranspose2d, 3: QuantizedConvTranspose3d}
 
 
-class QuantizedConvAdd2d(PackedConv):
+class UnderOnednn:
+    """What only torch's onednn engine runs, which is made active for it, but not by TorchScript."""
+
+    def _run(self, operands: list[Tensor]) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._fused(operands)
+        return self._under_onednn(operands)
+
+    @torch.jit.unused
+    @outside_compile
+    def _under_onednn(self, operands: list[Tensor]) -> Tensor:
+        with active_engine("onednn"):
+            return self._fused(operands)
+
+    def _fused(self, operands: list[Tensor]) -> Tensor:
+        """The result of the engine's kernel."""
+        raise NotImplementedError
+
+
+class QuantizedConvAdd2d(UnderOnednn, PackedConv):
     """`quantized.conv2d_add` (+ ReLU) of torch's onednn engine: `conv(x) + other` in one kernel.
 
     The kernel writes into its accumulator. `overwrite=True` lets that be `other` itself: only for a caller who knows
@@ -137,24 +155,16 @@ class QuantizedConvAdd2d(PackedConv):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """The quantized result."""
-        if self.pads:
-            x = pad_quantized(x, self.pad, self.padding_mode)
+        x = self._before(x)
         if list(other.shape) != self._output_shape(x) or self._is_small(x):
             return self._in_float(x, other)
         accumulator = other if self.overwrite else other.clone()
         if self.thin:
             x = x.repeat_interleave(2, 1)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._sum(x, accumulator)
-        return self._under_onednn(x, accumulator)
+        return self._run([x, accumulator])
 
-    @torch.jit.unused
-    @outside_compile
-    def _under_onednn(self, x: Tensor, accumulator: Tensor) -> Tensor:
-        with active_engine("onednn"):
-            return self._sum(x, accumulator)
-
-    def _sum(self, x: Tensor, accumulator: Tensor) -> Tensor:
+    def _fused(self, operands: list[Tensor]) -> Tensor:
+        x, accumulator = operands[0], operands[1]
         if self.relu:
             fused: Tensor = torch.ops.quantized.conv2d_add_relu(
                 x, accumulator, self.packed, self.scale, self.zero_point
@@ -164,11 +174,7 @@ class QuantizedConvAdd2d(PackedConv):
         return out
 
     def _output_shape(self, x: Tensor) -> list[int]:
-        shape = [x.shape[0], self.weight.shape[0]]
-        for axis in range(2):
-            extent = self.dilation[axis] * (self.weight.shape[axis + 2] - 1) + 1
-            shape.append((x.shape[axis + 2] + 2 * self.padding[axis] - extent) // self.stride[axis] + 1)
-        return shape
+        return [x.size(0), self.weight.size(0)] + self._sizes(x)  # noqa: RUF005 - TorchScript unpacks no lists
 
     def _is_small(self, x: Tensor) -> bool:
         missing = 0
@@ -185,7 +191,7 @@ class QuantizedConvAdd2d(PackedConv):
         return torch.quantize_per_tensor(value, self.scale, self.zero_point, torch.quint8)
 
 
-class QuantizedLinearLeakyReLU(QuantizedLinear):
+class QuantizedLinearLeakyReLU(UnderOnednn, QuantizedLinear):
     """`quantized.linear_leaky_relu` of torch's onednn engine."""
 
     def __init__(
@@ -203,38 +209,22 @@ class QuantizedLinearLeakyReLU(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._fused(x)
-        return self._under_onednn(x)
+        return self._run([x])
 
-    @torch.jit.unused
-    @outside_compile
-    def _under_onednn(self, x: Tensor) -> Tensor:
-        with active_engine("onednn"):
-            return self._fused(x)
-
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, operands: list[Tensor]) -> Tensor:
         out: Tensor = torch.ops.quantized.linear_leaky_relu(
-            x, self.packed, self.scale, self.zero_point, self.negative_slope
+            operands[0], self.packed, self.scale, self.zero_point, self.negative_slope
         )
         return out
 
 
-class QuantizedLinearTanh(QuantizedLinear):
+class QuantizedLinearTanh(UnderOnednn, QuantizedLinear):
     """`quantized.linear_tanh` of torch's onednn engine."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._fused(x)
-        return self._under_onednn(x)
+        return self._run([x])
 
-    @torch.jit.unused
-    @outside_compile
-    def _under_onednn(self, x: Tensor) -> Tensor:
-        with active_engine("onednn"):
-            return self._fused(x)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.quantized.linear_tanh(x, self.packed, self.scale, self.zero_point)
+    def _fused(self, operands: list[Tensor]) -> Tensor:
+        out: Tensor = torch.ops.quantized.linear_tanh(operands[0], self.packed, self.scale, self.zero_point)
         return out

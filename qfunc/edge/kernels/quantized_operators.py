@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfunc.edge.kernels.base import keeping_dtype
 from qfunc.edge.kernels.quantized_tensors import pad_quantized
 from qfunc.numerics.grid import Affine
 
@@ -24,12 +25,7 @@ class Quantized(nn.Module):
     @torch.jit.unused
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """The factors of norms stay float32, as their kernels take them."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
