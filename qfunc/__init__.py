@@ -47,6 +47,8 @@ from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.selectors import depthwise_convolutions, first_layer, last_layer, layers
+from qfunc.config.training import for_training
+from qfunc.edge.absorb import absorb
 from qfunc.edge.attention import decomposed_attention
 from qfunc.edge.calibrate import calibrate
 from qfunc.edge.distributed import calibrate_distributed
@@ -59,6 +61,7 @@ from qfunc.edge.recurrent import QUANTIZABLE_LSTM, observed_lstm, quantized_lstm
 from qfunc.edge.reuse import reuse
 from qfunc.edge.sharded import calibrate_sharded
 from qfunc.edge.ship import pack, unpack
+from qfunc.edge.switch import Schedule, Switches, switch, switched
 from qfunc.edge.trace import trace
 from qfunc.engines.own import Trial, own_kernel
 from qfunc.errors import QuantError, kept, render
@@ -83,6 +86,7 @@ from qfunc.passes.describe import Comparison, Description, compare, describe
 from qfunc.passes.explain import FusionReport, explain_fusion
 from qfunc.passes.lower import Lowered
 from qfunc.passes.prepare import prepare
+from qfunc.passes.prepare_qat import prepare_qat
 from qfunc.passes.stages import Calibrated, Converted, Prepared
 from qfunc.passes.statistics import Statistics, merge
 from qfunc.quantize import fuse, lower, quantize
@@ -146,13 +150,16 @@ __all__ = [
     "R",
     "Recording",
     "ReuseInput",
+    "Schedule",
     "SharedWith",
     "Standalone",
     "Statistics",
     "Step",
+    "Switches",
     "Trial",
     "Unshared",
     "Verdict",
+    "absorb",
     "annotate",
     "calibrate",
     "calibrate_distributed",
@@ -167,6 +174,7 @@ __all__ = [
     "describe",
     "explain_fusion",
     "first_layer",
+    "for_training",
     "from_json",
     "fuse",
     "fuse_known_modules",
@@ -186,6 +194,7 @@ __all__ = [
     "own_kernel",
     "pack",
     "prepare",
+    "prepare_qat",
     "quantize",
     "quantized_lstm",
     "read_certificate",
@@ -193,6 +202,8 @@ __all__ = [
     "render",
     "reuse",
     "save",
+    "switch",
+    "switched",
     "to_json",
     "trace",
     "unpack",

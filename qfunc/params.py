@@ -6,8 +6,9 @@ expressions, never tensors, and a pass costs nothing for large weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from qfunc.ir.value import Expression, Token
@@ -215,27 +216,37 @@ def loads(expression: Expression | Grid | None) -> Iterator[Load]:
     >>> [load.name for load in loads(Load("fc.weight", "float32", (2, 3)))]
     ['fc.weight']
     """
-    match expression:
-        case Load():
-            yield expression
-        case FoldBatchNorm(_, weight, bias, mean, var, gamma, beta):
-            for part in (weight, bias, mean, var, gamma, beta):
-                yield from loads(part)
-        case QuantizeWeight(value, observer):
-            yield from loads(value)
-            if isinstance(observer, DeriveQParams):
-                yield from loads(observer)
-        case DequantizeWeight(value) | CastWeight(value) | WeightCodes(value) | QParamsPart(_, value):
-            yield from loads(value)
-        case DivideColumns(value) | MultiplyRows(value):
-            yield from loads(value)
-        case FakeQuantizeWeight(value, _, norms):
-            yield value
-            for norm in norms:
-                yield from loads(norm.gamma)
-                yield from loads(norm.var)
-        case DeriveQParams(of):
-            for source in of:
-                yield from loads(source)
-        case _:
-            return
+    if isinstance(expression, Load):
+        yield expression
+    elif type(expression) in _PARTS:
+        for part in _PARTS[type(expression)](expression):
+            yield from loads(part)
+
+
+def _of_value(expression: Any) -> tuple[Expression]:
+    return (expression.value,)
+
+
+def _of_quantized(expression: QuantizeWeight) -> tuple[Expression | None, ...]:
+    return expression.value, expression.observer if isinstance(expression.observer, DeriveQParams) else None
+
+
+def _of_rounded(expression: FakeQuantizeWeight) -> tuple[Expression | None, ...]:
+    return expression.value, *(part for norm in expression.norms for part in (norm.gamma, norm.var))
+
+
+def _of_folded(fold: FoldBatchNorm) -> tuple[Expression | None, ...]:
+    return fold.weight, fold.bias, fold.mean, fold.var, fold.gamma, fold.beta
+
+
+_PARTS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = MappingProxyType(
+    {
+        FoldBatchNorm: _of_folded,
+        QuantizeWeight: _of_quantized,
+        FakeQuantizeWeight: _of_rounded,
+        DeriveQParams: lambda derived: derived.of,
+        QParamsPart: lambda part: (part.of,),
+        **dict.fromkeys((DequantizeWeight, CastWeight, WeightCodes, DivideColumns, MultiplyRows), _of_value),
+    }
+)
+"""What expressions are made of; one that is not named here is made of none."""

@@ -93,11 +93,10 @@ class FakeQuantizer(KeepsDType, Switched):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
-            with torch.no_grad():
-                self.scale.clamp_(min=spec.eps)
-            scaled = self.quantization.scale_gradient
-            given = (self.scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
-            return round_and_learn(x, *given, scale_gradient=scaled)
+            # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
+            scale = self.scale + (self.scale.clamp(min=spec.eps) - self.scale).detach()
+            given = (scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
+            return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         zero_point = self.zero_point if self.middle is None else self.middle
         return round_through(x, self.scale, zero_point, spec.quant_min, spec.quant_max, axis)
 

@@ -43,6 +43,10 @@ def round_through(
     >>> y.tolist(), torch.autograd.grad(y.sum(), x)[0].tolist()
     ([-1.0, 0.5, 3.0], [0.0, 1.0, 0.0])
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        # the backward pass is to see what was rounded with, whatever has become of it in between
+        scale = scale.clone()
+        zero_point = zero_point.clone() if isinstance(zero_point, Tensor) else zero_point
     rounded: Tensor = _RoundThrough.apply(x, scale, zero_point, quant_min, quant_max, ch_axis)  # type: ignore[no-untyped-call]
     return rounded
 
@@ -71,7 +75,7 @@ def round_and_learn(
     factor = 1.0
     if scale_gradient:
         factor = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * max(quant_max, 1))
-    rounded: Tensor = _RoundAndLearn.apply(x, scale, zero_point, quant_min, quant_max, ch_axis, factor)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _RoundAndLearn.apply(x, scale.clone(), zero_point.clone(), quant_min, quant_max, ch_axis, factor)  # type: ignore[no-untyped-call]
     return rounded
 
 

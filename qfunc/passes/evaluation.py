@@ -31,14 +31,10 @@ def evaluating(graph: Graph) -> Graph:
     """The graph in evaluation mode."""
     draft = Draft(graph)
     for node in graph:
-        if any(
-            value is True
-            for args in (node.args, *(p.args for p in node.post))
-            for name, value in args
-            if name == "training"
-        ):
-            post = tuple(PostOp(p.kind, _evaluating(p.args), p.origin) for p in node.post)
-            draft.put(replace(node, args=_evaluating(node.args), post=post))
+        post = tuple(PostOp(p.kind, _evaluating(p.args), p.origin) for p in node.post)
+        changed = replace(node, args=_evaluating(node.args), post=post)
+        if changed != node:
+            draft.put(changed)
     modules = {path: replace(fact, training=False) for path, fact in graph.modules.items() if fact.training}
     return replace(draft.commit(), training=False, modules=graph.modules.update(modules))
 
