@@ -38,11 +38,7 @@ def for_training(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMa
         return _trained(given, 0.01, learned=learned)
 
     def of_operator(choice: Choice) -> Choice:
-        if choice is None:
-            return None
-        given = choice.input_activation
-        inputs = None if given is None else of_value(given)
-        return QConfig(of_value(choice.activation), _trained(choice.weight, 1.0, learned=learned), inputs)
+        return trained(choice, learned=learned)
 
     return replace(
         mapping,
@@ -56,6 +52,18 @@ def for_training(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMa
         outputs=_each(mapping.outputs, of_value),
         edges=_each(mapping.edges, of_value),
     )
+
+
+def trained(choice: Choice, *, learned: bool = False) -> Choice:
+    """The configuration of an operator that `for_training` makes of another."""
+    if choice is None:
+        return None
+    given = choice.input_activation
+    inputs = None if given is None else _trained(given, 0.01, learned=learned)
+    activation, weight = (
+        _trained(part, c, learned=learned) for part, c in ((choice.activation, 0.01), (choice.weight, 1.0))
+    )
+    return QConfig(activation, weight, inputs)
 
 
 def _each(table: PMap[Any, Any], function: Callable[[Any], Any]) -> PMap[Any, Any]:

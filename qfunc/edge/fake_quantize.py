@@ -28,7 +28,7 @@ from qfunc.numerics.observers import (
 from qfunc.numerics.qparams import FLOAT_QPARAMS, QParams, QuantSpec, middle, qparams_of_range
 from qfunc.numerics.statistic import RangeState, finite
 from qfunc.numerics.straight_through import cast_through, round_and_learn, round_through
-from qfunc.numerics.unmeasured import Cast, Dynamic
+from qfunc.numerics.unmeasured import Cast, Dynamic, told
 from qfunc.passes.statistics import Key, Measured, Statistics
 from qfunc.passes.training import Start
 from qfunc.result import unwrap
@@ -139,7 +139,7 @@ class FakeQuantizer(KeepsDType, Switched):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         off = "".join(f", {name}=False" for name, on in self.on.items() if not on)
-        return f"{self.quantization!r}, of {self.place}{off}"
+        return f"{told(self.quantization)}, of {self.place}{off}"
 
 
 class FixedFakeQuantizer(FakeQuantizer):

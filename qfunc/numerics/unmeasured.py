@@ -75,7 +75,7 @@ def told(quantization: object) -> str:
     >>> told(Dynamic())
     'Dynamic uint8 0..255 per_tensor_affine'
     """
-    name, spec = type(quantization).__name__, getattr(quantization, "spec", None)
+    name, spec = class_told(quantization), getattr(quantization, "spec", None)
     match quantization:
         case Cast(dtype, dynamic):
             return f"Cast {dtype}{' of inputs' if dynamic else ''}"
@@ -85,6 +85,18 @@ def told(quantization: object) -> str:
             return f"{name} {spec.dtype} {spec.quant_min}..{spec.quant_max} {spec.qscheme}"
         case _:
             return repr(quantization)
+
+
+def class_told(quantization: object) -> str:
+    """The class of a way to quantize, and of what it wraps.
+
+    >>> from qfunc.numerics.observers import MovingAverageMinMax
+    >>> class_told(FakeQuantize(MovingAverageMinMax(), learned=True))
+    'FakeQuantize(MovingAverageMinMax, learned)'
+    """
+    if not isinstance(quantization, FakeQuantize):
+        return type(quantization).__name__
+    return f"FakeQuantize({class_told(quantization.observer)}{', learned' if quantization.learned else ''})"
 
 
 def validate_quantization(quantization: Any) -> Iterator[Problem]:

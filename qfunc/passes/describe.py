@@ -12,7 +12,7 @@ from qfunc.config.columns import aligned
 from qfunc.errors import WrongStage
 from qfunc.ir import Graph, Note
 from qfunc.numerics.observers import PerChannelMinMax
-from qfunc.numerics.unmeasured import Cast, KeepFloat
+from qfunc.numerics.unmeasured import Cast, KeepFloat, class_told
 from qfunc.passes.numbers import non_tensors
 from qfunc.passes.stages import Prepared, Site, SiteObserver
 from qfunc.result import R
@@ -75,9 +75,12 @@ class Description:
     """The inputs and outputs of the converted model that are codes."""
     unrounded: tuple[str, ...] = ()
     """The uses that read in float a value which others read quantized."""
+    folding: str | None = None
+    """How batch norms are folded while it trains; None where it is not for training."""
 
     def __str__(self) -> str:
         head = f"{self.backend}: {len(self.sites)} sites, {len(self.weights)} weights, {len(self.floats)} left float"
+        head += "" if self.folding is None else f"; trains with {self.folding} folding"
         sites = [(s.site, ", ".join(s.values), s.observer, s.dtype, s.qscheme, "; ".join(s.why)) for s in self.sites]
         weights = [(w.node, w.place, w.observer, w.dtype, w.qscheme) for w in self.weights]
         biases = [(b.node, b.place, b.observer, b.dtype, b.qscheme) for b in self.biases]
@@ -141,7 +144,7 @@ def describe(prepared: Prepared) -> R[Description]:
         Description(
             prepared.backend,
             tuple(
-                SiteRow(s.id, s.taps, type(s.observer).__name__, *_spec(s.observer), why=tuple(reasons.get(s.id, ())))
+                SiteRow(s.id, s.taps, class_told(s.observer), *_spec(s.observer), why=tuple(reasons.get(s.id, ())))
                 for s in sites
             ),
             _rows(graph, prepared.weights),
@@ -158,6 +161,7 @@ def describe(prepared: Prepared) -> R[Description]:
             ),
             tuple(_codes(prepared)),
             tuple(f"{e.slot}[{e.index}] of {_named(graph, e.user)}" for e in sorted(prepared.unrounded, key=str)),
+            prepared.folding,
         )
     )
 
@@ -170,7 +174,7 @@ def _codes(prepared: Prepared) -> Iterator[str]:
 def _rows(graph: Graph, table: Mapping[str, ParameterSpec]) -> tuple[WeightRow, ...]:
     """Parameters and how they are quantized, in graph order."""
     told = ((id, table[id]) for id in graph.order if id in table)
-    return tuple(WeightRow(id, graph[id].place, type(spec).__name__, *_spec(spec)) for id, spec in told)
+    return tuple(WeightRow(id, graph[id].place, class_told(spec), *_spec(spec)) for id, spec in told)
 
 
 def _channels(site: Site) -> int:
@@ -252,9 +256,9 @@ def _each_decision(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 
 def _parameter(spec: ParameterSpec) -> str:
-    return " ".join((type(spec).__name__, *_spec(spec)))
+    return " ".join((class_told(spec), *_spec(spec)))
 
 
 def _observed(prepared: Prepared, site: str) -> str:
     found = prepared.sites[site]
-    return " ".join((type(found.observer).__name__, *_spec(found.observer), "of", ", ".join(found.taps)))
+    return " ".join((class_told(found.observer), *_spec(found.observer), "of", ", ".join(found.taps)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from pyrsistent import pmap
 from returns.result import Failure, Success
 
 from qfunc.config.arguments import wrong_arguments
@@ -43,7 +44,22 @@ def partly(calibrated: Calibrated, mapping: QConfigMapping) -> R[Calibrated]:
     equalize = (lambda _: made.equalized) if made.equalized else None
     graph = calibrated.prepared.graph
     second = prepare(graph, mapping, backend=made.backend, custom=made.custom, equalize=equalize)
-    return second.bind(lambda prepared: _observed(replace(calibrated, prepared=prepared)))
+    return second.bind(lambda prepared: _observed(_with_second(calibrated, prepared)))
+
+
+def _with_second(calibrated: Calibrated, second: Prepared) -> Calibrated:
+    """The stage with another preparation of its graph; sites of the same values and observer have the same qparams."""
+    first = calibrated.prepared
+    named = {(site.taps, site.observer): id for id, site in first.sites.items()}
+    old = {id: named.get((site.taps, site.observer)) for id, site in second.sites.items()}
+    settled = {
+        ("site", new): calibrated.qparams["site", id]
+        for new, id in old.items()
+        if id and ("site", id) in calibrated.qparams
+    }
+    others = {owner: grid for owner, grid in calibrated.qparams.items() if owner[0] != "site"}
+    second = replace(second, folding=first.folding)
+    return replace(calibrated, prepared=second, qparams=pmap({**others, **settled}))
 
 
 def _observed(calibrated: Calibrated) -> R[Calibrated]:

@@ -18,6 +18,7 @@ from qfunc.config.point import Edge, Point, values_in
 from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.resolve import GLOBAL, Chosen, Entry, Lookup, Resolution
+from qfunc.config.training import trained
 from qfunc.errors import Problem, UnsupportedDType
 from qfunc.ir import Arg, Expression, Graph, Node, Ref, refs, users
 from qfunc.numerics.fake_quantize import is_fixed
@@ -209,14 +210,17 @@ class Rules:
     def _is_default(self, entry: Entry) -> bool:
         """Whether it is an entry of a default configuration, which is meant for any model."""
         if entry == GLOBAL:
-            return self.backend.qconfig_mapping.global_qconfig == self.mapping.global_qconfig
+            own = self.backend.qconfig_mapping.global_qconfig
+            return self.mapping.global_qconfig in (own, trained(own), trained(own, learned=True))
         field, key = entry
         return field == "object_types" and self.is_default(key, self.mapping.object_types[key])
 
     def is_default(self, form: str, qconfig: Choice) -> bool:
         """Whether an entry by type is one of the backend's own, or of another default configuration."""
         own = self.backend.qconfig_mapping.object_types
-        return own.get(form, ...) == qconfig or is_ready_made(form, qconfig)
+        if form in own and qconfig in (own[form], *(trained(own[form], learned=learned) for learned in (False, True))):
+            return True
+        return is_ready_made(form, qconfig)
 
     def _misfit(self, node: Node, row: OperatorConfig, qconfig: QConfig) -> str:
         """Why no combination of dtypes that the operator takes is the configured one; empty where one is."""

@@ -221,7 +221,12 @@ def test_what_measures_nothing_has_the_name_of_its_class():
         "version": 1,
         "activation": {"quantization": "Cast", "dtype": "bfloat16", "dynamic": False},
         "input_activation": {"quantization": "KeepFloat"},
-        "weight": {"quantization": "FakeQuantize", "observer": {"observer": "MinMax"}},
+        "weight": {
+            "quantization": "FakeQuantize",
+            "observer": {"observer": "MinMax"},
+            "learned": False,
+            "scale_gradient": True,
+        },
     }
     assert spec["dtype"] == "uint8"
 
