@@ -83,11 +83,12 @@ class FakeQuantizer(KeepsDType, Switched):
         else:
             self.register_buffer(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x`, rounded where the module is switched on and knows qparams."""
+    def forward(self, x: Tensor, measure: bool = True) -> Tensor:
+        """`x`, rounded where the module is switched on and knows qparams; not measured first unless `measure`."""
         _check(x, self.place)
         learns = self.learned and self.on["learning_enabled"] and self.ready
-        if self.training and self.on["observer_enabled"] and not learns and x.numel() and not _computes_again():
+        measures = measure and self.training and self.on["observer_enabled"] and not learns
+        if measures and x.numel() and not _computes_again():
             self._measure(x.detach())
         if not (self.rounds and self.on["fake_quant_enabled"] and self.ready):
             return x
@@ -238,7 +239,7 @@ class DynamicFakeQuantizer(Switched):
         self.spec, self.place = spec, place
         self.add_switches()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, measure: bool = True) -> Tensor:  # noqa: ARG002 - there is nothing to measure
         """`x`, rounded."""
         _check(x, self.place)
         if not self.on["fake_quant_enabled"] or not x.numel():
@@ -259,7 +260,7 @@ class CastFakeQuantizer(Switched):
         self.dtype, self.place = dtype, place
         self.add_switches()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, measure: bool = True) -> Tensor:  # noqa: ARG002 - there is nothing to measure
         """`x`, rounded."""
         _check(x, self.place)
         return cast_through(x, getattr(torch, self.dtype)) if self.on["fake_quant_enabled"] else x
@@ -289,7 +290,7 @@ class DerivedFakeQuantizer(Switched):
             raise ObserverError(UserFunctionFailed(self.place, made))
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, measure: bool = True) -> Tensor:  # noqa: ARG002 - there is nothing to measure
         """`x`, rounded."""
         _check(x, self.place)
         found = self.qparams() if self.on["fake_quant_enabled"] else None

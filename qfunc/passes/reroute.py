@@ -16,11 +16,14 @@ def reroute(
     """Turn the users of each value with a site to what stands for it, in the draft of a prepared graph.
 
     Both functions take the node of a value and the name of a site, put nodes behind it and give the id of what is to be
-    read instead: `of_output` for all users of a value, `of_use` for single uses, once for each pair of value and site.
+    read instead, which may be the value's own: `of_output` for all users of a value, `of_use` for single uses, once for
+    each pair of value and site.
     """
     graph = prepared.graph
     for value in (id for id in graph.order if id in prepared.outputs):
-        draft.redirect(value, of_output(graph[value], prepared.outputs[value]))
+        stands_for = of_output(graph[value], prepared.outputs[value])
+        if stands_for != value:
+            draft.redirect(value, stands_for)
     pairs: dict[tuple[str, str], str] = {}
     turned: dict[str, dict[Edge, str]] = {}
     position = {id: index for index, id in enumerate(graph.order)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from qfunc.backends.cpu import TRANSPOSED
+from qfunc.backends.cpu import MAX_POOLS, MOVES, TRANSPOSED
 from qfunc.config.annotation import Derived, ParameterSpec
 from qfunc.ir import Draft, Expression, Graph, Node, Opaque, Origin, PostOp, Ref, TensorFact, Token
 from qfunc.ir.node import NamedArgs, Written
@@ -22,6 +22,9 @@ from qfunc.passes.fold import norms_behind
 from qfunc.passes.reroute import reroute, with_unrounded
 from qfunc.passes.stages import Calibrated, Owner, Prepared, SiteObserver, measures
 from qfunc.passes.statistics import Answers, Fold, Measured
+
+_MOVING = frozenset({*MOVES, *MAX_POOLS, "cat", "stack", "relu"}) - {"dropout"}
+"""Operators whose results are among the numbers that they read, or zero."""
 
 Rounding: TypeAlias = FakeQuantize | Dynamic | Cast | Derived
 """What is rounded to while a model trains."""
@@ -56,7 +59,7 @@ def with_fake_quantization(stage: Prepared | Calibrated) -> Graph:
     """
     prepared = stage if isinstance(stage, Prepared) else stage.prepared
     writing = _Writing(prepared, _Known(stage))
-    reroute(writing.draft, prepared, writing.round, writing.round)
+    reroute(writing.draft, prepared, writing.round_output, writing.round)
     for id in prepared.swapped:
         writing.draft.put(custom_node(writing.draft[id]))
     for id in prepared.graph.order:
@@ -105,6 +108,7 @@ class _Writing:
         self._prepared, self._known = prepared, known
         self._paths = dict(_paths(prepared))
         self._tokens: dict[tuple[Any, ...], Token] = {}
+        self._turned = {edge.user for edge in (*prepared.inputs, *prepared.unrounded)}
 
     def round(self, node: Node, site: str) -> str:
         """Put what a site is for behind a value; gives the id of what is read instead."""
@@ -115,8 +119,19 @@ class _Writing:
             start = self._start(found.observer, first.place, ("site", site))
             start = replace(start, channels=_channels(found.observer, first))
             self.objects[token.id] = Opaque(self._known.of(start, found.folds))
-        given: NamedArgs = (("inputs", (Ref(node.id),)), ("start", token))
+        # what shares the qparams of what it is made of, and is not observed itself, is rounded without being measured
+        inputs = (Ref(node.id),) if node.id in found.taps else (Ref(node.id), False)
+        given: NamedArgs = (("inputs", inputs), ("start", token))
         return insert_behind(self.draft, node, "rounded", "fake_quantize", given, origin=Origin(path))
+
+    def round_output(self, node: Node, site: str) -> str:
+        """The same for all users of a value; a value that only moves rounded numbers is left as it is."""
+        prepared = self._prepared
+        moves = node.kind in _MOVING and node.id not in prepared.sites[site].taps and not node.post
+        of_one_site = node.id not in self._turned and all(prepared.outputs.get(used) == site for used in node.uses())
+        if moves and of_one_site:
+            return node.id
+        return self.round(node, site)
 
     def _start(self, observer: SiteObserver | ParameterSpec, place: str, of: Owner) -> Start:
         rounds = isinstance(observer, Rounding)
