@@ -16,8 +16,6 @@ from qfunc.edge.materialize import Emitted, emitted, graph_to_run, not_a_stage
 from qfunc.edge.observer import ObserverError
 from qfunc.errors import BadBatch, BadConfig, Problem, UserFunctionFailed, told
 from qfunc.ir import Graph
-from qfunc.passes.observe import erase_observers
-from qfunc.passes.stages import Calibrated, Prepared
 from qfunc.result import R
 
 Hook: TypeAlias = Callable[[str, Any], object]
@@ -54,13 +52,22 @@ def interpret(stage: Any, batch: Any, hook: Hook | None = None) -> R[Any]:
     return interpreter(stage).bind(lambda made: made.run(batch, hook))
 
 
+def _observed(stage: Any) -> Graph | None:
+    """The graph that calibration runs, without the observers; None for a stage that has none."""
+    match stage:
+        case Prepared():
+            return erase_observers(with_observers(stage))
+        case Calibrated(prepared):
+            return erase_observers(with_observers(prepared, stage.modules))
+        case _:
+            return None
+
+
 def interpreter(stage: Any) -> R[Interpreter]:
     """What `interpret` runs, made once for many batches; fails as `materialize` does."""
-    graph = graph_to_run(stage)
+    graph = _observed(stage) or graph_to_run(stage)
     if graph is None:
         return Failure(not_a_stage(stage))
-    if isinstance(stage, (Prepared, Calibrated)):
-        graph = erase_observers(graph)
     return emitted(graph).map(lambda made: Interpreter(graph, made))
 
 

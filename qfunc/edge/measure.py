@@ -38,7 +38,6 @@ from qfunc.errors import (
 from qfunc.params import loads
 from qfunc.passes.channels import wrong_channels
 from qfunc.passes.custom_modules import kept_in_modules
-from qfunc.passes.evaluation import evaluating
 from qfunc.passes.observe import with_observers
 from qfunc.passes.stages import Prepared
 from qfunc.passes.statistics import MODULUS, Statistics, differences
@@ -132,8 +131,6 @@ def _close_gaps() -> None:
 def _runner(prepared: Prepared, hook: Hook | None) -> R[tuple[fx.GraphModule, Execute]]:
     """The module that observes, and what runs it: its code, or, with a hook, the interpreter, which shows it values."""
     graph = with_observers(prepared)
-    if prepared.folding is not None:
-        graph = evaluating(graph)
     made = emitted(graph)
     if hook is None:
         return made.map(lambda found: (found.module, lambda inputs: found.module(*inputs)))

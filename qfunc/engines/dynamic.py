@@ -11,8 +11,8 @@ from typing import Any
 
 from qfunc.config.kernel import FLOATS, Call, KernelRow, Plan, kernel_node, module_node
 from qfunc.config.weights import RECURRENT
-from qfunc.engines.post_op import breach, contract_name, post_op
-from qfunc.engines.weights import clips, limited, unfit
+from qfunc.engines.post_op import breach, clips, contract_name, post_op
+from qfunc.engines.weights import limited, unfit
 from qfunc.ir import Arg, Body, Expression, PostOp, Ref, map_arg, refs
 from qfunc.ir.node import NamedArgs
 from qfunc.numerics.grid import CODE_RANGE, Affine, Grid

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from qfunc.config.host_report import HostReport
 from qfunc.ir import Arg, PostOp
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import CODE_RANGE, Affine
 
 PostOpLiteral: TypeAlias = tuple[str | float, ...]
 """A post-op in a kernel's node: its name, then its numbers or its algorithm, such as `("hardtanh", 0.0, 6.0)`."""
@@ -109,9 +109,42 @@ def post_op(kernel: str, posts: tuple[PostOp, ...], output: Affine | None) -> Po
     'the kernel has no post-op for tanh'
     """
     left = [post for post in posts if not absorbs(post, output)]
+    if clips(output) and "hardtanh" in POST_OPS[kernel]:
+        return _ended(left, output)
     if not left:
         return ("none",)
     found = _READ[left[0].kind](left[0]) if len(left) == 1 and left[0].kind in _READ else None
     if found is None or found[0] not in POST_OPS[kernel]:
         return f"the kernel has no post-op for {' + '.join(map(repr, left))}"
     return found
+
+
+def clips(output: Affine | None) -> str:
+    """Why a kernel that saturates at the bounds of the dtype does not give these codes by itself; empty where it does.
+
+    >>> clips(Affine(0.5, 0, "uint8", 0, 15))
+    'the kernel saturates at the bounds of uint8, not at 0..15'
+    """
+    if output is None or output.bounds == CODE_RANGE[output.dtype]:
+        return ""
+    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"
+
+
+def _ended(left: list[PostOp], output: Affine | None) -> PostOpLiteral | str:
+    """A clamp at the ends of a part of the codes, together with the one clamp that may be left to do.
+
+    Clamping to what whole codes stand for and rounding is rounding and clamping the codes.
+    """
+    assert output is not None
+    least, most = output.bounds
+    low, high = ((code - output.zero_point) * output.scale for code in (least, most))
+    whole = CODE_RANGE[output.dtype]
+    ends = -inf if least == whole[0] else low, inf if most == whole[1] else high
+    if not left:
+        return ("hardtanh", *ends)
+    given = _clamp(left[0]) if len(left) == 1 and left[0].kind in ("relu", "clamp") else None
+    if given is None:
+        return f"{clips(output)}, and it has no post-op for {' + '.join(map(repr, left))} as well"
+    bounds = (0.0, inf) if given == ("relu",) else given[1:]
+    first, last = (float(bound) for bound in bounds)
+    return ("hardtanh", min(max(first, ends[0]), ends[1]), max(min(last, ends[1]), ends[0]))

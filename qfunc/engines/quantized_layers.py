@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from qfunc.config.kernel import Call, Plan, kernel_node
-from qfunc.engines.post_op import PostOpLiteral, breach, contract_name, post_op
-from qfunc.engines.weights import clips, weight_of
+from qfunc.engines.post_op import PostOpLiteral, breach, clips, contract_name, post_op
+from qfunc.engines.weights import weight_of
 from qfunc.ir import Arg, Expression, Node, TensorFact
 from qfunc.numerics.saturation import PairLayout, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight, loads

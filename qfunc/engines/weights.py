@@ -7,7 +7,6 @@ from typing import Any
 from qfunc.config.kernel import Call
 from qfunc.engines.post_op import breach, contract_name, post_op
 from qfunc.ir import Expression, PostOp, Ref
-from qfunc.numerics.grid import CODE_RANGE, Affine
 from qfunc.numerics.saturation import PairLayout, PairLayouts, pair_bound
 from qfunc.params import DequantizeWeight, QuantizeWeight, loads
 
@@ -38,8 +37,6 @@ def layer_of(
         return weight
     if call.input.affine.dtype != "uint8" and not int8:
         return "the kernel takes uint8 activations"
-    if clips(call.output):
-        return clips(call.output)
     bias = call.node.get("bias")
     if not (bias is None or isinstance(bias, Expression)):
         return "its bias is computed by the graph"
@@ -82,10 +79,3 @@ def unfit(weight: QuantizeWeight, axis: int = 0) -> str:
     if spec.ch_axis not in (axis, None):
         return f"its weight has scales along ch_axis={spec.ch_axis}, and its output channels are axis {axis}"
     return ""
-
-
-def clips(output: Affine | None) -> str:
-    """Why a kernel that saturates at the bounds of the dtype cannot give these codes; empty where it can."""
-    if output is None or output.bounds == CODE_RANGE[output.dtype]:
-        return ""
-    return f"the kernel saturates at the bounds of {output.dtype}, not at {output.bounds[0]}..{output.bounds[1]}"

@@ -9,6 +9,7 @@ from pyrsistent import pmap
 
 from qfunc.ir import Draft, Graph, Node, Opaque, Origin, Ref, Token
 from qfunc.passes.custom_modules import custom_node, to_observe
+from qfunc.passes.evaluation import evaluating
 from qfunc.passes.stages import Prepared
 
 
@@ -16,7 +17,8 @@ def with_observers(prepared: Prepared, modules: Mapping[str, Opaque] = pmap()) -
     """The graph in which an `observe` node follows every observed value; it hands its input on unchanged.
 
     A call of a custom module becomes one of the module that observes; `modules` are those calibrated already.
-    What one fold is of carries one module path, so that it is one module.
+    What one fold is of carries one module path, so that it is one module. What is prepared for training is observed as
+    it is in evaluation.
     """
     graph = prepared.graph
     draft = Draft(graph)
@@ -31,7 +33,8 @@ def with_observers(prepared: Prepared, modules: Mapping[str, Opaque] = pmap()) -
             draft.insert_after(tap, Node(id, "observe", args, origin=Origin(path)))
     for id in prepared.swapped:
         draft.put(custom_node(draft[id]))
-    return replace(draft.commit(), objects=objects.update(to_observe(prepared, modules)))
+    made = replace(draft.commit(), objects=objects.update(to_observe(prepared, modules)))
+    return made if prepared.folding is None else evaluating(made)
 
 
 def erase_observers(graph: Graph) -> Graph:
