@@ -16,6 +16,8 @@ from qfunc.edge.materialize import Emitted, emitted, graph_to_run, not_a_stage
 from qfunc.edge.observer import ObserverError
 from qfunc.errors import BadBatch, BadConfig, Problem, UserFunctionFailed, told
 from qfunc.ir import Graph
+from qfunc.passes.observe import erase_observers, with_observers
+from qfunc.passes.stages import Calibrated, Prepared
 from qfunc.result import R
 
 Hook: TypeAlias = Callable[[str, Any], object]
