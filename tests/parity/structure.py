@@ -21,6 +21,7 @@ import qfunc
 from qfunc import fuse, prepare, trace, unwrap
 from qfunc.config.backend_config import BackendConfig
 from qfunc.ir import Graph
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import FixedQParams, Observer
 from qfunc.passes.stages import Prepared
 from qfunc.testing import oracle
@@ -59,6 +60,7 @@ _NAMES = {
     "MinMaxObserver": "MinMax",
     "PerChannelMinMaxObserver": "PerChannelMinMax",
     "MovingAverageMinMaxObserver": "MovingAverageMinMax",
+    "MovingAveragePerChannelMinMaxObserver": "MovingAveragePerChannelMinMax",
     "FixedQParamsObserver": "FixedQParams",
 }
 _DTYPES = {torch.quint8: "uint8", torch.qint8: "int8", torch.qint32: "int32"}
@@ -118,18 +120,28 @@ class Structure:
         return Quantized(Counter(groups), frozenset(weights))
 
     @cached_property
-    def _their_config(self) -> Any:
+    def their_config(self) -> Any:
+        """Torch.ao's table of the backend."""
         return oracle.backend_config(self.backend)
+
+    @property
+    def their_mapping(self) -> Any:
+        """Torch.ao's default mapping."""
+        return their_default(self.backend)
 
     @cached_property
     def their_prepared(self) -> fx.GraphModule:
         with _quiet():
-            return oracle.prepare(self.graphs.model, (), their_default(self.backend), backend_config=self._their_config)
+            return oracle.prepare(self.graphs.model, (), self.their_mapping, backend_config=self.their_config)
+
+    def their_module_weights(self) -> Iterator[tuple[str, Described]]:
+        """The weights of modules, by the names of the nodes that call them."""
+        return _module_weights(self.their_prepared, self.their_config)
 
     @cached_property
     def theirs(self) -> Quantized:
         with _quiet():
-            weights = set(_module_weights(self.their_prepared, self._their_config))
+            weights = set(self.their_module_weights())
         for node, module in self.their_observers.items():
             weights |= {(user.name, described(module)) for user in node.users if _is_weight(user, node)}
         groups = (Group(values, described(module)) for module, values in self.their_sites)
@@ -147,11 +159,11 @@ class Structure:
     @cached_property
     def their_observers(self) -> dict[fx.Node, Any]:
         """Their calls, with the module of each."""
-        from torch.ao.quantization import ObserverBase
+        from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 
         prepared = self.their_prepared
         calls = [(n, prepared.get_submodule(n.target)) for n in prepared.graph.nodes if n.op == "call_module"]
-        return {node: module for node, module in calls if isinstance(module, ObserverBase)}
+        return {node: module for node, module in calls if isinstance(module, (FakeQuantizeBase, ObserverBase))}
 
     def observed(self, node: fx.Node) -> str:
         """The value that an observer sees; those of one value may stand one behind another."""
@@ -163,7 +175,7 @@ class Structure:
     def their_usual(self) -> Described:
         """The observer of activations for which the default mapping says nothing else."""
         with _quiet():
-            return described(their_default(self.backend).global_qconfig.activation())
+            return described(self.their_mapping.global_qconfig.activation())
 
     def is_fixed(self, node: fx.Node) -> bool:
         """Whether torch.ao means to give a node's value a range that is known beforehand."""
@@ -207,7 +219,10 @@ def _made(node: fx.Node, what: str) -> Described | None:
     return described(module) if getattr(module, "quant_min", None) is not None else None
 
 
-def _our(observer: Observer[Any]) -> Described:
+def _our(observer: Observer[Any] | FakeQuantize) -> Described:
+    if isinstance(observer, FakeQuantize):
+        inner = _our(observer.observer)
+        return inner._replace(name=_training(inner.name, getattr(observer.observer, "averaging_constant", None)))
     spec, fixed = observer.spec, None
     if isinstance(observer, FixedQParams):
         fixed = (observer.scale, observer.zero_point)
@@ -217,13 +232,22 @@ def _our(observer: Observer[Any]) -> Described:
 
 
 def described(module: Any) -> Described:
-    """An observer of torch.ao's."""
+    """An observer of torch.ao's, or what it calls a fake quantizer."""
+    if hasattr(module, "activation_post_process"):
+        observer = module.activation_post_process
+        inner = described(observer)
+        return inner._replace(name=_training(inner.name, getattr(observer, "averaging_constant", None)))
     name, qscheme = type(module).__name__, str(getattr(module, "qscheme", "")).removeprefix("torch.")
     fixed = (float(module.scale), int(module.zero_point)) if name == "FixedQParamsObserver" else None
     eps = float(module.eps) if hasattr(module, "eps") and fixed is None else None
     axis = module.ch_axis if qscheme.startswith("per_channel") else None
     dtype = _DTYPES.get(module.dtype, str(module.dtype))
     return Described(_NAMES.get(name, name), dtype, module.quant_min, module.quant_max, qscheme, axis, eps, fixed)
+
+
+def _training(name: str, averaging_constant: float | None) -> str:
+    """The name of an observer whose values are rounded in training."""
+    return f"FakeQuantize {name}" + ("" if averaging_constant is None else f" {averaging_constant}")
 
 
 def _is_weight(user: fx.Node, node: fx.Node) -> bool:
