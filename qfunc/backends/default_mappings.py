@@ -84,7 +84,7 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
 
     Args:
         backend: "fbgemm", "x86", "qnnpack" or "onednn".
-        version: 0 or 1. They differ in the reference's operators, not in what these compute.
+        version: 0 or 1, which rounds in training with the qparams of torch's fused operator: see `FakeQuantize`.
 
     Returns:
         The mapping, or `UnknownName` for another backend or version.
@@ -94,14 +94,14 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> R
     """
     if version not in (0, 1):
         return Failure(UnknownName(str(version), "version of the default configuration", ("0", "1")))
-    return _default(backend, qat=True)
+    return _default(backend, qat=True, fused=version == 1)
 
 
-def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
+def _default(backend: str, *, qat: bool, fused: bool = False) -> R[QConfigMapping]:
     if not isinstance(backend, str) or backend not in _BY_BACKEND:
         return Failure(UnknownName(str(backend), "backend with a default configuration", tuple(_BY_BACKEND)))
     spec, per_channel = _BY_BACKEND[backend]
-    activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat)
+    activation, weight, per_tensor = _observers(spec, per_channel=per_channel, qat=qat, fused=fused)
     mapping = _with_types(QConfig(activation, weight), per_tensor, qat=qat)
     transposed = QConfig(activation, per_tensor if backend in ("fbgemm", "x86") else weight)
     for form in TRANSPOSED:
@@ -109,15 +109,18 @@ def _default(backend: str, *, qat: bool) -> R[QConfigMapping]:
     return Success(mapping)
 
 
-def _observers(spec: QuantSpec, *, per_channel: bool, qat: bool) -> tuple[Observer[Any], Observer[Any], Observer[Any]]:
+def _observers(
+    spec: QuantSpec, *, per_channel: bool, qat: bool, fused: bool
+) -> tuple[Observer[Any], Observer[Any], Observer[Any]]:
     """Those of activations, of weights, and of weights that can have but one scale."""
     if not qat:
         per_tensor = MinMax(INT8_SYMMETRIC)
         weights = PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL) if per_channel else per_tensor
         return Histogram(spec), weights, per_tensor
-    trained = FakeQuantize(MovingAverageMinMax(INT8_SYMMETRIC))
-    channels = FakeQuantize(MovingAveragePerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL))
-    return FakeQuantize(MovingAverageMinMax(spec)), channels if per_channel else trained, trained
+    average = MovingAverageMinMax(INT8_SYMMETRIC)
+    weights = MovingAveragePerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL) if per_channel else average
+    activation = FakeQuantize(MovingAverageMinMax(spec), fused=fused)
+    return activation, FakeQuantize(weights, fused=fused), FakeQuantize(average)
 
 
 def _with_types(qconfig: QConfig, per_tensor: Observer[Any], *, qat: bool) -> QConfigMapping:
@@ -161,7 +164,8 @@ def is_ready_made(form: str, qconfig: Choice) -> bool:
 @cache
 def _entries_by_type() -> frozenset[tuple[str, Choice]]:
     mappings = [symmetric_qnnpack_mapping(qat=qat) for qat in (False, True)]
-    mappings += [_default(backend, qat=qat).unwrap() for backend in _BY_BACKEND for qat in (False, True)]
+    kinds = ((False, False), (True, False), (True, True))
+    mappings += [_default(backend, qat=qat, fused=fused).unwrap() for backend in _BY_BACKEND for qat, fused in kinds]
     return frozenset(entry for mapping in mappings for entry in mapping.object_types.items())
 
 

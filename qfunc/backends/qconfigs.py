@@ -58,7 +58,9 @@ DEFAULT_REUSE_INPUT = QConfig(ReuseInput(), KeepFloat())
 """Of what only rearranges its input."""
 
 DEFAULT_QAT = QConfig(_TRAINED, _TRAINED_WEIGHT)
-DEFAULT_QAT_V2 = QConfig(FakeQuantize(MovingAverageMinMax(UINT8)), _TRAINED_WEIGHT)
+DEFAULT_QAT_V2 = QConfig(
+    FakeQuantize(MovingAverageMinMax(UINT8), fused=True), FakeQuantize(MovingAverageMinMax(INT8_SYMMETRIC), fused=True)
+)
 DEFAULT_DYNAMIC_QAT = QConfig(Dynamic(UINT8), _TRAINED_WEIGHT)
 DEFAULT_EMBEDDING_QAT = QConfig(KeepFloat(), FakeQuantize(MovingAveragePerChannelMinMax(UINT8_FLOAT_QPARAMS, 1.0)))
 DEFAULT_EMBEDDING_QAT_4BIT = QConfig(KeepFloat(), FakeQuantize(MovingAveragePerChannelMinMax(UINT4_FLOAT_QPARAMS, 1.0)))
@@ -66,13 +68,15 @@ DEFAULT_EMBEDDING_QAT_4BIT = QConfig(KeepFloat(), FakeQuantize(MovingAveragePerC
 _XNNPACK = QuantSpec("int8", -128, 127, eps=LEAST_SCALE)
 _XNNPACK_WEIGHT = QuantSpec("int8", -127, 127, "per_tensor_symmetric", eps=LEAST_SCALE)
 _XNNPACK_WEIGHTS = QuantSpec("int8", -127, 127, "per_channel_symmetric", 0, LEAST_SCALE)
-_TRAINED_XNNPACK = FakeQuantize(MovingAverageMinMax(_XNNPACK))
+_TRAINED_XNNPACK = FakeQuantize(MovingAverageMinMax(_XNNPACK), fused=True)
 
 DEFAULT_SYMMETRIC_QNNPACK = QConfig(Histogram(_XNNPACK), MinMax(_XNNPACK_WEIGHT))
 """Of XNNPACK's kernels: `int8` activations, symmetric weights, no scale below 2^-12."""
 
 DEFAULT_PER_CHANNEL_SYMMETRIC_QNNPACK = QConfig(Histogram(_XNNPACK), PerChannelMinMax(_XNNPACK_WEIGHTS))
-DEFAULT_SYMMETRIC_QNNPACK_QAT = QConfig(_TRAINED_XNNPACK, FakeQuantize(MovingAverageMinMax(_XNNPACK_WEIGHT)))
+DEFAULT_SYMMETRIC_QNNPACK_QAT = QConfig(
+    _TRAINED_XNNPACK, FakeQuantize(MovingAverageMinMax(_XNNPACK_WEIGHT), fused=True)
+)
 DEFAULT_PER_CHANNEL_SYMMETRIC_QNNPACK_QAT = QConfig(
-    _TRAINED_XNNPACK, FakeQuantize(MovingAveragePerChannelMinMax(_XNNPACK_WEIGHTS))
+    _TRAINED_XNNPACK, FakeQuantize(MovingAveragePerChannelMinMax(_XNNPACK_WEIGHTS), fused=True)
 )

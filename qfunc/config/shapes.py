@@ -218,7 +218,9 @@ QUANTIZATIONS: Mapping[str, Record] = MappingProxyType(
     {
         "Cast": Record(Cast, {"dtype": TEXT, "dynamic": FLAG}),
         "Dynamic": Record(Dynamic, {"spec": SPEC}),
-        "FakeQuantize": Record(FakeQuantize, {"observer": Quantized(), "learned": FLAG, "scale_gradient": FLAG}),
+        "FakeQuantize": Record(
+            FakeQuantize, {"observer": Quantized(), "learned": FLAG, "scale_gradient": FLAG, "fused": FLAG}
+        ),
         "KeepFloat": Record(KeepFloat, {}),
         "ReuseInput": Record(ReuseInput, {}),
     }

@@ -18,6 +18,7 @@ from qfunc.edge.switched import KeepsDType, Switched
 from qfunc.errors import UnsupportedDType, UserFunctionFailed
 from qfunc.numerics.derive import derived_qparams
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
+from qfunc.numerics.fused_range import fused_qparams_of_range
 from qfunc.numerics.observers import (
     MinMax,
     MovingAverageMinMax,
@@ -98,8 +99,12 @@ class FakeQuantizer(KeepsDType, Switched):
             scale = self.scale + (self.scale.clamp(min=spec.eps) - self.scale).detach()
             given = (scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
-        zero_point = self.zero_point if self.middle is None else self.middle
-        return round_through(x, self.scale, zero_point, spec.quant_min, spec.quant_max, axis)
+        scale, zero_point = self._grid()
+        return round_through(x, scale, zero_point, spec.quant_min, spec.quant_max, axis)
+
+    def _grid(self) -> tuple[Tensor, Tensor | int]:
+        """What it rounds with, as plain numbers where they are known beforehand."""
+        return self.scale, self.zero_point if self.middle is None else self.middle
 
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""
@@ -172,12 +177,42 @@ class RangeFakeQuantizer(FakeQuantizer):
                 held.resize_(new.shape).copy_(new)
             else:
                 held.copy_(torch.where(sound, new, held))
-        found = qparams_of_range(self.min_val, self.max_val, self.spec)
+        found = self._found()
         self._set(found.scale, found.zero_point)
+
+    def _found(self) -> QParams:
+        """The qparams of the range."""
+        return qparams_of_range(self.min_val, self.max_val, self.spec)
 
     def state(self) -> RangeState:
         """The range."""
         return RangeState(self.min_val.clone(), self.max_val.clone())
+
+
+class FusedFakeQuantizer(RangeFakeQuantizer):
+    """With what torch's fused operator rounds with while it trains, and in evaluation with what its observer gives.
+
+    `scale` and `zero_point` are those of training.
+    """
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        if self.ready:
+            found = self._found()
+            self._set(found.scale, found.zero_point)
+
+    def _grid(self) -> tuple[Tensor, Tensor | int]:
+        if self.training:
+            return self.scale, self.zero_point
+        settled = super()._found()
+        return settled.scale, settled.zero_point
+
+    def _found(self) -> QParams:
+        return fused_qparams_of_range(self.min_val, self.max_val, self.spec)
+
+    def qparams(self) -> QParams | None:
+        """What its observer gives, which a quantized model can have: zero is in the middle of what is symmetric."""
+        return super()._found() if self.ready else None
 
 
 class StateFakeQuantizer(FakeQuantizer):
@@ -332,6 +367,8 @@ def fake_quantizer(start: Start) -> Switched:
             return DerivedFakeQuantizer(start)
         case FakeQuantize(observer) as fixed if is_fixed(fixed):
             return FixedFakeQuantizer(replace(start, qparams=fixed.finish(observer.init())))
+        case FakeQuantize(fused=True):
+            return FusedFakeQuantizer(start)
         case FakeQuantize(observer):
             return RangeFakeQuantizer(start) if type(observer) in _OF_RANGES else StateFakeQuantizer(start)
 

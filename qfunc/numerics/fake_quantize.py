@@ -19,6 +19,10 @@ class FakeQuantize:
     on, trained like any other (see `qfunc.numerics.straight_through`); with `scale_gradient`, their gradients are
     divided by the root of how many values share them. Calibration, which only measures, takes it for its observer.
 
+    `fused` rounds, while the model trains, with the qparams that torch's `fused_moving_avg_obs_fake_quant` takes for a
+    moving average, which for symmetric schemes are not quite those that the observer gives (see
+    `qfunc.numerics.fused_range`); evaluation and `convert` take the observer's, as the reference's `convert` does.
+
     >>> from qfunc.numerics.observers import MovingAverageMinMax
     >>> FakeQuantize(MovingAverageMinMax()).spec.dtype
     'uint8'
@@ -27,6 +31,7 @@ class FakeQuantize:
     observer: Observer[Any]
     learned: bool = False
     scale_gradient: bool = True
+    fused: bool = False
 
     @property
     def spec(self) -> QuantSpec:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from qfunc.errors import BadConfig, Problem, UnknownName
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
-from qfunc.numerics.observers import Observer, validate_observer
+from qfunc.numerics.observers import MovingAverageMinMax, MovingAveragePerChannelMinMax, Observer, validate_observer
 from qfunc.numerics.qparams import FLOAT_QPARAMS, UINT8, QuantSpec, validate
 
 FLOATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -96,7 +96,8 @@ def class_told(quantization: object) -> str:
     """
     if not isinstance(quantization, FakeQuantize):
         return type(quantization).__name__
-    return f"FakeQuantize({class_told(quantization.observer)}{', learned' if quantization.learned else ''})"
+    how = "".join(f", {each}" for each in ("learned", "fused") if getattr(quantization, each))
+    return f"FakeQuantize({class_told(quantization.observer)}{how})"
 
 
 def validate_quantization(quantization: Any) -> Iterator[Problem]:
@@ -113,6 +114,8 @@ def validate_quantization(quantization: Any) -> Iterator[Problem]:
             yield from validate_quantization(observer)
             if quantization.learned:
                 yield from _unlearnable(quantization)
+            if quantization.fused:
+                yield from _unfusable(quantization)
         case None:
             remedy = "pass KeepFloat() for what stays float, or an observer such as MinMax()"
             yield BadConfig("quantization", "it is None", remedy)
@@ -127,3 +130,14 @@ def _unlearnable(quantization: FakeQuantize) -> Iterator[Problem]:
         yield BadConfig(name, "its qparams are fixed, and cannot be learned as well", remedy)
     elif getattr(quantization.spec, "qscheme", None) == FLOAT_QPARAMS:
         yield BadConfig(name, f"qparams of the qscheme {FLOAT_QPARAMS} cannot be learned", remedy)
+
+
+def _unfusable(quantization: FakeQuantize) -> Iterator[Problem]:
+    """Why torch's fused operator has no qparams for it, if so."""
+    name, remedy = type(quantization.observer).__name__, "leave fused=True out"
+    if type(quantization.observer) not in (MovingAverageMinMax, MovingAveragePerChannelMinMax):
+        yield BadConfig(name, "only a moving average of ranges can be fused", remedy)
+    elif quantization.learned:
+        yield BadConfig(name, "its qparams are learned, and cannot be those of the fused operator as well", remedy)
+    elif quantization.spec.qscheme == FLOAT_QPARAMS:
+        yield BadConfig(name, f"the fused operator does not know the qscheme {FLOAT_QPARAMS}", remedy)

@@ -328,7 +328,7 @@ class ObserverData:
     """What a torch.ao observer, or what it calls a fake quantizer, is told: its class and its numbers.
 
     `reduce_range` is part of `quant_max`; what a class does not have is None. `trains` says that values are rounded
-    while the model trains.
+    while the model trains, `fused` that torch's fused operator does it.
     """
 
     name: str
@@ -344,6 +344,7 @@ class ObserverData:
     zero_point: int | None = None
     is_dynamic: bool = False
     trains: bool = False
+    fused: bool = False
 
 
 def observer_data(constructor: Any) -> ObserverData:
@@ -353,7 +354,7 @@ def observer_data(constructor: Any) -> ObserverData:
         trains = hasattr(made, "activation_post_process")
         observer = made.activation_post_process if trains else made
         numbers = {"scale", "zero_point", "eps"}
-        given = {field.name: getattr(observer, field.name, None) for field in fields(ObserverData)[2:-2]}
+        given = {field.name: getattr(observer, field.name, None) for field in fields(ObserverData)[2:-3]}
         qscheme = given["qscheme"]
         plain: dict[str, Any] = {
             key: float(value) if key in numbers and value is not None else value for key, value in given.items()
@@ -361,7 +362,8 @@ def observer_data(constructor: Any) -> ObserverData:
         plain["qscheme"] = None if qscheme is None else str(qscheme).removeprefix("torch.")
         name, dtype = type(observer).__name__, dtype_name(getattr(observer, "dtype", None))
         dynamic = bool(getattr(made, "is_dynamic", False))
-        return ObserverData(name, dtype, **plain, is_dynamic=dynamic, trains=trains)
+        fused = type(made).__name__ == "FusedMovingAvgObsFakeQuantize"
+        return ObserverData(name, dtype, **plain, is_dynamic=dynamic, trains=trains, fused=fused)
 
 
 def named_observers() -> dict[str, Any]:

@@ -45,4 +45,4 @@ def meaning(constructor):
         found = observers.Histogram(spec, theirs.bins)
     else:
         found = RANGES[theirs.name](spec)
-    return FakeQuantize(found) if theirs.trains else found
+    return FakeQuantize(found, fused=theirs.fused) if theirs.trains else found
