@@ -5,8 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.fused_range import fused_qparams_of_range
-from qfunc.numerics.qparams import INT8_SYMMETRIC, UINT8, UINT8_REDUCED, QuantSpec, qparams_of_range
+from qfunc.numerics.observers import MinMax, MovingAverageMinMax, MovingAveragePerChannelMinMax
+from qfunc.numerics.qparams import (
+    INT8_SYMMETRIC,
+    UINT8,
+    UINT8_FLOAT_QPARAMS,
+    UINT8_REDUCED,
+    QuantSpec,
+    qparams_of_range,
+)
+from qfunc.numerics.unmeasured import validate_quantization
 
 SPECS = (
     *(UINT8, UINT8_REDUCED, INT8_SYMMETRIC, QuantSpec("int8", -128, 127)),
@@ -54,3 +64,18 @@ def test_symmetric_ones_are_not_the_observers(spec):
     assert ratio.max() < 1.01
     assert (found.zero_point[both] == own.zero_point[both]).all()
     assert (found.zero_point[(low > 0) & wide] == spec.quant_min).all()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        (FakeQuantize(MinMax(UINT8), fused=True), "only a moving average"),
+        (FakeQuantize(MovingAverageMinMax(UINT8), learned=True, fused=True), "its qparams are learned"),
+        (FakeQuantize(MovingAveragePerChannelMinMax(UINT8_FLOAT_QPARAMS), fused=True), "does not know the qscheme"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_fused(quantization, reason):
+    (problem,) = validate_quantization(quantization)
+    assert reason in problem.reason
+    assert not list(validate_quantization(FakeQuantize(MovingAverageMinMax(UINT8), fused=True)))

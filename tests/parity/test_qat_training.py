@@ -15,7 +15,7 @@ from torch.nn import functional
 from qfunc import absorb, convert, fuse, materialize, prepare_qat, trace, unwrap
 from qfunc.testing import oracle
 from tests.parity.structure import Traced
-from tests.parity.training_sides import Training, TrainingStructure, distance, rounded, step, ties
+from tests.parity.training_sides import Rounded, Training, TrainingStructure, distance, rounded, step, ties
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
@@ -33,10 +33,10 @@ Another batch norm takes out again what the bias adds, to the sum as well that t
 
 
 @cache
-def structure(name: str, version: int = 1) -> TrainingStructure:
+def structure(name: str, version: int = 1, backend: str = "x86") -> TrainingStructure:
     case = next(case for case in ZOO if case.name == name)
     model, inputs = case.build()
-    return TrainingStructure(Traced(model.train(), inputs), "x86", version)
+    return TrainingStructure(Traced(model.train(), inputs), backend, version)
 
 
 def batches(sides: Training, count: int, seed: int, size: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -97,6 +97,16 @@ def test_one_step(name, version, optimizer):
     assert sum(alike) >= 3
 
 
+def test_what_is_rounded_otherwise_is_found():
+    """Where both are right, and where one is wrong."""
+    given, scale = torch.tensor([0.1, 0.25, 0.7]), torch.tensor(0.5)
+    here = {"": Rounded(given, torch.tensor([0.0, 0.0, 0.5]), scale)}
+    assert ties(here, here) == 0
+    assert ties(here, {"": Rounded(given + 1e-8, torch.tensor([0.0, 0.5, 0.5]), scale)}) == 1
+    with pytest.raises(AssertionError):
+        ties(here, {"": Rounded(given, torch.tensor([0.5, 0.0, 0.5]), scale)})
+
+
 @pytest.mark.parametrize("name", ["resnet", "mobilenet"])
 def test_one_step_in_double_precision(name):
     """Without errors that could decide anything, every seed agrees; the fused operator is for float32 alone."""
@@ -115,12 +125,26 @@ def test_steps_tell_versions_apart():
     assert 1e-3 < distance(one.our_state()[scale], other.our_state()[scale]) < 1e-2
 
 
+def test_evaluation_takes_what_is_kept():
+    """Of what the fused operator rounds with in training, evaluation and `convert` take what the observer gives."""
+    sides = Training(structure("mobilenet"))
+    batch, _ = batches(sides, 1, 0)[0]
+    sides.ours(batch)
+    part = sides.ours.get_submodule("1.layers.5.fc2").weight_fake_quant
+    assert part.zero_point.min() == -128
+    assert (part.qparams().zero_point == 0).all()
+    weight = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0)).abs()
+    sides.ours.eval()
+    codes = part(weight) / part.qparams().scale.view(-1, 1, 1, 1)
+    assert torch.allclose(codes, codes.round(), atol=1e-4)
+
+
 def classes(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images of five patterns in noise."""
     generator = torch.Generator().manual_seed(seed)
-    patterns = torch.randn(5, 3, 12, 12, generator=generator)
-    targets = [torch.randint(0, 5, (16,), generator=generator) for _ in range(count)]
-    return [(patterns[t] + 2.0 * torch.randn(16, 3, 12, 12, generator=generator), t) for t in targets]
+    patterns = torch.randn(5, 3, 8, 8, generator=generator)
+    targets = [torch.randint(0, 5, (8,), generator=generator) for _ in range(count)]
+    return [(patterns[t] + 2.0 * torch.randn(8, 3, 8, 8, generator=generator), t) for t in targets]
 
 
 def test_two_hundred_steps():
@@ -130,14 +154,14 @@ def test_two_hundred_steps():
         optimizer, losses = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), []
         for batch, target in data:
             losses.append(functional.cross_entropy(step(model, optimizer, batch, target), target).item())
-        assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+        assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
         means.append(sum(losses[-20:]) / 20)
     assert abs(means[0] - means[1]) < 0.02 * means[1]
 
 
-def trained(name: str) -> tuple[Training, torch.Tensor]:
+def trained(name: str, backend: str) -> tuple[Training, torch.Tensor]:
     """A few steps of both, from which both are taken on in evaluation; and an input."""
-    sides = Training(structure(name))
+    sides = Training(structure(name, backend=backend))
     data = batches(sides, 6, 0)
     for model in (sides.ours, sides.theirs):
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -147,13 +171,16 @@ def trained(name: str) -> tuple[Training, torch.Tensor]:
     return sides, data[-1][0]
 
 
-@pytest.mark.parametrize("name", ["resnet", "mobilenet", "shufflenet"])
-def test_converted_as_evaluated(name):
+@pytest.mark.parametrize(
+    ("name", "backend"), [("resnet", "qnnpack"), ("mobilenet", "qnnpack"), ("shufflenet", "onednn")]
+)
+def test_converted_as_evaluated(name, backend):
     """What is converted computes what trained; torch.ao measures the folded weights once more, and moves their scales.
 
+    With all 8 bits: of 7, which x86 takes, both sides keep in conversion what lies beyond the range, and clip it before.
     Torch.ao's observers are switched off in evaluation, where they would go on measuring.
     """
-    sides, batch = trained(name)
+    sides, batch = trained(name, backend)
     ours = unwrap(absorb(sides.structure.prepared, sides.ours).bind(convert).bind(materialize))
     sides.theirs.apply(torch.ao.quantization.disable_observer)
     with torch.no_grad():
@@ -166,7 +193,7 @@ def test_converted_as_evaluated(name):
 @pytest.mark.parametrize("name", ["resnet", "shufflenet"])
 def test_their_conversion_moves_learned_qparams(name):
     """Torch.ao's weight observers see one more tensor in conversion: ranges that training has settled move."""
-    sides, _ = trained(name)
+    sides, _ = trained(name, "x86")
     before = {
         path.removesuffix(".weight_fake_quant"): module.calculate_qparams()[0].reshape(-1).clone()
         for path, module in sides.theirs.named_modules()
