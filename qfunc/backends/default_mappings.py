@@ -118,9 +118,9 @@ def _observers(
         weights = PerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL) if per_channel else per_tensor
         return Histogram(spec), weights, per_tensor
     average = MovingAverageMinMax(INT8_SYMMETRIC)
-    weights = MovingAveragePerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL) if per_channel else average
-    activation = FakeQuantize(MovingAverageMinMax(spec), fused=fused)
-    return activation, FakeQuantize(weights, fused=fused), FakeQuantize(average)
+    channels = MovingAveragePerChannelMinMax(INT8_SYMMETRIC_PER_CHANNEL)
+    weight = FakeQuantize(channels if per_channel else average, fused=fused)
+    return FakeQuantize(MovingAverageMinMax(spec), fused=fused), weight, FakeQuantize(average)
 
 
 def _with_types(qconfig: QConfig, per_tensor: Observer[Any], *, qat: bool) -> QConfigMapping:
