@@ -159,19 +159,22 @@ class RangeFakeQuantizer(FakeQuantizer):
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         state = RangeState.unobserved() if start.state is None else start.state
-        shape = self.scale.shape
+        # of how many channels is not known, the first batch says
+        shape = self.scale.shape if self.scale.numel() else torch.Size()
         self.register_buffer("min_val", state.minimum.expand(shape).clone() if shape else state.minimum.clone())
         self.register_buffer("max_val", state.maximum.expand(shape).clone() if shape else state.maximum.clone())
 
     def _measure(self, x: Tensor) -> None:
         before = RangeState(self.min_val, self.max_val)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
-        sound = torch.isfinite(after.minimum) & torch.isfinite(after.maximum)
+        sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
+        if not self.ready and not torch.compiler.is_compiling() and not sound:
+            return  # as long as there is no range, this one is waited for: learned qparams would never leave it again
         for held, new in ((self.min_val, after.minimum), (self.max_val, after.maximum)):
-            if held.shape != new.shape:
-                held.resize_(new.shape).copy_(new)
-            else:
-                held.copy_(torch.where(sound, new, held))
+            kept = torch.where(sound, new, held)
+            if held.shape != kept.shape:
+                held.resize_(kept.shape)
+            held.copy_(kept)
         found = qparams_of_range(self.min_val, self.max_val, self.spec)
         self._set(found.scale, found.zero_point)
 
