@@ -94,9 +94,11 @@ class FakeQuantizer(KeepsDType, Switched):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
+            of_learning = self.on["learning_enabled"]
+            scale, zero_point = (v if of_learning else v.detach() for v in (self.scale, self.zero_point))
             # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
-            scale = self.scale + (self.scale.clamp(min=spec.eps) - self.scale).detach()
-            given = (scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
+            scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
+            given = (scale, zero_point, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         zero_point = self.zero_point if self.middle is None else self.middle
         return round_through(x, self.scale, zero_point, spec.quant_min, spec.quant_max, axis)
@@ -110,7 +112,7 @@ class FakeQuantizer(KeepsDType, Switched):
         """Take new qparams, in the memory of the old ones: optimizers and process groups hold that."""
         for held, new in ((self.scale, scale), (self.zero_point, zero_point)):
             if held.shape != new.shape:
-                held.resize_(new.shape)
+                held.data = held.new_zeros(new.shape)  # parameters cannot be resized
             held.copy_(new)
         self.ready = True
 
@@ -132,8 +134,7 @@ class FakeQuantizer(KeepsDType, Switched):
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(f"{prefix}{name}")
             if held is not None and isinstance(given, Tensor) and given.shape != held.shape:
-                with torch.no_grad():
-                    held.resize_(given.shape)
+                held.data = held.new_zeros(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
 
