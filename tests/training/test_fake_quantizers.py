@@ -128,8 +128,10 @@ def settings(draw, observers=(*PER_TENSOR, *PER_CHANNEL), name="FakeQuantize"):
     limits = [(0, 255), (0, 127), (0, 15)] if dtype == torch.quint8 else [(-128, 127), (-127, 127), (-8, 7)]
     low, high = draw(st.sampled_from(limits))
     options: dict[str, Any] = {"dtype": dtype, "quant_min": low, "quant_max": high}
-    # the fused operator knows the first axis alone, and nothing symmetric of unsigned integers
-    schemes = ["affine", "symmetric"] if dtype == torch.qint8 or name == "FakeQuantize" else ["affine"]
+    # torch.ao's middle of all unsigned integers depends on whether they are given or its default; the fused operator
+    # knows nothing symmetric of them, and the first axis alone
+    symmetric = dtype == torch.qint8 or (name == "FakeQuantize" and high < 255)
+    schemes = ["affine", "symmetric"] if symmetric else ["affine"]
     if observer in PER_CHANNEL:
         schemes += ["affine_float_qparams"] if dtype == torch.quint8 and name == "FakeQuantize" else []
         options["ch_axis"] = draw(st.sampled_from([0, 1, 2])) if name == "FakeQuantize" else 0
@@ -191,15 +193,15 @@ def test_evaluation_rounds_and_does_not_measure():
 def fused_scale(part: Any) -> Tensor:
     """The scale of the range of one of our modules by the rule of torch's fused operator.
 
-    For a symmetric scheme that takes the integers for `2 * half + 1` steps, however many there are; `qparams` of the
-    observer within, which count after training, divide the range by the steps there are. It does not know `eps`.
+    For a symmetric scheme that is of `-half - 1 .. half`, whatever the integers are, and what the observer within it
+    gives, which counts after training, is the range by the steps that there are. It does not know `eps`.
     """
     low, high, spec = part.min_val.clamp(max=0).double(), part.max_val.clamp(min=0).double(), part.spec
     steps = spec.quant_max - spec.quant_min
     if not spec.symmetric:
         return (high - low) / steps
     half = steps // 2
-    return torch.maximum(-low, high) / half * (2 * half + 1) / steps
+    return torch.maximum(-low / (half + 1), high / half) * (2 * half + 1) / steps
 
 
 @given(
