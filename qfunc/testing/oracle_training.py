@@ -55,14 +55,16 @@ def prepare_qat(
     With `frozen` they keep their statistics. `options` are `prepare_qat_fx`'s.
     """
     with _quiet():
-        from torch.ao.nn.intrinsic.qat import freeze_bn_stats
         from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
         prepared = prepare_qat_fx(copy.deepcopy(model), mapping, example_inputs, **options)
         for part in prepared.modules():
             if hasattr(part, "_enable_slow_path_for_better_numerical_stability"):
                 part._enable_slow_path_for_better_numerical_stability = exact
-        return prepared.apply(freeze_bn_stats) if frozen else prepared
+            # its function for a whole model leaves linear layers out
+            if frozen and hasattr(part, "freeze_bn_stats"):
+                part.freeze_bn_stats()
+        return prepared
 
 
 def only_weights_rounded(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -74,15 +76,6 @@ def only_weights_rounded(prepared: fx.GraphModule) -> fx.GraphModule:
                 part.disable_fake_quant()
                 part.disable_observer()
     return prepared
-
-
-def weight_fake_quantizers(module: nn.Module) -> dict[str, Any]:
-    """The fake quantizers of weights, by the names of the layers that they belong to."""
-    return {
-        name.removesuffix(".weight_fake_quant"): part
-        for name, part in module.named_modules()
-        if name.endswith("weight_fake_quant")
-    }
 
 
 def qconfig(activation: Any, weight: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from qfunc import QuantSpec, Switches, switch
 from qfunc.edge.fake_quantize import fake_quantizer
@@ -25,11 +25,10 @@ from qfunc.numerics.observers import (
     MinMax,
     MovingAverageMinMax,
     MovingAveragePerChannelMinMax,
-    PerChannelMinMax,
     Percentile,
+    PerChannelMinMax,
 )
 from qfunc.numerics.qparams import FLOAT_QPARAMS, INT8_SYMMETRIC, INT8_SYMMETRIC_PER_CHANNEL, UINT8, QParams
-from qfunc.numerics.statistic import RangeState
 from qfunc.numerics.unmeasured import Dynamic
 from qfunc.passes.training import Start
 from qfunc.testing import oracle, oracle_training
