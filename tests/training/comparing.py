@@ -28,7 +28,7 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wi
 
 
 def gradients(output: Tensor, of: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """The gradients of a random sum of an output, by the names of what they are of; zero where nothing depends on it."""
+    """The gradients of a random sum of an output, by the names of what they are of; zero where it does not depend."""
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
     found = torch.autograd.grad(output, list(of.values()), weights, allow_unused=True)
     return {
