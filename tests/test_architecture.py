@@ -20,7 +20,7 @@ LAYERS = (
     "edge", "artifact", "quantize", "__init__", "compat", "testing",
 )  # fmt: skip
 BANNED = ("torch.ao", "torch.quantization", "torchao")
-MAY_IMPORT_BANNED = {"qfunc/testing/oracle.py", "qfunc/edge/decomposed.py"}
+MAY_IMPORT_BANNED = {"qfunc/testing/oracle.py", "qfunc/testing/oracle_training.py", "qfunc/edge/decomposed.py"}
 FORBIDDEN_NAMES = ("utils", "helper", "manager", "handler")
 MOST_LINES = 450
 

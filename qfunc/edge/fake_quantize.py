@@ -95,9 +95,11 @@ class FakeQuantizer(KeepsDType, Switched):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
+            of_learning = self.on["learning_enabled"]
+            scale, zero_point = (v if of_learning else v.detach() for v in (self.scale, self.zero_point))
             # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
-            scale = self.scale + (self.scale.clamp(min=spec.eps) - self.scale).detach()
-            given = (scale, self.zero_point, spec.quant_min, spec.quant_max, axis)
+            scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
+            given = (scale, zero_point, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         scale, zero_point = self._grid()
         return round_through(x, scale, zero_point, spec.quant_min, spec.quant_max, axis)
@@ -115,7 +117,7 @@ class FakeQuantizer(KeepsDType, Switched):
         """Take new qparams, in the memory of the old ones: optimizers and process groups hold that."""
         for held, new in ((self.scale, scale), (self.zero_point, zero_point)):
             if held.shape != new.shape:
-                held.resize_(new.shape)
+                held.data = held.new_zeros(new.shape)  # parameters cannot be resized
             held.copy_(new)
         self.ready = True
 
@@ -137,8 +139,7 @@ class FakeQuantizer(KeepsDType, Switched):
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(f"{prefix}{name}")
             if held is not None and isinstance(given, Tensor) and given.shape != held.shape:
-                with torch.no_grad():
-                    held.resize_(given.shape)
+                held.data = held.new_zeros(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
 
@@ -164,19 +165,22 @@ class RangeFakeQuantizer(FakeQuantizer):
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         state = RangeState.unobserved() if start.state is None else start.state
-        shape = self.scale.shape
+        # of how many channels is not known, the first batch says
+        shape = self.scale.shape if self.scale.numel() else torch.Size()
         self.register_buffer("min_val", state.minimum.expand(shape).clone() if shape else state.minimum.clone())
         self.register_buffer("max_val", state.maximum.expand(shape).clone() if shape else state.maximum.clone())
 
     def _measure(self, x: Tensor) -> None:
         before = RangeState(self.min_val, self.max_val)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
-        sound = torch.isfinite(after.minimum) & torch.isfinite(after.maximum)
+        sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
+        if not self.ready and not torch.compiler.is_compiling() and not sound:
+            return  # as long as there is no range, this one is waited for: learned qparams would never leave it again
         for held, new in ((self.min_val, after.minimum), (self.max_val, after.maximum)):
-            if held.shape != new.shape:
-                held.resize_(new.shape).copy_(new)
-            else:
-                held.copy_(torch.where(sound, new, held))
+            kept = torch.where(sound, new, held)
+            if held.shape != kept.shape:
+                held.resize_(kept.shape)
+            held.copy_(kept)
         found = self._found()
         self._set(found.scale, found.zero_point)
 

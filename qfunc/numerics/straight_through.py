@@ -9,6 +9,11 @@ Where the scale and the zero point are learned as well, by the same rule that `r
     dy/ds = round(v) - v where n <= round(v) <= p, n below, p above
     dy/dz = 0 where n <= round(v) <= p, else -s
 
+A zero point that is a float, and is not learned, is added before rounding, since its fraction counts:
+
+    forward     y = (clamp(round(v + z), quant_min, quant_max) - z) * s
+    backward    dy/dx = 1 where quant_min <= round(v + z) <= quant_max, else 0
+
 Sources: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons" (straight through);
 Esser et al. 2020, "Learned Step Size Quantization" (the gradient of the scale, and its factor); Bhalgat et al. 2020,
 "LSQ+" (that of the zero point).
@@ -91,10 +96,11 @@ def cast_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _steps(x: Tensor, scale: Tensor, ch_axis: int | None) -> Tensor:
-    """`x` in units of the scale, in new memory: in float64 where x is, else in float32."""
+def _steps(x: Tensor, scale: Tensor, ch_axis: int | None, shift: Tensor | None = None) -> Tensor:
+    """`x` in units of the scale, plus `shift`, in new memory: in float64 where x is, else in float32."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
-    return wide * (1.0 / along(scale, x, ch_axis))
+    steps = wide * (1.0 / along(scale, x, ch_axis))
+    return steps if shift is None else steps.add_(shift)
 
 
 class _Bounds:
@@ -135,8 +141,9 @@ class _RoundThrough(torch.autograd.Function):
     def forward(
         x: Tensor, scale: Tensor, zero_point: ZeroPoint, quant_min: int, quant_max: int, ch_axis: int | None
     ) -> Tensor:
-        bounds = _Bounds(x, zero_point, quant_min, quant_max, ch_axis)
-        return _rounded(x, scale, bounds, ch_axis)
+        shift = _fraction(x, zero_point, ch_axis)
+        bounds = _Bounds(x, zero_point if shift is None else 0, quant_min, quant_max, ch_axis)
+        return _rounded(x, scale, bounds, ch_axis, shift)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -149,13 +156,23 @@ class _RoundThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, scale, *rest = ctx.saved_tensors
         quant_min, quant_max, ch_axis = ctx.numbers
-        bounds = _Bounds(x, rest[0] if rest else ctx.known, quant_min, quant_max, ch_axis)
-        passed = bounds.passed(_steps(x, scale, ch_axis).round_(), gradients[0])
+        zero_point = rest[0] if rest else ctx.known
+        shift = _fraction(x, zero_point, ch_axis)
+        bounds = _Bounds(x, zero_point if shift is None else 0, quant_min, quant_max, ch_axis)
+        passed = bounds.passed(_steps(x, scale, ch_axis, shift).round_(), gradients[0])
         return passed.to(x.dtype), None, None, None, None, None
 
 
-def _rounded(x: Tensor, scale: Tensor, bounds: _Bounds, ch_axis: int | None) -> Tensor:
-    steps = bounds.clamp_(_steps(x, scale, ch_axis).round_())
+def _fraction(x: Tensor, zero_point: ZeroPoint, ch_axis: int | None) -> Tensor | None:
+    """What is added before rounding: a zero point that is no integer."""
+    is_float = isinstance(zero_point, Tensor) and zero_point.is_floating_point()
+    return along(zero_point, x, ch_axis) if is_float else None  # type: ignore[arg-type]
+
+
+def _rounded(x: Tensor, scale: Tensor, bounds: _Bounds, ch_axis: int | None, shift: Tensor | None = None) -> Tensor:
+    steps = bounds.clamp_(_steps(x, scale, ch_axis, shift).round_())
+    if shift is not None:
+        steps.sub_(shift)
     return steps.mul_(along(scale, x, ch_axis)).to(x.dtype)
 
 
