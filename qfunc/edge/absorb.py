@@ -60,7 +60,8 @@ def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calib
     state = _state_of(module)
     if isinstance(state, BadConfig):
         return Failure(state)
-    return emitted(with_fake_quantization(prepared)).bind(lambda made: _absorbed(prepared, made, state))
+    graph = with_fake_quantization(prepared)
+    return emitted(graph, trains=True).bind(lambda made: _absorbed(prepared, made, state))
 
 
 def _state_of(module: object) -> dict[str, Tensor] | BadConfig:

@@ -32,7 +32,7 @@ _HALF = 2e-4
 def differences(calibrated: Calibrated, converted: Converted, inputs: tuple[Any, ...]) -> Iterator[str]:
     """Which operators of the converted model give something else than those of the one that was trained, and how."""
     graph = with_fake_quantization(calibrated)
-    trained, quantized = unwrap(emitted(graph)), unwrap(emitted(converted.graph))
+    trained, quantized = unwrap(emitted(graph, trains=True)), unwrap(emitted(converted.graph))
     recorded = _Recorded(trained)
     with torch.no_grad():
         recorded.run(*inputs)
