@@ -74,8 +74,7 @@ def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
         found = module
     else:
         return BadConfig("module", f"expected a module, got {shown(module)}", remedy)
-    tensors = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    return tensors or BadConfig("module", "it has no tensors", remedy)
+    return {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -114,6 +113,9 @@ def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem
     remedy = "absorb into the stage that the module was materialized from"
     known = {**module.state_dict(), **dict(named_tensors(module))}
     rounding = {path for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
+    if known and not state:
+        yield BadConfig("module", "it has no tensors", remedy)
+        return
     for name in (name for name in module.state_dict() if name not in state):
         yield BadConfig(name, "the module does not have this tensor", remedy)
     for name, value in state.items():
