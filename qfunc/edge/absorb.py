@@ -69,7 +69,7 @@ def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
     remedy = "pass the module that materialize(prepared) gave, or its state_dict"
     if isinstance(module, nn.Module):
         # buffers that are not saved are part of what a module has learned
-        found: Mapping[Any, Any] = {**module.state_dict(), **dict(named_tensors(module))}
+        found: Mapping[Any, Any] = {**dict(named_tensors(module)), **module.state_dict()}
     elif isinstance(module, Mapping):
         found = module
     else:
