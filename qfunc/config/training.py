@@ -34,12 +34,19 @@ def for_training(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMa
     ('MovingAverageMinMax', 'MovingAveragePerChannelMinMax')
     """
 
-    def of_value(given: Any) -> Any:
-        return _trained(given, 0.01, learned=learned)
-
     def of_operator(choice: Choice) -> Choice:
         return trained(choice, learned=learned)
 
+    def of_value(given: Any) -> Any:
+        return _trained(given, 0.01, learned=learned)
+
+    return with_each(mapping, of_operator, of_value)
+
+
+def with_each(
+    mapping: QConfigMapping, of_operator: Callable[[Choice], Choice], of_value: Callable[[Any], Any]
+) -> QConfigMapping:
+    """The mapping with what functions make of each of its choices: of those for operators, and for single values."""
     return replace(
         mapping,
         global_qconfig=of_operator(mapping.global_qconfig),

@@ -60,7 +60,8 @@ def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calib
     state = _state_of(module)
     if isinstance(state, BadConfig):
         return Failure(state)
-    return emitted(with_fake_quantization(prepared)).bind(lambda made: _absorbed(prepared, made, state))
+    graph = with_fake_quantization(prepared)
+    return emitted(graph, trains=True).bind(lambda made: _absorbed(prepared, made, state))
 
 
 def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
@@ -68,13 +69,12 @@ def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
     remedy = "pass the module that materialize(prepared) gave, or its state_dict"
     if isinstance(module, nn.Module):
         # buffers that are not saved are part of what a module has learned
-        found: Mapping[Any, Any] = {**module.state_dict(), **dict(named_tensors(module))}
+        found: Mapping[Any, Any] = {**dict(named_tensors(module)), **module.state_dict()}
     elif isinstance(module, Mapping):
         found = module
     else:
         return BadConfig("module", f"expected a module, got {shown(module)}", remedy)
-    tensors = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    return tensors or BadConfig("module", "it has no tensors", remedy)
+    return {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -113,6 +113,9 @@ def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem
     remedy = "absorb into the stage that the module was materialized from"
     known = {**module.state_dict(), **dict(named_tensors(module))}
     rounding = {path for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
+    if known and not state:
+        yield BadConfig("module", "it has no tensors", remedy)
+        return
     for name in (name for name in module.state_dict() if name not in state):
         yield BadConfig(name, "the module does not have this tensor", remedy)
     for name, value in state.items():

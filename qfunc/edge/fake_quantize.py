@@ -246,14 +246,14 @@ class StateFakeQuantizer(FakeQuantizer):
         """What the observer has found; None as long as that is nothing."""
         return self._state if self._has_measured else None
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._has_measured:
             written = to_bytes(_filed(self.observer, self._state), types=types_of_observers([self.observer]))
             # a state that no file can hold stays behind: the qparams, which it was for, are saved all the same
             data = bytearray(written.value_or(b""))
             held = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-            self.observer_state = held.to(self.observer_state.device)
-        super()._save_to_state_dict(*args, **kwargs)
+            destination[f"{prefix}observer_state"] = held.to(self.observer_state.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

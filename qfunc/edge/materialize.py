@@ -74,7 +74,7 @@ def materialize(stage: Any, *, copy: bool = False) -> R[fx.GraphModule]:
     graph = graph_to_run(stage)
     if graph is None:
         return Failure(not_a_stage(stage))
-    made = emitted(graph, copy=copy).map(lambda made: made.module)
+    made = emitted(graph, copy=copy, trains=_trains(stage)).map(lambda made: made.module)
     if isinstance(stage, (Converted, Lowered)) and stage.original_weights is not None:
         tensors = tensors_of(stage.original_weights, graph.sources, copy=copy)
         return made.bind(lambda module: _with_originals(module, tensors))
@@ -91,15 +91,15 @@ def _with_originals(module: fx.GraphModule, tensors: dict[str, dict[str, Tensor]
     return Success(module)
 
 
-def emitted(graph: Graph, *, copy: bool = False) -> R[Emitted]:
+def emitted(graph: Graph, *, copy: bool = False, trains: bool = False) -> R[Emitted]:
     """`materialize` of a graph, which also tells where each value is in the module's code.
 
-    What is for training has memory of its own.
+    What `trains`, as all does that rounds, has memory of its own, and norms that can be frozen.
     """
     problems = [*check_sources(graph), *stale_modules(graph), *missing_operators(graph)]
     if problems:
         return Failure(several(problems))
-    emitter = TrainingEmitter(graph, copy=True) if rounds(graph) else Emitter(graph, copy=copy)
+    emitter = TrainingEmitter(graph, copy=True) if trains or rounds(graph) else Emitter(graph, copy=copy)
     try:
         fx_graph = emitter.emit()
     except (ObserverError, CustomModuleError) as error:
@@ -133,6 +133,12 @@ def graph_to_run(stage: object) -> Graph | None:
             return graph
         case _:
             return None
+
+
+def _trains(stage: object) -> bool:
+    """Whether a stage was prepared for training, even if there is nothing in it to be rounded."""
+    prepared = stage.prepared if isinstance(stage, Calibrated) else stage
+    return isinstance(prepared, Prepared) and prepared.folding is not None
 
 
 def not_a_stage(given: object) -> WrongStage:
