@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from pyrsistent import pmap
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from qfunc.config.annotation import Derived
+from qfunc.edge.checkpointed import computes_again
 from qfunc.edge.observer import ObserverError, guarded, is_plain
 from qfunc.edge.statistic_types import types_of_observers
 from qfunc.edge.statistics_file import from_bytes, to_bytes
 from qfunc.edge.switched import KeepsDType, Switched
-from qfunc.errors import UnsupportedDType, UserFunctionFailed
+from qfunc.errors import BadConfig, UnsupportedDType, UserFunctionFailed
 from qfunc.numerics.derive import derived_qparams
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.observers import (
@@ -86,11 +87,11 @@ class FakeQuantizer(KeepsDType, Switched):
     def forward(self, x: Tensor, measure: bool = True) -> Tensor:
         """`x`, rounded where the module is switched on and knows qparams; not measured first unless `measure`."""
         _check(x, self.place)
-        learns = self.learned and self.on["learning_enabled"] and self.ready
+        learns = self.learned and self.on["learning_enabled"] and self._is_ready()
         measures = measure and self.training and self.on["observer_enabled"] and not learns
-        if measures and x.numel() and not _computes_again():
+        if measures and x.numel() and not computes_again():
             self._measure(x.detach())
-        if not (self.rounds and self.on["fake_quant_enabled"] and self.ready):
+        if not (self.rounds and self.on["fake_quant_enabled"] and self._is_ready()):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
@@ -100,6 +101,15 @@ class FakeQuantizer(KeepsDType, Switched):
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         zero_point = self.zero_point if self.middle is None else self.middle
         return round_through(x, self.scale, zero_point, spec.quant_min, spec.quant_max, axis)
+
+    def _is_ready(self) -> bool:
+        """Whether there are qparams; others may have put some here (averages of models, process groups)."""
+        if not self.ready and not torch.compiler.is_compiling() and not self.scale.is_meta:
+            self.ready = self._knows()
+        return self.ready
+
+    def _knows(self) -> bool:
+        return self.scale.numel() > 0 and bool((self.scale > 0).all().item())
 
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""
@@ -116,7 +126,7 @@ class FakeQuantizer(KeepsDType, Switched):
 
     def qparams(self) -> QParams | None:
         """What it rounds with, in evaluation; None as long as it knows none."""
-        if not self.ready:
+        if not self._is_ready():
             return None
         scale, zero_point = self.scale.detach().clone(), self.zero_point.detach()
         if self.learned:
@@ -135,7 +145,7 @@ class FakeQuantizer(KeepsDType, Switched):
                 with torch.no_grad():
                     held.resize_(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
+        self.ready = not self.scale.is_meta and self._knows()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -310,6 +320,9 @@ def connect(root: nn.Module) -> None:
 
 
 def _check(x: object, place: str) -> None:
+    if isinstance(x, Proxy):
+        remedy = "trace with a torch.fx.Tracer whose is_leaf_module takes qfunc's modules for leaves"
+        raise ObserverError(BadConfig(place, "torch.fx traces through what trains with fake quantization", remedy))
     if not (isinstance(x, Tensor) and x.is_floating_point() and is_plain(x)):
         reason = f"{x.dtype if isinstance(x, Tensor) else type(x).__name__} came by, which is not quantized"
         raise ObserverError(UnsupportedDType(place, reason, "keep what uses it float"))
@@ -337,12 +350,3 @@ def fake_quantizer(start: Start) -> Switched:
 
 
 _OF_RANGES = (MinMax, PerChannelMinMax, MovingAverageMinMax, MovingAveragePerChannelMinMax)
-
-
-def _computes_again() -> bool:
-    """Whether this is within a backward pass, which computes a checkpointed part once more."""
-    return not torch.compiler.is_compiling() and _current_graph_task() != _NONE
-
-
-_current_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id")  # noqa: B009 - torch's stubs leave it out
-_NONE = -1
