@@ -109,7 +109,8 @@ class FakeQuantizer(KeepsDType, Switched):
         return self.ready
 
     def _knows(self) -> bool:
-        return self.scale.numel() > 0 and bool((self.scale > 0).all().item())
+        # a learned scale may be below zero for some steps, and is taken for the least one
+        return self.scale.numel() > 0 and bool((self.scale != 0).any().item())
 
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""

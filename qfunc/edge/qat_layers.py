@@ -284,7 +284,8 @@ class QatBatchNorm(Switched):
         running statistics.
         """
         if behind is None or error is None:
-            return self._again(input) if computes_again() and self.training else super().forward(input)  # type: ignore[no-any-return]
+            again = computes_again() and self.training
+            return self._again(input) if again else super().forward(input)  # type: ignore[no-any-return]
         if not self.training or self.running_var is None:
             return behind + error
         others = [axis for axis in range(input.dim()) if axis != 1]
@@ -295,8 +296,9 @@ class QatBatchNorm(Switched):
     def _again(self, input: Tensor) -> Tensor:  # noqa: A002
         """What the norm gave on the way there; the statistics have moved already."""
         norm: Any = self
-        moved = [None if held is None else held.clone() for held in (norm.running_mean, norm.running_var)]
-        return functional.batch_norm(input, *moved, norm.weight, norm.bias, training=True, eps=self.eps)
+        mean, var = (None if held is None else held.clone() for held in (norm.running_mean, norm.running_var))
+        made: Tensor = functional.batch_norm(input, mean, var, norm.weight, norm.bias, training=True, eps=self.eps)
+        return made
 
 
 class QatBatchNorm1d(QatBatchNorm, nn.BatchNorm1d):
