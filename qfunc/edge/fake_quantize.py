@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -121,7 +122,7 @@ class FakeQuantizer(KeepsDType, Switched):
         """Take new qparams, in the memory of the old ones: optimizers and process groups hold that."""
         for held, new in ((self.scale, scale), (self.zero_point, zero_point)):
             if held.shape != new.shape:
-                held.resize_(new.shape)
+                _resize(held, new.shape)
             held.copy_(new)
         self.ready = True
 
@@ -143,8 +144,7 @@ class FakeQuantizer(KeepsDType, Switched):
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(f"{prefix}{name}")
             if held is not None and isinstance(given, Tensor) and given.shape != held.shape:
-                with torch.no_grad():
-                    held.resize_(given.shape)
+                _resize(held, given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.ready = not self.scale.is_meta and self._knows()
 
@@ -176,18 +176,28 @@ class RangeFakeQuantizer(FakeQuantizer):
 
     def _measure(self, x: Tensor) -> None:
         before = RangeState(self.min_val, self.max_val)
+        if not self.min_val.numel():  # how many channels there are is known now
+            low, high = (x.new_full((), value, dtype=torch.float32) for value in (math.inf, -math.inf))
+            before = RangeState(low, high)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
         sound = torch.isfinite(after.minimum) & torch.isfinite(after.maximum)
-        for held, new in ((self.min_val, after.minimum), (self.max_val, after.maximum)):
+        pairs = ((self.min_val, before.minimum, after.minimum), (self.max_val, before.maximum, after.maximum))
+        for held, old, new in pairs:
             if held.shape != new.shape:
-                held.resize_(new.shape).copy_(new)
-            else:
-                held.copy_(torch.where(sound, new, held))
+                held.resize_(new.shape)
+            held.copy_(torch.where(sound, new, old))
+        if self.learned and not torch.compiler.is_compiling() and not self._has_measured():
+            return  # what is learned begins but once
         found = qparams_of_range(self.min_val, self.max_val, self.spec)
         self._set(found.scale, found.zero_point)
 
-    def state(self) -> RangeState:
-        """The range."""
+    def _has_measured(self) -> bool:
+        return bool((self.min_val <= self.max_val).all())
+
+    def state(self) -> RangeState | None:
+        """The range; None as long as nothing was measured."""
+        if not (self.min_val.numel() and self._has_measured()):
+            return None
         return RangeState(self.min_val.clone(), self.max_val.clone())
 
 
@@ -309,6 +319,12 @@ class DerivedFakeQuantizer(Switched):
             return x
         spec = found.spec
         return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max, spec.ch_axis)
+
+
+def _resize(held: Tensor, shape: torch.Size) -> None:
+    """Give a tensor another shape; torch refuses to, of what has gradients."""
+    trains = held.requires_grad
+    held.requires_grad_(False).resize_(shape).requires_grad_(trains)
 
 
 def connect(root: nn.Module) -> None:

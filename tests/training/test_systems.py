@@ -15,7 +15,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from qfunc import Switches, absorb, convert, lower, materialize, render, switch, unwrap
+from qfunc import Switches, absorb, convert, fuse, lower, materialize, prepare_qat, render, switch, trace, unwrap
 from qfunc.edge.fake_quantize import FakeQuantizer
 from qfunc.edge.observer import ObserverError
 from qfunc.errors import BadConfig, problems
