@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,25 +69,46 @@ def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
     remedy = "pass the module that materialize(prepared) gave, or its state_dict"
     if isinstance(module, nn.Module):
         # buffers that are not saved are part of what a module has learned
-        found: Mapping[Any, Any] = {**dict(named_tensors(module)), **module.state_dict()}
+        own = {**dict(named_tensors(module)), **module.state_dict()}
+        found: Mapping[Any, Any] = {**own, **dict(_never_frozen(module))}
     elif isinstance(module, Mapping):
         found = module
     else:
         return BadConfig("module", f"expected a module, got {shown(module)}", remedy)
-    return {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return {_unwrapped(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-_WRAPPERS = ("module.", "_orig_mod.")
-"""What `DistributedDataParallel` and `torch.compile` put before the names of tensors."""
+def _never_frozen(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The switches that norms lose when they are made synchronous."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            yield f"{path}.frozen", torch.tensor(False, dtype=torch.uint8)
+
+
+_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""What `torch.compile` and the wrapper of checkpointed parts put into the names of tensors."""
+_WRAPPER, _OF_WRAPPERS = "module.", frozenset({"n_averaged"})
+"""What `DistributedDataParallel` and `AveragedModel` put before names, and what they have beside them."""
 
 
 def _unwrapped(name: str) -> str:
-    prefix = next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)
-    return name if prefix is None else _unwrapped(name.removeprefix(prefix))
+    return ".".join(part for part in name.split(".") if part not in _SEGMENTS)
+
+
+def _inside(state: Mapping[str, Tensor], known: Container[str]) -> Mapping[str, Tensor]:
+    """The tensors of what is wrapped, however often; a part of the model may be called `module` as well."""
+    found = state
+    while not any(name in known for name in found):
+        names = [name for name in found if name not in _OF_WRAPPERS]
+        if not (names and all(name.startswith(_WRAPPER) for name in names)):
+            return state
+        found = {name.removeprefix(_WRAPPER): found[name] for name in names}
+    return found
 
 
 def _absorbed(prepared: Prepared, made: Emitted, state: Mapping[str, Tensor]) -> R[Calibrated]:
     """What a module made anew has once it has the state: it knows by itself what is where."""
+    state = _inside(state, made.module.state_dict())
     problems = list(_misfits(made.module, state))
     if problems:
         return Failure(several(problems))
@@ -111,6 +132,8 @@ def _absorbed(prepared: Prepared, made: Emitted, state: Mapping[str, Tensor]) ->
 def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem]:
     """What a state lacks, has too much or has in another shape, and what in it is not finite."""
     remedy = "absorb into the stage that the module was materialized from"
+    if any(name.endswith("_orig") or ".parametrizations." in name for name in state):
+        remedy = "take parametrizations off first: parametrize.remove_parametrizations, prune.remove"
     known = {**module.state_dict(), **dict(named_tensors(module))}
     rounding = {path for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
     if known and not state:

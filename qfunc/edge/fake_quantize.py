@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from pyrsistent import pmap
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from qfunc.config.annotation import Derived
+from qfunc.edge.checkpointed import computes_again
 from qfunc.edge.observer import ObserverError, guarded, is_plain
 from qfunc.edge.statistic_types import types_of_observers
 from qfunc.edge.statistics_file import from_bytes, to_bytes
 from qfunc.edge.switched import KeepsDType, Switched
-from qfunc.errors import UnsupportedDType, UserFunctionFailed
+from qfunc.errors import BadConfig, UnsupportedDType, UserFunctionFailed
 from qfunc.numerics.derive import derived_qparams
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.fused_range import fused_qparams_of_range
@@ -87,11 +89,11 @@ class FakeQuantizer(KeepsDType, Switched):
     def forward(self, x: Tensor, measure: bool = True) -> Tensor:
         """`x`, rounded where the module is switched on and knows qparams; not measured first unless `measure`."""
         _check(x, self.place)
-        learns = self.learned and self.on["learning_enabled"] and self.ready
+        learns = self.learned and self.on["learning_enabled"] and self._is_ready()
         measures = measure and self.training and self.on["observer_enabled"] and not learns
-        if measures and x.numel() and not _computes_again():
+        if measures and x.numel() and not computes_again():
             self._measure(x.detach())
-        if not (self.rounds and self.on["fake_quant_enabled"] and self.ready):
+        if not (self.rounds and self.on["fake_quant_enabled"] and self._is_ready()):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
@@ -108,6 +110,16 @@ class FakeQuantizer(KeepsDType, Switched):
         """What it rounds with, as plain numbers where they are known beforehand."""
         return self.scale, self.zero_point if self.middle is None else self.middle
 
+    def _is_ready(self) -> bool:
+        """Whether there are qparams; others may have put some here (averages of models, process groups)."""
+        if not self.ready and not torch.compiler.is_compiling() and not self.scale.is_meta:
+            self.ready = self._knows()
+        return self.ready
+
+    def _knows(self) -> bool:
+        # a learned scale may be below zero for some steps, and is taken for the least one
+        return self.scale.numel() > 0 and bool((self.scale != 0).any().item())
+
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""
         raise NotImplementedError
@@ -117,13 +129,13 @@ class FakeQuantizer(KeepsDType, Switched):
         """Take new qparams, in the memory of the old ones: optimizers and process groups hold that."""
         for held, new in ((self.scale, scale), (self.zero_point, zero_point)):
             if held.shape != new.shape:
-                held.data = held.new_zeros(new.shape)  # parameters cannot be resized
+                _resize(held, new.shape)
             held.copy_(new)
         self.ready = True
 
     def qparams(self) -> QParams | None:
         """What it rounds with, in evaluation; None as long as it knows none."""
-        if not self.ready:
+        if not self._is_ready():
             return None
         scale, zero_point = self.scale.detach().clone(), self.zero_point.detach()
         if self.learned:
@@ -139,9 +151,9 @@ class FakeQuantizer(KeepsDType, Switched):
         for name, held in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(f"{prefix}{name}")
             if held is not None and isinstance(given, Tensor) and given.shape != held.shape:
-                held.data = held.new_zeros(given.shape)
+                _resize(held, given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
+        self.ready = not self.scale.is_meta and self._knows()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -172,15 +184,18 @@ class RangeFakeQuantizer(FakeQuantizer):
 
     def _measure(self, x: Tensor) -> None:
         before = RangeState(self.min_val, self.max_val)
+        if not self.min_val.numel():  # how many channels there are is known now
+            low, high = (x.new_full((), value, dtype=torch.float32) for value in (math.inf, -math.inf))
+            before = RangeState(low, high)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
         sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
         if not self.ready and not torch.compiler.is_compiling() and not sound:
             return  # as long as there is no range, this one is waited for: learned qparams would never leave it again
-        for held, new in ((self.min_val, after.minimum), (self.max_val, after.maximum)):
-            kept = torch.where(sound, new, held)
-            if held.shape != kept.shape:
-                held.resize_(kept.shape)
-            held.copy_(kept)
+        pairs = ((self.min_val, before.minimum, after.minimum), (self.max_val, before.maximum, after.maximum))
+        for held, old, new in pairs:
+            if held.shape != new.shape:
+                held.resize_(new.shape)
+            held.copy_(torch.where(sound, new, old))
         found = self._found()
         self._set(found.scale, found.zero_point)
 
@@ -188,8 +203,13 @@ class RangeFakeQuantizer(FakeQuantizer):
         """The qparams of the range."""
         return qparams_of_range(self.min_val, self.max_val, self.spec)
 
-    def state(self) -> RangeState:
-        """The range."""
+    def _has_measured(self) -> bool:
+        return bool((self.min_val <= self.max_val).all())
+
+    def state(self) -> RangeState | None:
+        """The range; None as long as nothing was measured."""
+        if not (self.min_val.numel() and self._has_measured()):
+            return None
         return RangeState(self.min_val.clone(), self.max_val.clone())
 
 
@@ -339,6 +359,12 @@ class DerivedFakeQuantizer(Switched):
         return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max, spec.ch_axis)
 
 
+def _resize(held: Tensor, shape: torch.Size) -> None:
+    """Give a tensor another shape; torch refuses to, of what has gradients."""
+    trains = held.requires_grad
+    held.requires_grad_(False).resize_(shape).requires_grad_(trains)
+
+
 def connect(root: nn.Module) -> None:
     """Tell the fake quantizers whose qparams derive from others' which those are."""
     parts = [module for module in root.modules() if isinstance(module, (FakeQuantizer, DerivedFakeQuantizer))]
@@ -349,6 +375,9 @@ def connect(root: nn.Module) -> None:
 
 
 def _check(x: object, place: str) -> None:
+    if isinstance(x, Proxy):
+        remedy = "trace with a torch.fx.Tracer whose is_leaf_module takes qfunc's modules for leaves"
+        raise ObserverError(BadConfig(place, "torch.fx traces through what trains with fake quantization", remedy))
     if not (isinstance(x, Tensor) and x.is_floating_point() and is_plain(x)):
         reason = f"{x.dtype if isinstance(x, Tensor) else type(x).__name__} came by, which is not quantized"
         raise ObserverError(UnsupportedDType(place, reason, "keep what uses it float"))
@@ -378,12 +407,3 @@ def fake_quantizer(start: Start) -> Switched:
 
 
 _OF_RANGES = (MinMax, PerChannelMinMax, MovingAverageMinMax, MovingAveragePerChannelMinMax)
-
-
-def _computes_again() -> bool:
-    """Whether this is within a backward pass, which computes a checkpointed part once more."""
-    return not torch.compiler.is_compiling() and _current_graph_task() != _NONE
-
-
-_current_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id")  # noqa: B009 - torch's stubs leave it out
-_NONE = -1

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qfunc.edge.checkpointed import computes_again
 from qfunc.edge.switched import Switched
 from qfunc.numerics.batch_norm import scaled_channels
 
 Norms: TypeAlias = tuple[tuple[Tensor | None, Tensor], ...]
+Deviations: TypeAlias = tuple[Tensor, ...]
 Part: TypeAlias = Literal["rounded", "float", "error"]
 
 
@@ -33,26 +35,31 @@ class Fold:
     transpose: bool = False
     groups: int = 1
 
-    def rounded(self, fake_quantize: nn.Module, weight: Tensor, norms: Norms) -> Tensor:
+    def deviations(self, norms: Norms) -> Deviations:
+        """What the norms divide by."""
+        pairs = zip(norms, self.eps, strict=True)
+        return tuple(torch.sqrt(_as_it_is(var) + eps) for (_, var), eps in pairs)
+
+    def rounded(self, fake_quantize: nn.Module, weight: Tensor, norms: Norms, deviations: Deviations) -> Tensor:
         """The weight rounded for the norms; a channel that they make zero keeps its own."""
         if not norms:
             return fake_quantize(weight)  # type: ignore[no-any-return]
-        factor = self._factor(norms)
+        factor = self._factor(norms, deviations)
         dead = factor == 0
         folded = fake_quantize(self._scaled(weight, factor))
         unfolded = self._scaled(folded, 1.0 / torch.where(dead, 1.0, factor))
         return unfolded + self._scaled(weight, dead.to(weight.dtype))
 
-    def error(self, fake_quantize: nn.Module, weight: Tensor, norms: Norms) -> Tensor:
+    def error(self, fake_quantize: nn.Module, weight: Tensor, norms: Norms, deviations: Deviations) -> Tensor:
         """What rounding adds to the weight that has the norms in it."""
-        folded = self._scaled(weight, self._factor(norms))
+        folded = self._scaled(weight, self._factor(norms, deviations))
         rounded: Tensor = fake_quantize(folded)
         return rounded - folded
 
-    def _factor(self, norms: Norms) -> Tensor:
+    def _factor(self, norms: Norms, deviations: Deviations) -> Tensor:
         factors = [
-            (1.0 if gamma is None else gamma) / torch.sqrt(var + eps)
-            for (gamma, var), eps in zip(norms, self.eps, strict=True)
+            (1.0 if gamma is None else gamma) / deviation
+            for (gamma, _), deviation in zip(norms, deviations, strict=True)
         ]
         whole = factors[0]
         for factor in factors[1:]:
@@ -63,12 +70,34 @@ class Fold:
         return scaled_channels(weight, factor, self.transpose, self.groups)
 
 
-class QatLayer(nn.Module):
+def _as_it_is(var: Tensor) -> Tensor:
+    """A running variance that the norm is about to move.
+
+    A compiler may compute what the way back needs from it anew, and would do so from what the norm has left. It
+    computes only some operators anew, and `amin`, here of one value each, is not among them.
+    """
+    return var.unsqueeze(0).amin(0) if torch.compiler.is_compiling() else var
+
+
+class _Folded(nn.Module):
+    """What is rounded for norms: a part that is computed once more is rounded for those that there were before."""
+
+    fold: Fold
+    before: Deviations = ()
+
+    def _deviations(self, norms: Norms) -> Deviations:
+        if not norms or torch.compiler.is_compiling():
+            return self.fold.deviations(norms)
+        if not (computes_again() and self.before):
+            self.before = self.fold.deviations(norms)
+        return self.before
+
+
+class QatLayer(_Folded):
     """What layers of rounded weights have in common: `weight_fake_quant`, and `bias_fake_quant` if that is rounded."""
 
     weight: Tensor
     bias: Any
-    fold: Fold
 
     @classmethod
     def of(cls, layer: nn.Module, fake_quantizers: Mapping[str, nn.Module], fold: Fold) -> QatLayer:
@@ -85,7 +114,7 @@ class QatLayer(nn.Module):
         if fake_quantize is None or part == "float":
             return self.weight
         made = self.fold.rounded if part == "rounded" else self.fold.error
-        return made(fake_quantize, self.weight, norms)
+        return made(fake_quantize, self.weight, norms, self._deviations(norms))
 
     def _bias(self, part: Part = "rounded") -> Tensor | None:
         """The bias; what an error is of has none."""
@@ -210,7 +239,7 @@ QAT_LAYERS: Mapping[type[nn.Module], type[QatLayer]] = MappingProxyType(
 """The layers that have such a form of their own; the parameters of any other are rounded where they are read."""
 
 
-class RoundedParameter(nn.Module):
+class RoundedParameter(_Folded):
     """Rounds a parameter that is not a layer's own, or that of a layer without a form for training."""
 
     def __init__(self, fake_quantize: nn.Module, fold: Fold) -> None:
@@ -219,7 +248,7 @@ class RoundedParameter(nn.Module):
 
     def forward(self, parameter: Tensor, norms: Norms = ()) -> Tensor:
         """The parameter, rounded."""
-        return self.fold.rounded(self.fake_quant, parameter, norms)
+        return self.fold.rounded(self.fake_quant, parameter, norms, self._deviations(norms))
 
 
 # Batch norms ----------------------------------------------------------------------------------------------------------
@@ -245,6 +274,7 @@ class QatBatchNorm(Switched):
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode, but for a frozen norm, which stays in evaluation mode."""
+        self.read_switches()
         return super().train(mode and not self.on["frozen"])
 
     def forward(self, input: Tensor, behind: Tensor | None = None, error: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -254,13 +284,21 @@ class QatBatchNorm(Switched):
         running statistics.
         """
         if behind is None or error is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+            again = computes_again() and self.training
+            return self._again(input) if again else super().forward(input)  # type: ignore[no-any-return]
         if not self.training or self.running_var is None:
             return behind + error
         others = [axis for axis in range(input.dim()) if axis != 1]
         var = input.var(others, unbiased=False)
         ratio = torch.sqrt(self.running_var + self.eps) / torch.sqrt(var + self.eps)
         return behind + error * ratio.view(1, -1, *[1] * (input.dim() - 2))
+
+    def _again(self, input: Tensor) -> Tensor:  # noqa: A002
+        """What the norm gave on the way there; the statistics have moved already."""
+        norm: Any = self
+        mean, var = (None if held is None else held.clone() for held in (norm.running_mean, norm.running_var))
+        made: Tensor = functional.batch_norm(input, mean, var, norm.weight, norm.bias, training=True, eps=self.eps)
+        return made
 
 
 class QatBatchNorm1d(QatBatchNorm, nn.BatchNorm1d):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qfunc.edge.switched import Switched
+from qfunc.errors import BadConfig, several
+from qfunc.result import QuantException
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _FIELDS: Mapping[str, str] = MappingProxyType(
@@ -21,6 +23,9 @@ _FIELDS: Mapping[str, str] = MappingProxyType(
         "freeze_norms": "frozen",
     }
 )
+
+
+_SYNCHRONOUS = "a SyncBatchNorm took the place of the norm that can be frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,15 @@ class Switches:
 
 
 def switch(module: ModuleT, switches: Switches) -> ModuleT:
-    """Turn the switches of a module that trains, in place; gives the module."""
+    """Turn the switches of a module that trains, in place; gives the module.
+
+    Raises `QuantException` for norms to be frozen that were made synchronous: those have no switch.
+    """
+    if switches.freeze_norms:
+        remedy = "train without SyncBatchNorm.convert_sync_batchnorm where norms are to be frozen"
+        synchronous = [path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+        if synchronous:
+            raise QuantException(several([BadConfig(path, _SYNCHRONOUS, remedy) for path in synchronous]))
     for part in module.modules():
         if isinstance(part, Switched):
             for name, on in switches.names.items():

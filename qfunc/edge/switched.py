@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qfunc.errors import BadConfig
+from qfunc.result import QuantException
+
 
 class Switched(nn.Module):
     """A module of `SWITCHES`, each on or off: a `uint8` buffer of its name in the `state_dict`, a boolean in `on`.
@@ -30,9 +33,26 @@ class Switched(nn.Module):
             self.on[name] = on
             self.get_buffer(name).fill_(on)
 
+    def read_switches(self) -> None:
+        """Take the switches as they are in the state, which others may have written to."""
+        held = {name: self.get_buffer(name) for name in self.on}
+        self.on = {name: self.on[name] if value.is_meta else bool(value.item()) for name, value in held.items()}
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode, and see how the switches are in the state: averages of models, say, copy buffers alone."""
+        self.read_switches()
+        return super().train(mode)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.on = {name: bool(self.get_buffer(name).item()) for name in self.on}
+        self.read_switches()
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which has no gradients of qfunc's."""
+        remedy = "script what materialize gives after absorb and convert"
+        raise QuantException(
+            BadConfig(type(self).__name__, "what trains with fake quantization is not scripted", remedy)
+        )
 
 
 class KeepsDType(nn.Module):
