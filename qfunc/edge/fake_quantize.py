@@ -135,7 +135,8 @@ class FakeQuantizer(KeepsDType, Switched):
                 with torch.no_grad():
                     held.resize_(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
+        # unknown scales are all 0; a learned one may have gone below, and counts as the least there is
+        self.ready = bool((self.scale != 0).any().item())
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
