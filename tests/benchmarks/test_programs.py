@@ -11,7 +11,7 @@ from torch import nn
 
 from qfunc import check_host, convert, fuse, lower, prepare, trace, unwrap
 from qfunc.testing import oracle
-from tests.benchmarks import calibration, imports, latency, passes, scaling
+from tests.benchmarks import calibration, imports, latency, passes, scaling, training
 
 needs_oracle = pytest.mark.skipif(not oracle.available(), reason="needs torch.ao")
 
@@ -33,6 +33,14 @@ def test_latency(capsys: pytest.CaptureFixture[str]) -> None:
     latency.main(["--models", "squeezenet", "--batches", "1", "2", "--repeats", "1", "--calibration", "1"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^squeezenet +(?:float|qfunc \w+|torch\.ao x86) +[12] ", out, re.MULTILINE)) >= 6, out
+
+
+@needs_oracle
+def test_training(capsys: pytest.CaptureFixture[str]) -> None:
+    training.main(["--models", "squeezenet", "--batch", "2", "--repeats", "1"])
+    out = capsys.readouterr().out
+    line = r"^squeezenet +(?:float|qfunc \w+|torch\.ao x86) +[\d.]+ +[\d.]+$"
+    assert len(re.findall(line, out, re.MULTILINE)) == 4, out
 
 
 def test_calibration(capsys: pytest.CaptureFixture[str]) -> None:
