@@ -103,8 +103,7 @@ class FakeQuantizer(KeepsDType, Switched):
             scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
             given = (scale, zero_point, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
-        scale, zero_point = self._grid()
-        return round_through(x, scale, zero_point, spec.quant_min, spec.quant_max, axis)
+        return round_through(x, *self._grid(), spec.quant_min, spec.quant_max, axis)
 
     def _grid(self) -> tuple[Tensor, Tensor | int]:
         """What it rounds with, as plain numbers where they are known beforehand."""

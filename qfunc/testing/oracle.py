@@ -401,14 +401,3 @@ def quantize_dynamically(model: nn.Module) -> nn.Module:
         holder = quantized(nn.Sequential(copy.deepcopy(model)), kinds)
         found: nn.Module = holder[0]
         return found
-
-
-def prepare_qat(
-    model: nn.Module, example_inputs: tuple[object, ...], mapping: Any = "x86", **options: Any
-) -> fx.GraphModule:
-    """`prepare_qat_fx` of a copy with a `QConfigMapping`, or the default one of the named backend, which trains."""
-    with _quiet():
-        from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-        chosen = default_mapping(mapping, qat=True) if isinstance(mapping, str) else mapping
-        return prepare_qat_fx(copy.deepcopy(model).train(), chosen, example_inputs, **options)

@@ -226,6 +226,7 @@ def test_what_measures_nothing_has_the_name_of_its_class():
             "observer": {"observer": "MinMax"},
             "learned": False,
             "scale_gradient": True,
+            "fused": False,
         },
     }
     assert spec["dtype"] == "uint8"

@@ -17,7 +17,7 @@ from qfunc.backends.default_mappings import get_default_qat_qconfig_mapping
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.ir import Graph
 from qfunc.passes.stages import Prepared
-from qfunc.testing import oracle
+from qfunc.testing import oracle, oracle_training
 from tests.parity.structure import Described, Structure, described
 
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn", "native")
@@ -52,7 +52,7 @@ class TrainingStructure(Structure):
 
     @cached_property
     def their_prepared(self) -> fx.GraphModule:
-        return oracle.prepare_qat(self.graphs.model, (), self.their_mapping, backend_config=self.their_config)
+        return oracle_training.prepare_qat(self.graphs.model, (), self.their_mapping, backend_config=self.their_config)
 
     def their_module_weights(self) -> Iterator[tuple[str, Described]]:
         for node in self.their_prepared.graph.nodes:
