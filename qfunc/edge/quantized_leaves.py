@@ -49,7 +49,7 @@ from qfunc.edge.kernels.quantized_operators import (
     QuantizedSoftmax,
     QuantizedStack,
 )
-from qfunc.edge.kernels.quantized_tensors import DequantizeTensor, QuantizeTensor
+from qfunc.edge.kernels.quantized_tensors import DequantizeTensor, QuantizeTensor, ended
 from qfunc.ir import Expression, Node, Opaque
 from qfunc.params import QuantizeWeight
 
@@ -141,7 +141,20 @@ def _table(node: Node, evaluator: Evaluator, _: _Objects) -> nn.Module:
     return QuantizedEmbeddingBag(*parts, include_last_offset=given.include_last_offset)
 
 
-QUANTIZED_LEAVES: Mapping[str, Builder] = MappingProxyType(
+def _with_ends(builder: Builder) -> Builder:
+    """A kernel that gives codes of all 8 bits, clamped to those that its node asks for."""
+
+    def build(node: Node, evaluator: Evaluator, objects: _Objects) -> nn.Module:
+        made = builder(node, evaluator, objects)
+        if not node.has("ends"):
+            return made
+        given: Any = Literals(node)
+        return ended(made, given.output, given.ends, given.inputs)
+
+    return build
+
+
+_KERNELS: Mapping[str, Builder] = MappingProxyType(
     {
         "quantized.quantize": literal(lambda g: QuantizeTensor(g.output)),
         "quantized.dequantize": literal(lambda _: DequantizeTensor()),
@@ -170,4 +183,6 @@ QUANTIZED_LEAVES: Mapping[str, Builder] = MappingProxyType(
         **{f"quantized.{kind}": _norm for kind in ("layer_norm", "group_norm", "instance_norm")},
     }
 )
+
+QUANTIZED_LEAVES: Mapping[str, Builder] = MappingProxyType({kind: _with_ends(make) for kind, make in _KERNELS.items()})
 """Kind of node -> how its module is made."""

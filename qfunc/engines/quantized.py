@@ -13,7 +13,9 @@ from qfunc.engines import quantized_layers as layers
 from qfunc.engines import quantized_operators as operators
 from qfunc.engines.dynamic import DYNAMIC_ROWS
 from qfunc.engines.island import open_island
+from qfunc.engines.post_op import clips
 from qfunc.engines.quantized_layers import Planner
+from qfunc.ir import Node
 from qfunc.numerics.unmeasured import Cast, Dynamic
 
 TORCH_ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
@@ -52,9 +54,18 @@ def _row(name: str, kinds: tuple[str, ...], planner: Planner, chosen: str, *, ch
         dtypes = {affine.dtype for affine in (*affines, call.output) if affine is not None}
         if dtypes != {"uint8"}:
             return "the kernel takes and gives uint8 activations"
-        return planner(call, torch_engine(call.host, chosen))
+        engine = torch_engine(call.host, chosen)
+        planned = planner(call, engine)
+        return _ended(call, planner, engine) if isinstance(planned, str) and clips(call.output) else planned
 
     return KernelRow(name, kinds, plan, checked=checked)
+
+
+def _ended(call: Call, planner: Planner, engine: str) -> Plan:
+    """A kernel that gives codes of all 8 bits, which are clamped to a part of them behind it."""
+    assert call.output is not None
+    planned = planner(replace(call, output=replace(call.output, quant_min=None, quant_max=None)), engine)
+    return planned.with_args(ends=call.output.bounds) if isinstance(planned, Node) else planned
 
 
 def _static(chosen: str) -> tuple[KernelRow, ...]:

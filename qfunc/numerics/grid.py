@@ -113,11 +113,12 @@ def bounds_of(spec: QuantSpec) -> tuple[int, int]:
     return CODE_RANGE[spec.dtype] if has_headroom else (spec.quant_min, spec.quant_max)
 
 
-def literals(qparams: QParams) -> Affine | Grid:
+def literals(qparams: QParams, *, headroom: bool = True) -> Affine | Grid:
     """Qparams as literals: an `Affine` for one scale and codes of 8 bits, else a `Grid`.
 
     Seven bits of eight leave headroom, they do not clip: what lies beyond the observed range is kept as far as the
-    dtype goes, as in the reference and as kernels do. Any other range is the range of the codes.
+    dtype goes, as in the reference and as kernels do. Any other range is the range of the codes, and so is that of
+    seven bits without `headroom`.
 
     >>> literals(QParams(torch.tensor(0.5), torch.tensor(3), QuantSpec(quant_max=127)))
     uint8(scale=0.5, zero_point=3, 0..127, headroom)
@@ -127,5 +128,5 @@ def literals(qparams: QParams) -> Affine | Grid:
     if spec.per_channel or dtype not in CODE_RANGE:
         return Grid.of(qparams)
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    headroom = bounds_of(spec) != (spec.quant_min, spec.quant_max)
-    return Affine(scale, zero_point, dtype, spec.quant_min, spec.quant_max, headroom)  # type: ignore[arg-type]
+    leaves = headroom and bounds_of(spec) != (spec.quant_min, spec.quant_max)
+    return Affine(scale, zero_point, dtype, spec.quant_min, spec.quant_max, leaves)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def convert(
     any number of times. Operators whose results nobody reads are left out, as a note tells.
 
     What was prepared for training becomes what it is in evaluation: batch norms are folded into the weights before
-    them, nothing drops, and qparams are those that training has settled.
+    them, nothing drops, and qparams are those that training has settled, to whose range values are clipped as there.
 
     What equalized layers read is multiplied by a scale per channel before it is quantized, with qparams of the scaled
     range, and their weights are divided by it: see `qfunc.passes.equalized`. The weights of the model stay as they are.
@@ -140,7 +140,9 @@ def _how(prepared: Prepared, derivations: Derivations, site: str) -> How | None:
         return observer
     found = derivations.of("site", site)
     assert not isinstance(found, QuantizeWeight), site
-    return literals(found.qparams()) if isinstance(found, Grid) else found
+    # what was trained was trained within the range, which may be less than the codes have
+    trained = ("site", site) in derivations.settled
+    return literals(found.qparams(), headroom=not trained) if isinstance(found, Grid) else found
 
 
 def _no_weight(graph: Graph, id: str) -> Problem:

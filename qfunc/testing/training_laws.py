@@ -6,15 +6,13 @@ import copy
 import io
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from returns.result import Failure, Success
+from returns.result import Failure
 from torch import Tensor, nn
 
 from qfunc.edge.absorb import absorb
-from qfunc.edge.fake_quantize import DerivedFakeQuantizer, FakeQuantizer
 from qfunc.edge.materialize import materialize
 from qfunc.edge.switch import Switches, switch, switched
 from qfunc.errors import render
@@ -37,7 +35,9 @@ from qfunc.testing.value_by_value import differences
 from qfunc.testing.walk import fingerprint, graph_of, made, run
 
 
-def check_training_laws(training: TrainingCase, laws: Iterable[Law[TrainingWalk]] | None = None) -> tuple[Violation, ...]:
+def check_training_laws(
+    training: TrainingCase, laws: Iterable[Law[TrainingWalk]] | None = None
+) -> tuple[Violation, ...]:
     """The laws of training that do not hold for a case, of `TRAINING_LAWS` by default.
 
     A model that cannot be trained in float has nothing to hold to: only that what is prepared fails, or not, as a value.

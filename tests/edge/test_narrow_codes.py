@@ -5,17 +5,22 @@ import torch
 from torch import nn
 
 from qfunc import (
+    X86,
     MinMax,
     PerChannelMinMax,
     QConfig,
     QConfigMapping,
     QuantSpec,
+    absorb,
     calibrate,
     convert,
+    for_training,
     fuse,
     interpret,
     lower,
+    materialize,
     prepare,
+    prepare_qat,
     trace,
     unwrap,
 )
@@ -57,3 +62,38 @@ def test_layers_run_on_integers_and_give_no_code_beyond_the_range(rank, largest)
     unwrap(interpret(lowered, beyond, lambda id, value: found.setdefault(id, value)))
     codes = [value for value in found.values() if isinstance(value, torch.Tensor) and value.dtype == torch.uint8]
     assert max(int(value.max()) for value in codes) == largest
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*quantized tensor creation.*:UserWarning",
+    "ignore:`torch.jit.script:DeprecationWarning",
+    "ignore:The TorchScript type system:UserWarning",
+)
+@pytest.mark.parametrize("largest", [15, 127])
+def test_quantized_tensors_are_clamped_behind_their_kernels(largest):
+    torch.manual_seed(0)
+    model = Net(2).eval()
+    batches = [torch.randn(4, 3, 9, 9) for _ in range(2)]
+    mapping = for_training(QConfigMapping().set_global(QConfig(MinMax(QuantSpec("uint8", 0, largest)), WEIGHT)))
+    prepared = unwrap(
+        trace(model.train(), batches[0])
+        .bind(lambda graph: fuse(graph, qat=True, backend=X86))
+        .bind(lambda graph: prepare_qat(graph, mapping, backend=X86))
+    )
+    module = unwrap(materialize(prepared))
+    module(batches[0])
+    converted = unwrap(absorb(prepared, module).bind(convert))
+    lowered = unwrap(lower(converted, engine="quantized"))
+    assert lowered.certificate.in_int8 >= 6, str(lowered.certificate)
+    beyond = 30 * batches[1]
+    assert [off for off in kernels_off(converted, lowered, [(beyond,)]) if off] == []
+    made = unwrap(materialize(lowered))
+    scripted = torch.jit.script(made)
+    with torch.no_grad():
+        evaluated, found = module.eval()(beyond), made(beyond)
+    assert torch.equal(scripted(beyond), found)
+    assert (evaluated - found).abs().max() < 0.1 * evaluated.abs().max()
+    codes = {}
+    unwrap(interpret(lowered, beyond, lambda id, value: codes.setdefault(id, value)))
+    tensors = [value for value in codes.values() if isinstance(value, torch.Tensor) and value.is_quantized]
+    assert max(int(value.int_repr().max()) for value in tensors) == largest

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from qfunc.numerics.grid import Affine
+from qfunc.numerics.grid import CODE_RANGE, Affine
 
 
 def pad_quantized(x: Tensor, pad: list[int], mode: str, value: float = 0.0) -> Tensor:
@@ -38,10 +38,13 @@ class QuantizeTensor(nn.Module):
         assert output.dtype == "uint8", "activations are quint8"
         self.scale: float = output.scale
         self.zero_point: int = output.zero_point
+        self.low, self.high = _reals(output, output.bounds)
+        self.ends: bool = output.bounds != CODE_RANGE["uint8"]
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
-        return torch.quantize_per_tensor(x.to(torch.float32), self.scale, self.zero_point, torch.quint8)
+        codes = torch.quantize_per_tensor(x.to(torch.float32), self.scale, self.zero_point, torch.quint8)
+        return torch.clamp(codes, self.low, self.high) if self.ends else codes
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -54,3 +57,51 @@ class DequantizeTensor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The quantized result."""
         return x.dequantize()
+
+
+class Ended(nn.Module):
+    """A kernel whose codes are clamped to a part of their dtype, from what `low` to what `high` stands for."""
+
+    def __init__(self, kernel: nn.Module, low: float, high: float) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.low, self.high = low, high
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result for one operand."""
+        return torch.clamp(self.kernel(x), self.low, self.high)
+
+    @torch.jit.unused
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"{self.low:.6g}..{self.high:.6g}"
+
+
+class EndedBinary(Ended):
+    """The same for a kernel of two operands."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """The result for two operands."""
+        return torch.clamp(self.kernel(x, y), self.low, self.high)
+
+
+class EndedJoin(Ended):
+    """The same for a kernel of any number of operands."""
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """The result for all operands."""
+        return torch.clamp(self.kernel(tensors), self.low, self.high)
+
+
+def ended(kernel: nn.Module, output: Affine, ends: tuple[int, int], inputs: tuple[object, ...]) -> nn.Module:
+    """The kernel with its codes clamped to `ends`, for the operands `inputs`."""
+    low, high = _reals(output, ends)
+    make = EndedBinary if len(inputs) == 2 else EndedJoin if isinstance(inputs[0], tuple) else Ended
+    return make(kernel, low, high)
+
+
+def _reals(output: Affine, ends: tuple[int, int]) -> tuple[float, float]:
+    """What the least and the largest code stand for."""
+    low, high = ends
+    return (low - output.zero_point) * output.scale, (high - output.zero_point) * output.scale
