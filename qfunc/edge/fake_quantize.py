@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyrsistent import pmap
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from qfunc.config.annotation import Derived
@@ -91,8 +91,11 @@ class FakeQuantizer(KeepsDType, Switched):
         _check(x, self.place)
         learns = self.learned and self.on["learning_enabled"] and self._is_ready()
         measures = measure and self.training and self.on["observer_enabled"] and not learns
-        if measures and x.numel() and not computes_again():
-            self._measure(x.detach())
+        if measures and not computes_again():
+            if x.numel():
+                self._measure(x.detach())
+            if self.learned and not torch.compiler.is_compiling():
+                self._agree()
         if not (self.rounds and self.on["fake_quant_enabled"] and self._is_ready()):
             return x
         spec, axis = self.spec, self.spec.ch_axis
@@ -119,6 +122,16 @@ class FakeQuantizer(KeepsDType, Switched):
     def _knows(self) -> bool:
         # a learned scale may be below zero for some steps, and is taken for the least one
         return self.scale.numel() > 0 and bool((self.scale != 0).any().item())
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the first rank's qparams: `DistributedDataParallel` hands on buffers, but what is learned only once."""
+        wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None:
+            return
+        for held in (self.scale, self.zero_point):
+            distributed.broadcast(held.detach(), group=wrapper.process_group, group_src=0)
+        self.ready = self._knows()
 
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""
