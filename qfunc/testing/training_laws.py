@@ -37,7 +37,9 @@ from qfunc.testing.value_by_value import differences
 from qfunc.testing.walk import fingerprint, graph_of, made, run
 
 
-def check_training_laws(training: TrainingCase, laws: Iterable[Law[TrainingWalk]] | None = None) -> tuple[Violation, ...]:
+def check_training_laws(
+    training: TrainingCase, laws: Iterable[Law[TrainingWalk]] | None = None
+) -> tuple[Violation, ...]:
     """The laws of training that do not hold for a case, of `TRAINING_LAWS` by default.
 
     A model that cannot be trained in float has nothing to hold to: only that what is prepared fails, or not, as a value.

@@ -36,12 +36,25 @@ def rounded(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMapping
         return FakeQuantize(observer, learned=learns)
 
     def of_operator(choice: Choice) -> Choice:
-        return None if choice is None else QConfig(of(choice.activation), of(choice.weight), of(choice.input_activation))
+        return (
+            None if choice is None else QConfig(of(choice.activation), of(choice.weight), of(choice.input_activation))
+        )
 
     return with_each(mapping, of_operator, of)
 
 
-LAYERED = ("conv", "conv_transpose", "linear", "norm", "block", "activation", "pool", "arithmetic", "sharing", "embedding")
+LAYERED = (
+    "conv",
+    "conv_transpose",
+    "linear",
+    "norm",
+    "block",
+    "activation",
+    "pool",
+    "arithmetic",
+    "sharing",
+    "embedding",
+)
 """The families of operators that have weights, and of what stands between them."""
 
 _WAYS: tuple[Callable[[QConfigMapping], QConfigMapping], ...] = (

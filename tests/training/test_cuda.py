@@ -10,36 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from qfunc import (
-    FakeQuantize,
-    Histogram,
-    PerChannelMinMax,
-    QConfig,
-    QConfigMapping,
-    QuantSpec,
     Schedule,
     Switches,
     absorb,
     convert,
-    fuse,
     lower,
     materialize,
-    prepare_qat,
     switch,
-    trace,
     unwrap,
 )
-from tests.training.models import Residual, differing, gradients, inputs, loss, prepared, tensors, train
+from tests.training.models import differing, gradients, histograms, inputs, loss, prepared, tensors, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SCHEDULE = Schedule({2: Switches(observe=False), 3: Switches(freeze_norms=True)})
-
-
-def histograms() -> Any:
-    torch.manual_seed(0)
-    graph = unwrap(trace(Residual().train(), inputs()).bind(lambda graph: fuse(graph, qat=True)))
-    weight = FakeQuantize(PerChannelMinMax(QuantSpec("int8", -127, 127, "per_channel_symmetric", 0)))
-    return unwrap(prepare_qat(graph, QConfigMapping().set_global(QConfig(FakeQuantize(Histogram()), weight))))
 
 
 STAGES = {
