@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from pyrsistent import pmap
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from qfunc.config.annotation import Derived
@@ -91,8 +90,11 @@ class FakeQuantizer(KeepsDType, Switched):
         _check(x, self.place)
         learns = self.learned and self.on["learning_enabled"] and self._is_ready()
         measures = measure and self.training and self.on["observer_enabled"] and not learns
-        if measures and x.numel() and not computes_again():
-            self._measure(x.detach())
+        if measures and not computes_again():
+            if x.numel():
+                self._measure(x.detach())
+            if self.learned and not torch.compiler.is_compiling():
+                self._agree()
         if not (self.rounds and self.on["fake_quant_enabled"] and self._is_ready()):
             return x
         spec, axis = self.spec, self.spec.ch_axis
@@ -118,6 +120,16 @@ class FakeQuantizer(KeepsDType, Switched):
     def _knows(self) -> bool:
         # a learned scale may be below zero for some steps, and is taken for the least one
         return self.scale.numel() > 0 and bool((self.scale != 0).any().item())
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the first rank's qparams: `DistributedDataParallel` hands on buffers, but what is learned only once."""
+        wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None:
+            return
+        for held in (self.scale, self.zero_point):
+            distributed.broadcast(held.detach(), group=wrapper.process_group, group_src=0)
+        self.ready = self._knows()
 
     def _measure(self, x: Tensor) -> None:
         """Fold `x` into what was measured, and set the qparams."""
@@ -183,9 +195,6 @@ class RangeFakeQuantizer(FakeQuantizer):
 
     def _measure(self, x: Tensor) -> None:
         before = RangeState(self.min_val, self.max_val)
-        if not self.min_val.numel():  # how many channels there are is known now
-            low, high = (x.new_full((), value, dtype=torch.float32) for value in (math.inf, -math.inf))
-            before = RangeState(low, high)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
         sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
         if not self.ready and not torch.compiler.is_compiling() and not sound:
@@ -202,12 +211,9 @@ class RangeFakeQuantizer(FakeQuantizer):
         """The qparams of the range."""
         return qparams_of_range(self.min_val, self.max_val, self.spec)
 
-    def _has_measured(self) -> bool:
-        return bool((self.min_val <= self.max_val).all())
-
     def state(self) -> RangeState | None:
         """The range; None as long as nothing was measured."""
-        if not (self.min_val.numel() and self._has_measured()):
+        if not bool((self.min_val <= self.max_val).all()):
             return None
         return RangeState(self.min_val.clone(), self.max_val.clone())
 
@@ -235,26 +241,32 @@ class FusedFakeQuantizer(RangeFakeQuantizer):
 
     def qparams(self) -> QParams | None:
         """What its observer gives, which a quantized model can have: zero is in the middle of what is symmetric."""
-        return super()._found() if self.ready else None
+        return super()._found() if self._is_ready() else None
 
 
 class StateFakeQuantizer(FakeQuantizer):
-    """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have."""
+    """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have.
+
+    The buffer that stands for these stays empty otherwise: processes that train together expect equal sizes of it.
+    """
 
     observer_state: Tensor
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        self._state, self._has_measured = start.state, start.state is not None
+        self._state, self._has_state = start.state, start.state is not None
+        self._device = torch.device("cpu")
         self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _measure(self, x: Tensor) -> None:
         if not finite(x):
             return
-        before = self._state if self._has_measured else guarded(self.observer, self.place, self.observer.init)
+        before = self._state if self._has_state else guarded(self.observer, self.place, self.observer.init)
+        if self._device != x.device:
+            before, self._device = _moved(before, x.device), x.device
         self._state = guarded(self.observer, self.place, self.observer.update, before, x)
-        self._has_measured = True
+        self._has_state = True
         found = finished(self.observer, self._state)
         if isinstance(found, str):
             raise ObserverError(UserFunctionFailed(self.place, found))
@@ -263,23 +275,41 @@ class StateFakeQuantizer(FakeQuantizer):
 
     def state(self) -> Any:
         """What the observer has found; None as long as that is nothing."""
-        return self._state if self._has_measured else None
+        return self._state if self._has_state else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._has_measured:
-            written = to_bytes(_filed(self.observer, self._state), types=types_of_observers([self.observer]))
+        if self._has_state:
+            here = _moved(self._state, torch.device("cpu"))
+            written = to_bytes(_filed(self.observer, here), types=types_of_observers([self.observer]))
             # a state that no file can hold stays behind: the qparams, which it was for, are saved all the same
             data = bytearray(written.value_or(b""))
             held = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
             destination[f"{prefix}observer_state"] = held.to(self.observer_state.device)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         data = bytes(self.observer_state.cpu().numpy())
+        self.observer_state.resize_(0)
         if data:
             found = unwrap(from_bytes(data, types=types_of_observers([self.observer]), place=self.place))[0]
-            self._state, self._has_measured = next(iter(found.measured.values())).state, True
+            self._state, self._has_state = next(iter(found.measured.values())).state, True
+            self._device = torch.device("cpu")
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """A state with its tensors on a device."""
+    match state:
+        case Tensor():
+            return state.to(device)
+        case tuple() | list() if type(state) in (tuple, list):
+            return type(state)(_moved(each, device) for each in state)
+        case dict():
+            return {name: _moved(each, device) for name, each in state.items()}
+        case _ if is_dataclass(state) and not isinstance(state, type):
+            return replace(state, **{f.name: _moved(getattr(state, f.name), device) for f in fields(state) if f.init})
+        case _:
+            return state
 
 
 def _filed(observer: Any, state: Any) -> Statistics:

@@ -285,7 +285,7 @@ class QatBatchNorm(Switched):
         """
         if behind is None or error is None:
             again = computes_again() and self.training
-            return self._again(input) if again else super().forward(input)  # type: ignore[no-any-return]
+            return self._again(input) if again else super().forward(input)
         if not self.training or self.running_var is None:
             return behind + error
         others = [axis for axis in range(input.dim()) if axis != 1]

@@ -9,7 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfunc import CPU, Prepared, for_training, fuse, materialize, prepare_qat, trace, unwrap
+from qfunc import (
+    CPU,
+    FakeQuantize,
+    Histogram,
+    PerChannelMinMax,
+    Prepared,
+    QConfig,
+    QConfigMapping,
+    QuantSpec,
+    for_training,
+    fuse,
+    materialize,
+    prepare_qat,
+    trace,
+    unwrap,
+)
 
 
 class Residual(nn.Module):
@@ -46,6 +61,14 @@ def prepared(
     graph = unwrap(trace(model.train(), given).bind(lambda graph: fuse(graph, qat=True)))
     mapping = for_training(CPU.qconfig_mapping, learned=learned)
     return unwrap(prepare_qat(graph, mapping, folding=folding))
+
+
+def histograms() -> Prepared:
+    """A stage whose activations have observers with states of other kinds than ranges."""
+    torch.manual_seed(0)
+    graph = unwrap(trace(Residual().train(), inputs()).bind(lambda graph: fuse(graph, qat=True)))
+    weight = FakeQuantize(PerChannelMinMax(QuantSpec("int8", -127, 127, "per_channel_symmetric", 0)))
+    return unwrap(prepare_qat(graph, QConfigMapping().set_global(QConfig(FakeQuantize(Histogram()), weight))))
 
 
 def training(**options: Any) -> tuple[Prepared, nn.Module]:

@@ -18,27 +18,20 @@ from torch import Tensor, nn
 
 from qfunc import (
     FakeQuantize,
-    Histogram,
-    PerChannelMinMax,
-    QConfig,
-    QConfigMapping,
     QuantSpec,
     Schedule,
     Switches,
     absorb,
     convert,
-    fuse,
     materialize,
-    prepare_qat,
     switch,
     switched,
-    trace,
     unwrap,
 )
 from qfunc.edge.fake_quantize import FakeQuantizer, fake_quantizer
 from qfunc.numerics.observers import MovingAveragePerChannelMinMax
 from qfunc.passes.training import Start
-from tests.training.models import Residual, differing, inputs, prepared, tensors, train, training
+from tests.training.models import Residual, differing, histograms, inputs, prepared, tensors, train, training
 
 ROOT = Path(__file__).parents[2]
 LEARNED = pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
@@ -48,15 +41,6 @@ BATCHES = [inputs(seed) for seed in range(6)]
 SCHEDULE = Schedule(
     {0: Switches(learn=False), 1: Switches(learn=True), 3: Switches(observe=False), 4: Switches(freeze_norms=True)}
 )
-
-
-def histograms() -> Any:
-    """A stage whose activations have observers with states of other kinds than ranges."""
-    torch.manual_seed(0)
-    graph = unwrap(trace(Residual().train(), inputs()).bind(lambda graph: fuse(graph, qat=True)))
-    weight = FakeQuantize(PerChannelMinMax(QuantSpec("int8", -127, 127, "per_channel_symmetric", 0)))
-    mapping = QConfigMapping().set_global(QConfig(FakeQuantize(Histogram()), weight))
-    return unwrap(prepare_qat(graph, mapping))
 
 
 STAGES = {
@@ -260,30 +244,36 @@ def test_switches_of_a_state_hold_where_it_is_loaded() -> None:
 
 PROGRAM = """
 import sys, torch
-from qfunc import absorb, materialize, unwrap
+from qfunc import materialize, unwrap
 from tests.training.test_checkpoints import STAGES, optimizer_of, scheduled
 torch.set_num_threads(1)
-name, source, target = sys.argv[1:]
-module = unwrap(materialize(STAGES[name]()))
-held = optimizer_of(module)
-state = torch.load(source, weights_only=True)
-module.load_state_dict(state["module"])
-held.load_state_dict(state["optimizer"])
-scheduled(module, held, range(3, 6))
-torch.save(module.state_dict(), target)
+source, target = sys.argv[1:]
+ended = {}
+for name, state in torch.load(source, weights_only=True).items():
+    module = unwrap(materialize(STAGES[name]()))
+    held = optimizer_of(module)
+    module.load_state_dict(state["module"])
+    held.load_state_dict(state["optimizer"])
+    scheduled(module, held, range(3, 6))
+    ended[name] = module.state_dict()
+torch.save(ended, target)
 """
 
 
 def test_another_process_goes_on(tmp_path: Path) -> None:
+    whole, half = {}, {}
     for name in ("learned", "histograms"):
         module = unwrap(materialize(STAGES[name]()))
         scheduled(module, held := optimizer_of(module), range(3))
-        torch.save({"module": module.state_dict(), "optimizer": held.state_dict()}, tmp_path / "half.pt")
+        half[name] = copy.deepcopy({"module": module.state_dict(), "optimizer": held.state_dict()})
         scheduled(module, held, range(3, 6))
-        environment = {**os.environ, "PYTHONHASHSEED": "12", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        given = [name, str(tmp_path / "half.pt"), str(tmp_path / "whole.pt")]
-        subprocess.run([sys.executable, "-c", PROGRAM, *given], cwd=ROOT, env=environment, check=True, timeout=120)
-        assert not differing(torch.load(tmp_path / "whole.pt", weights_only=True), tensors(module))
+        whole[name] = tensors(module)
+    torch.save(half, tmp_path / "half.pt")
+    environment = {**os.environ, "PYTHONHASHSEED": "12", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "half.pt"), str(tmp_path / "whole.pt")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    for name, found in torch.load(tmp_path / "whole.pt", weights_only=True).items():
+        assert not differing(found, whole[name])
 
 
 @LEARNED

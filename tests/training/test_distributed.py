@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from qfunc import Switches, switch
 from tests.training.models import differing, gradients, inputs, tensors, train, training
-from tests.training.torchrun_train import SIZE, STEPS, first, optimizer_of
+from tests.training.torchrun_train import PROGRAMS, SIZE, STEPS, first, optimizer_of
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"), reason="needs gloo on Linux"
@@ -48,7 +48,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
 
 
-@pytest.mark.parametrize("program", ["observed", "learned", "exact", "second stage", "without rounding", "late ranks"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_all_ranks_have_the_same(ranks: list[dict[str, Any]], program: str) -> None:
     for found in ranks[1:]:
         assert not differing(found[program]["state"], ranks[0][program]["state"])

@@ -24,6 +24,7 @@ from tests.training.models import (
     Residual,
     differing,
     gradients,
+    histograms,
     inputs,
     loss,
     tensors,
@@ -159,6 +160,18 @@ def test_averages_of_the_module_round_as_it_does(name: str, learned: bool) -> No
     for given in (average, average.state_dict()):
         converted = unwrap(absorb(stage, given).bind(convert).bind(materialize)).eval()
         torch.testing.assert_close(converted(inputs(7)), found, rtol=1e-4, atol=1e-4)
+
+
+def test_averages_of_a_module_with_histograms() -> None:
+    stage = histograms()
+    module = unwrap(materialize(stage))
+    average = swa_utils.AveragedModel(module)
+    train(module, torch.optim.SGD(module.parameters(), 0.05), [inputs()])
+    average.update_parameters(module)
+    expected = average.eval()(inputs(7))
+    assert torch.equal(expected, module.eval()(inputs(7)))
+    converted = unwrap(absorb(stage, average).bind(convert).bind(materialize)).eval()
+    torch.testing.assert_close(converted(inputs(7)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_averages_follow_the_switches_of_the_module() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qfunc import Switches, absorb, convert, materialize, switch, unwrap
-from tests.training.models import gradients, inputs, loss, tensors, train, training
+from tests.training.models import gradients, histograms, inputs, loss, tensors, train, training
 
 SIZE = 2
 STEPS = 3
@@ -66,6 +66,7 @@ def without_rounding(rank: int) -> dict[str, Any]:
     switch(first(module), Switches(fake_quantize=False))
     wrapped = DistributedDataParallel(module, find_unused_parameters=True)
     train(wrapped, optimizer_of(module), [batch(step, rank) for step in range(STEPS)])
+    wrapped.eval()(inputs(9))
     plain = DistributedDataParallel(training(learned=True)[1])
     switch(plain, Switches(fake_quantize=False))
     told = ""
@@ -86,6 +87,41 @@ def late_ranks(rank: int) -> dict[str, Any]:
     return {"out": wrapped(inputs(9)).detach(), "state": tensors(module)}
 
 
+def late_learning(rank: int) -> dict[str, Any]:
+    """Learned qparams follow the observer for some steps: they are parameters, but no gradients make them."""
+    _, module = training(learned=True)
+    wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+    optimizer = optimizer_of(module)
+    for step, learn in enumerate([False, False, True]):
+        switch(module, Switches(learn=learn))
+        train(wrapped, optimizer, [batch(step, rank)])
+    wrapped.eval()(inputs(9))
+    return {"state": tensors(module)}
+
+
+def no_data(rank: int) -> dict[str, Any]:
+    """One rank has an empty batch at first."""
+    _, module = training(learned=True, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    wrapped = DistributedDataParallel(module)
+    for step in range(2):
+        wrapped(batch(step, rank)[: 0 if (rank, step) == (1, 0) else None]).sum().backward()
+    wrapped.eval()(inputs(9))
+    return {"state": tensors(module)}
+
+
+def saves_alone(rank: int) -> dict[str, Any]:
+    """The first rank writes a checkpoint, in which histograms have a size."""
+    module = unwrap(materialize(histograms()))
+    wrapped = DistributedDataParallel(module)
+    optimizer = optimizer_of(module)
+    for step in range(STEPS):
+        train(wrapped, optimizer, [batch(step, rank)])
+        if rank == 0:
+            assert module.state_dict()["activation_post_process_0.observer_state"].numel()
+    wrapped.eval()(inputs(9))
+    return {"state": {name: tensor for name, tensor in tensors(module).items() if not name.endswith("observer_state")}}
+
+
 PROGRAMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "observed": lambda rank: trains(rank, learned=False),
     "learned": lambda rank: trains(rank, learned=True),
@@ -93,6 +129,9 @@ PROGRAMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "second stage": second_stage,
     "without rounding": without_rounding,
     "late ranks": late_ranks,
+    "late learning": late_learning,
+    "no data": no_data,
+    "saves alone": saves_alone,
 }
 
 
