@@ -135,7 +135,8 @@ class FakeQuantizer(KeepsDType, Switched):
                 with torch.no_grad():
                     held.resize_(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.ready = bool((self.scale > 0).all().item()) and self.scale.numel() > 0
+        # a learned scale may be below zero for a while; one that nothing has set is zero
+        self.ready = bool((self.scale != 0).any().item())
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -245,9 +246,10 @@ class DynamicFakeQuantizer(Switched):
         if not self.on["fake_quant_enabled"] or not x.numel():
             return x
         spec, seen = self.spec, x.detach()
-        low, high = torch.aminmax(seen)
+        axis = spec.ch_axis
+        low, high = torch.aminmax(seen) if axis is None else torch.aminmax(seen.movedim(axis, 0).flatten(1), dim=1)
         found = qparams_of_range(low.to(torch.float32), high.to(torch.float32), spec)
-        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max)
+        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max, axis)
 
 
 class CastFakeQuantizer(Switched):
