@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pyrsistent import pmap
+from pyrsistent import PMap, pmap
 from returns.result import Failure, Success
 from torch import Tensor, nn
 
@@ -61,7 +61,8 @@ def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calib
     if isinstance(state, BadConfig):
         return Failure(state)
     graph = with_fake_quantization(prepared)
-    return emitted(graph, trains=True).bind(lambda made: _absorbed(prepared, made, state))
+    parts = _parts_of(module) if isinstance(module, nn.Module) else {}
+    return emitted(graph, trains=True).bind(lambda made: _absorbed(prepared, made, state, parts))
 
 
 def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
@@ -106,7 +107,14 @@ def _inside(state: Mapping[str, Tensor], known: Container[str]) -> Mapping[str, 
     return found
 
 
-def _absorbed(prepared: Prepared, made: Emitted, state: Mapping[str, Tensor]) -> R[Calibrated]:
+def _parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules in a module by their paths, without what wrappers put before these."""
+    return {_unwrapped(path): part for path, part in module.named_modules()}
+
+
+def _absorbed(
+    prepared: Prepared, made: Emitted, state: Mapping[str, Tensor], parts: Mapping[str, nn.Module]
+) -> R[Calibrated]:
     """What a module made anew has once it has the state: it knows by itself what is where."""
     state = _inside(state, made.module.state_dict())
     problems = list(_misfits(made.module, state))
@@ -122,11 +130,30 @@ def _absorbed(prepared: Prepared, made: Emitted, state: Mapping[str, Tensor]) ->
         objects=prepared.graph.objects.update(dict(_owned(prepared.graph, made))),
     )
     stage = replace(prepared, graph=graph)
-    parts = [part for part in made.module.modules() if isinstance(part, FakeQuantizer)]
-    of_owner = {owner: part for part in parts for owner in part.owners}
+    rounding = [part for part in made.module.modules() if isinstance(part, FakeQuantizer)]
+    of_owner = {owner: part for part in rounding for owner in part.owners}
     settled = {owner: Grid.of(known) for owner, part in of_owner.items() if part.rounds and (known := part.qparams())}
     statistics = _statistics(stage, of_owner)
-    return Success(Calibrated(stage, statistics, calibrated_modules(stage, made.module), qparams=pmap(settled)))
+    modules = _custom_modules(stage, made, parts)
+    if isinstance(modules, UserFunctionFailed):
+        return Failure(modules)
+    return Success(Calibrated(stage, statistics, modules, qparams=pmap(settled)))
+
+
+def _custom_modules(
+    stage: Prepared, made: Emitted, parts: Mapping[str, nn.Module]
+) -> PMap[str, Opaque] | UserFunctionFailed:
+    """Copies of the custom modules that were trained, since what they observe may be in no `state_dict`."""
+    fresh = calibrated_modules(stage, made.module)
+    paths = {id(part): path for path, part in made.module.named_modules()}
+    found: dict[str, Opaque] = {}
+    for place, held in fresh.items():
+        trained = parts.get(paths[id(held.value)])
+        try:
+            found[place] = held if trained is None else Opaque(copy.deepcopy(trained))
+        except Exception as error:  # noqa: BLE001 - the copying of a user's module is the user's code
+            return UserFunctionFailed(place, f"it cannot be copied: {told(error)}")
+    return pmap(found)
 
 
 def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem]:

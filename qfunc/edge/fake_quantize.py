@@ -333,9 +333,10 @@ class DynamicFakeQuantizer(Switched):
         if not self.on["fake_quant_enabled"] or not x.numel():
             return x
         spec, seen = self.spec, x.detach()
-        low, high = torch.aminmax(seen)
+        axis = spec.ch_axis
+        low, high = torch.aminmax(seen) if axis is None else torch.aminmax(seen.movedim(axis, 0).flatten(1), dim=1)
         found = qparams_of_range(low.to(torch.float32), high.to(torch.float32), spec)
-        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max)
+        return round_through(x, found.scale, found.zero_point, spec.quant_min, spec.quant_max, axis)
 
 
 class CastFakeQuantizer(Switched):

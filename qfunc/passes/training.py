@@ -88,7 +88,9 @@ class _Known:
 
     def of(self, start: Start, folds: Iterable[Fold] = ()) -> Start:
         """The start with what is known of its owners."""
-        held = None if self._answers is None else self._answers.find(folds)
+        # what was trained has the state of a site under each of its values
+        filed = tuple(folds)[:1] if self._qparams else folds
+        held = None if self._answers is None else self._answers.find(filed)
         state = held.state if isinstance(held, Measured) else None
         grid = next((self._qparams[each] for each in start.owners if each in self._qparams), None)
         if grid is not None:

@@ -15,11 +15,12 @@ from torch import Tensor, fx
 from qfunc.config.weights import RECURRENT
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.materialize import Emitted, emitted
-from qfunc.ir import Expression, Graph, Node, Ref
-from qfunc.numerics.grid import Affine, Grid
+from qfunc.ir import Expression, Graph, Node, Ref, Token
+from qfunc.numerics.grid import Affine, Grid, literals
+from qfunc.numerics.unmeasured import Cast, Dynamic
 from qfunc.params import CastWeight, DequantizeWeight, FakeQuantizeWeight, QuantizeWeight
 from qfunc.passes.stages import Calibrated, Converted
-from qfunc.passes.training import Rounding, with_fake_quantization
+from qfunc.passes.training import Rounding, Start, with_fake_quantization
 from qfunc.result import unwrap
 
 _NEAR = 1e-5
@@ -72,7 +73,7 @@ class _Forced(fx.Interpreter):
         known = None if id is None else self._comparison.known(id)
         if id is None or known is None:
             return value
-        reason = self._comparison.wrong(id, known, value)
+        reason = self._comparison.wrong(id, known, value) if self._comparison.compares(id) else ""
         if reason:
             self.wrong.append(reason)
         return known
@@ -88,27 +89,61 @@ class _Comparison:
             converted,
             values,
         )
-        self._evaluator = Evaluator(converted.sources)
+        self._calibrated, self._evaluator = calibrated, Evaluator(converted.sources)
+        rounding = [node for node in trained if node.kind == "fake_quantize" and self._start(node).rounds]
+        self._rounded = {(next(iter(node.uses())), repr(self._how(node))): node.id for node in rounding}
 
     def known(self, id: str) -> Any:
-        """What the value was in training; None where it has no counterpart, or is not rounded in training."""
+        """What the value was in training; None where it has no counterpart."""
         twin = self._twin(id)
-        if twin is None or twin not in self._values or twin in self._prepared.swapped:
+        if twin is None or (twin == id and self._trained[id].kind == "output" and self._prepared.quantized_outputs):
             return None
-        node = self._trained[twin]
-        if node.kind == "fake_quantize":
-            return self._values[twin] if self._trained.objects[node.get("start").id].value.rounds else None  # type: ignore[union-attr]
-        given = (self._prepared.weights.get(twin), self._prepared.biases.get(twin))
+        return self._values.get(twin)
+
+    def compares(self, id: str) -> bool:
+        """Whether the value is computed in training as it is in the end: some is only rounded then."""
+        twin = self._twin(id)
+        if id not in self._prepared.graph.nodes:
+            return twin is not None and twin not in self._prepared.graph.nodes
+        return not any(map(self._is_rounded_later, (id, *self._trained[id].uses())))
+
+    def _is_rounded_later(self, id: str) -> bool:
+        if id in self._prepared.swapped:
+            return True
+        given = (self._prepared.weights.get(id), self._prepared.biases.get(id))
         unrounded = any(each is not None and not isinstance(each, Rounding) for each in given)
-        recurrent = node.kind in RECURRENT and given[0] is not None
-        return None if unrounded or recurrent else self._values[twin]
+        return unrounded or (given[0] is not None and self._prepared.graph[id].kind in RECURRENT)
 
     def _twin(self, id: str) -> str | None:
         """The same value in the graph that was trained: where it is decoded, that which is rounded there."""
         if id in self._prepared.graph.nodes:
             return id
-        base, _, count = id.rpartition("_dq")
-        return f"{base}_rounded{count}" if base and self._converted[id].kind != "quantize" else None
+        node = self._converted[id]
+        match node.kind:
+            case "dequantize":
+                how: object = node.get("input")
+                (before,) = node.uses()
+                (source,) = self._converted[before].uses() if before not in self._prepared.graph.nodes else (before,)
+            case "quantize_dynamically":
+                how, source = Dynamic(node.get("spec")), next(iter(node.uses()))  # type: ignore[arg-type]
+            case _:
+                return None
+        # what is only observed is read as it is
+        return self._rounded.get((source, repr(how)), source)
+
+    def _start(self, node: Node) -> Start:
+        token = node.get("start")
+        assert isinstance(token, Token)
+        start: Start = self._trained.objects[token.id].value
+        return start
+
+    def _how(self, node: Node) -> object:
+        """How a node of fake quantization is quantized in the end."""
+        start = self._start(node)
+        if isinstance(start.quantization, (Dynamic, Cast)):
+            return start.quantization
+        grids = (self._calibrated.qparams.get(owner) for owner in start.owners)
+        return next((literals(grid.qparams()) for grid in grids if grid is not None), None)
 
     def wrong(self, id: str, known: Any, value: Any) -> str:
         """How a value is another one than it was; empty where it is not."""
