@@ -133,11 +133,14 @@ def _absorbed(
     rounding = [part for part in made.module.modules() if isinstance(part, FakeQuantizer)]
     of_owner = {owner: part for part in rounding for owner in part.owners}
     settled = {owner: Grid.of(known) for owner, part in of_owner.items() if part.rounds and (known := part.qparams())}
+    found = {
+        owner: state for owner, part in of_owner.items() if owner[0] != "site" and (state := part.state()) is not None
+    }
     statistics = _statistics(stage, of_owner)
     modules = _custom_modules(stage, made, parts)
     if isinstance(modules, UserFunctionFailed):
         return Failure(modules)
-    return Success(Calibrated(stage, statistics, modules, qparams=pmap(settled)))
+    return Success(Calibrated(stage, statistics, modules, qparams=pmap(settled), states=pmap(found)))
 
 
 def _custom_modules(

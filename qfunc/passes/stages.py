@@ -151,6 +151,8 @@ class Calibrated:
     """The ranges of the weights of layers to be equalized, by input channel; the layers by the ids of their nodes."""
     qparams: PMap[Owner, Grid] = pmap()
     """The qparams that training has settled."""
+    states: PMap[Owner, Any] = pmap()
+    """What the observers of weights and biases have found in training, to go on from there."""
 
     __hash__ = None  # type: ignore[assignment]
 

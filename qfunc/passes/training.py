@@ -85,13 +85,15 @@ class _Known:
         calibrated = stage if isinstance(stage, Calibrated) else None
         self._answers = None if calibrated is None else Answers(calibrated.statistics)
         self._qparams = {} if calibrated is None else calibrated.qparams
+        self._states = {} if calibrated is None else calibrated.states
 
     def of(self, start: Start, folds: Iterable[Fold] = ()) -> Start:
         """The start with what is known of its owners."""
         # what was trained has the state of a site under each of its values
         filed = tuple(folds)[:1] if self._qparams else folds
         held = None if self._answers is None else self._answers.find(filed)
-        state = held.state if isinstance(held, Measured) else None
+        state = next((self._states[each] for each in start.owners if each in self._states), None)
+        state = held.state if isinstance(held, Measured) else state
         grid = next((self._qparams[each] for each in start.owners if each in self._qparams), None)
         if grid is not None:
             return replace(start, state=state, qparams=grid.qparams())
