@@ -97,11 +97,11 @@ class FakeQuantizer(KeepsDType, Switched):
             return x
         spec, axis = self.spec, self.spec.ch_axis
         if self.learned:
-            of_learning = self.on["learning_enabled"]
-            scale, zero_point = (v if of_learning else v.detach() for v in (self.scale, self.zero_point))
+            learning = self.on["learning_enabled"]
+            scale, shift = (v if learning else v.detach() for v in (self.scale, self.zero_point))
             # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
             scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
-            given = (scale, zero_point, spec.quant_min, spec.quant_max, axis)
+            given = (scale, shift, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         return round_through(x, *self._grid(), spec.quant_min, spec.quant_max, axis)
 

