@@ -31,9 +31,9 @@ class TrainingEmitter(Emitter):
         if type(self._source_module(written.target)) not in QAT_LAYERS:
             return self._canonical(node.kind, node.args, node.id)
         weight = rounded.get("weight")
-        if weight is not None and weight.exact:
-            return self._call_layer(node, node.id, part="float")
-        return self._call_layer(node, node.id, **({} if weight is None else self._norms(weight)))
+        norms = {} if weight is None else self._norms(weight)
+        part = {"part": "float"} if weight is not None and weight.exact else {}
+        return self._call_layer(node, node.id, **norms, **part)
 
     def _call_layer(self, node: Node, name: str, **options: Any) -> fx.Node:
         written = node.origin.written

@@ -111,8 +111,9 @@ class QatLayer(_Folded):
 
     def _weight(self, norms: Norms = (), part: Part = "rounded") -> Tensor:
         fake_quantize = self._modules.get("weight_fake_quant")
-        if fake_quantize is None or part == "float":
+        if fake_quantize is None or (part == "float" and self.training):
             return self.weight
+        part = "rounded" if part == "float" else part
         made = self.fold.rounded if part == "rounded" else self.fold.error
         return made(fake_quantize, self.weight, norms, self._deviations(norms))
 
@@ -124,10 +125,16 @@ class QatLayer(_Folded):
         bias: Tensor = self.bias if fake_quantize is None else fake_quantize(self.bias)
         return bias
 
+    def _has(self, part: Part) -> bool:
+        """Whether there is a part: in evaluation the first run is rounded, and leaves no error."""
+        return part != "error" or self.training
+
 
 class _QatConv(QatLayer):
     def forward(self, input: Tensor, norms: Norms = (), part: Part = "rounded") -> Any:  # noqa: A002 - torch's name
         """The convolution, as torch computes it."""
+        if not self._has(part):
+            return None
         return self._conv_forward(input, self._weight(norms, part), self._bias(part))  # type: ignore[operator]
 
 
@@ -153,6 +160,8 @@ class _QatConvTranspose(QatLayer):
         norms: Norms = (),
         part: Part = "rounded",
     ) -> Any:
+        if not self._has(part):
+            return None
         layer: Any = self
         rank = len(layer.kernel_size)
         sizes = (layer.stride, layer.padding, layer.kernel_size, rank, layer.dilation)
@@ -184,8 +193,10 @@ class QatConvTranspose3d(_QatConvTranspose, nn.ConvTranspose3d):
 class QatLinear(QatLayer, nn.Linear):
     """A linear layer that trains with a rounded weight."""
 
-    def forward(self, input: Tensor, norms: Norms = (), part: Part = "rounded") -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor, norms: Norms = (), part: Part = "rounded") -> Any:  # noqa: A002 - torch's name
         """The product, as torch computes it."""
+        if not self._has(part):
+            return None
         return functional.linear(input, self._weight(norms, part), self._bias(part))
 
 
