@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qfunc.edge.emit import Emitter
-from qfunc.edge.fake_quantize import connect, fake_quantizer
+from qfunc.edge.fake_quantize import FakeQuantizer, connect, fake_quantizer
 from qfunc.edge.qat_layers import QAT_LAYERS, QAT_NORMS, Fold, RoundedParameter
 from qfunc.ir import Arg, Node, PostOp
 from qfunc.params import FakeQuantizeWeight, NormFactor
@@ -85,7 +86,14 @@ class TrainingEmitter(Emitter):
         return module if norm is None else norm.of(module)
 
     def _fake_quantizer(self, weight: FakeQuantizeWeight) -> nn.Module:
-        return fake_quantizer(self._graph.objects[weight.start.id].value)
+        """The fake quantizer of a weight, which begins with the weight as it is, with the norms in it."""
+        made = fake_quantizer(self._graph.objects[weight.start.id].value)
+        if isinstance(made, FakeQuantizer):
+            fold, value = _fold(weight), self._evaluator.tensor
+            norms = tuple((None if n.gamma is None else value(n.gamma), value(n.var)) for n in weight.norms)
+            with torch.no_grad():
+                made.begin(fold.folded(value(weight.value), norms, fold.deviations(norms)))
+        return made
 
 
 def _rounded(node: Node) -> dict[str, FakeQuantizeWeight]:

@@ -107,6 +107,15 @@ class FakeQuantizer(KeepsDType, Switched):
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         return round_through(x, *self._grid(), spec.quant_min, spec.quant_max, axis)
 
+    def begin(self, x: Tensor) -> None:
+        """Round as `x` asks for until something is measured, unless it is known what to round with."""
+        if self.ready or not x.numel() or x.is_meta or not finite(x):
+            return
+        measured = guarded(self.observer, self.place, self.observer.update, self.observer.init(), x.detach())
+        found = finished(self.observer, measured)
+        if isinstance(found, QParams):
+            self._set(found.scale, found.zero_point)
+
     def _grid(self) -> tuple[Tensor, Tensor | int]:
         """What it rounds with, as plain numbers where they are known beforehand."""
         return self.scale, self.zero_point if self.middle is None else self.middle
@@ -211,9 +220,12 @@ class RangeFakeQuantizer(FakeQuantizer):
         """The qparams of the range."""
         return qparams_of_range(self.min_val, self.max_val, self.spec)
 
+    def _has_measured(self) -> bool:
+        return bool((self.min_val <= self.max_val).all())
+
     def state(self) -> RangeState | None:
         """The range; None as long as nothing was measured."""
-        if not bool((self.min_val <= self.max_val).all()):
+        if not self._has_measured():
             return None
         return RangeState(self.min_val.clone(), self.max_val.clone())
 
@@ -226,12 +238,12 @@ class FusedFakeQuantizer(RangeFakeQuantizer):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        if self.ready:
+        if self._has_measured():
             found = self._found()
             self._set(found.scale, found.zero_point)
 
     def _grid(self) -> tuple[Tensor, Tensor | int]:
-        if self.training:
+        if self.training or not self._has_measured():
             return self.scale, self.zero_point
         settled = super()._found()
         return settled.scale, settled.zero_point
@@ -241,7 +253,7 @@ class FusedFakeQuantizer(RangeFakeQuantizer):
 
     def qparams(self) -> QParams | None:
         """What its observer gives, which a quantized model can have: zero is in the middle of what is symmetric."""
-        return super()._found() if self._is_ready() else None
+        return super()._found() if self._has_measured() else super().qparams()
 
 
 class StateFakeQuantizer(FakeQuantizer):

@@ -52,9 +52,13 @@ class Fold:
 
     def error(self, fake_quantize: nn.Module, weight: Tensor, norms: Norms, deviations: Deviations) -> Tensor:
         """What rounding adds to the weight that has the norms in it."""
-        folded = self._scaled(weight, self._factor(norms, deviations))
+        folded = self.folded(weight, norms, deviations)
         rounded: Tensor = fake_quantize(folded)
         return rounded - folded
+
+    def folded(self, weight: Tensor, norms: Norms, deviations: Deviations) -> Tensor:
+        """The weight with the norms in it."""
+        return self._scaled(weight, self._factor(norms, deviations)) if norms else weight
 
     def _factor(self, norms: Norms, deviations: Deviations) -> Tensor:
         factors = [
@@ -294,9 +298,11 @@ class QatBatchNorm(Switched):
         The statistics of the batch are those of `input`, and `behind` is what it became; `error` is in units of the
         running statistics.
         """
-        if behind is None or error is None:
+        if behind is None:
             again = computes_again() and self.training
             return self._again(input) if again else super().forward(input)
+        if error is None:
+            return behind
         if not self.training or self.running_var is None:
             return behind + error
         others = [axis for axis in range(input.dim()) if axis != 1]
