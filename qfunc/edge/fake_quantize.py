@@ -197,7 +197,8 @@ class RangeFakeQuantizer(FakeQuantizer):
         before = RangeState(self.min_val, self.max_val)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
         sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
-        if not self.ready and not torch.compiler.is_compiling() and not sound:
+        waits = not (self.ready or torch.compiler.is_compiling() or x.is_meta)
+        if waits and not sound:
             return  # as long as there is no range, this one is waited for: learned qparams would never leave it again
         pairs = ((self.min_val, before.minimum, after.minimum), (self.max_val, before.maximum, after.maximum))
         for held, old, new in pairs:
