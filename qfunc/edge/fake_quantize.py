@@ -259,8 +259,11 @@ class StateFakeQuantizer(FakeQuantizer):
         self._device = torch.device("cpu")
         self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _measure(self, x: Tensor) -> None:
+        self._observe(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _observe(self, x: Tensor) -> None:
         if not finite(x):
             return
         before = self._state if self._has_state else guarded(self.observer, self.place, self.observer.init)
