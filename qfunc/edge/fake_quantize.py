@@ -245,6 +245,9 @@ class FusedFakeQuantizer(RangeFakeQuantizer):
         return super()._found() if self._is_ready() else None
 
 
+_not_compiled: Any = torch.compiler.disable
+
+
 class StateFakeQuantizer(FakeQuantizer):
     """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have.
 
@@ -259,11 +262,8 @@ class StateFakeQuantizer(FakeQuantizer):
         self._device = torch.device("cpu")
         self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
 
+    @_not_compiled  # type: ignore[untyped-decorator]
     def _measure(self, x: Tensor) -> None:
-        self._observe(x)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _observe(self, x: Tensor) -> None:
         if not finite(x):
             return
         before = self._state if self._has_state else guarded(self.observer, self.place, self.observer.init)
