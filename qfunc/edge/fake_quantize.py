@@ -206,7 +206,8 @@ class RangeFakeQuantizer(FakeQuantizer):
         before = RangeState(self.min_val, self.max_val)
         after = self.observer.update(before, x.to(torch.float32) if x.element_size() < 4 else x)
         sound = torch.isfinite(after.minimum).all() & torch.isfinite(after.maximum).all()
-        if not self.ready and not torch.compiler.is_compiling() and not sound:
+        waits = not (self.ready or torch.compiler.is_compiling() or x.is_meta)
+        if waits and not sound:
             return  # as long as there is no range, this one is waited for: learned qparams would never leave it again
         pairs = ((self.min_val, before.minimum, after.minimum), (self.max_val, before.maximum, after.maximum))
         for held, old, new in pairs:
@@ -256,6 +257,9 @@ class FusedFakeQuantizer(RangeFakeQuantizer):
         return super()._found() if self._has_measured() else super().qparams()
 
 
+_not_compiled: Any = torch.compiler.disable
+
+
 class StateFakeQuantizer(FakeQuantizer):
     """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have.
 
@@ -270,7 +274,7 @@ class StateFakeQuantizer(FakeQuantizer):
         self._device = torch.device("cpu")
         self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_not_compiled  # type: ignore[untyped-decorator]
     def _measure(self, x: Tensor) -> None:
         if not finite(x):
             return
