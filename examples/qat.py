@@ -14,7 +14,6 @@ from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from qfunc import (
     Converted,
-    FakeQuantize,
     MeanSquaredError,
     PerChannelMinMax,
     QConfig,
@@ -23,6 +22,7 @@ from qfunc import (
     absorb,
     calibrate,
     convert,
+    for_training,
     fuse,
     lower,
     materialize,
@@ -32,13 +32,11 @@ from qfunc import (
     unwrap,
 )
 
-EPOCHS, EPOCHS_AT_4_BITS, BATCH = 8, 4, 64
+EPOCHS, EPOCHS_AT_4_BITS, BATCH = 8, 8, 64
 ACTIVATION = MeanSquaredError(QuantSpec("uint8", 0, 15))
 WEIGHT = PerChannelMinMax(QuantSpec("int8", -7, 7, "per_channel_symmetric", ch_axis=0))
 AFTER_TRAINING = QConfigMapping().set_global(QConfig(ACTIVATION, WEIGHT))
-IN_TRAINING = QConfigMapping().set_global(
-    QConfig(FakeQuantize(ACTIVATION, learned=True), FakeQuantize(WEIGHT, learned=True))
-)
+IN_TRAINING = for_training(AFTER_TRAINING)  # ranges are averaged as the model trains
 
 
 def separable(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
