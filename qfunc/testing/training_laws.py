@@ -187,7 +187,7 @@ def _converted_is_trained(way: TrainingWalk) -> str:
 
 
 _EXACT, _NEAR = 1e-9, 1e-4
-"""Of results in float64, and in float32 where a model runs only so; what cancels most of its sums loses a few digits."""
+"""Of results in float64, and in float32 where a model runs only so; what cancels most of its sums loses digits."""
 
 
 def _unrounded_is_float(way: TrainingWalk) -> str:

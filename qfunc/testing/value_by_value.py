@@ -1,7 +1,7 @@
 """A converted model beside the one that was trained, operator by operator, each on the values of the trained one.
 
-Rounding makes of a float's last bit a whole step now and then, and the operators behind it carry that on. Given the same
-inputs, an operator of the converted model gives what it gave in training but for the bits of folding a batch norm.
+Rounding makes of a float's last bit a whole step now and then, and the operators behind it carry that on. Given the
+same inputs, an operator of the converted model gives what it gave in training but for the bits of folding a batch norm.
 """
 
 from __future__ import annotations

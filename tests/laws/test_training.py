@@ -97,7 +97,9 @@ def test_laws_hold_on_the_zoo(zoo: ZooCase) -> None:
     hold(training)
     way = trained_walk(training)
     assert list(way.stages)[-1] == "lower"
-    assert zoo.aliasing or any(node.kind == "fake_quantize" for node in with_fake_quantization(way.stages["prepare_qat"]))
+    assert zoo.aliasing or any(
+        node.kind == "fake_quantize" for node in with_fake_quantization(way.stages["prepare_qat"])
+    )
 
 
 class Model(nn.Module):
@@ -178,7 +180,9 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     ),
     "a dict of lists": lambda: model(lambda m, x: {"a": [m.c(x), x], "b": (m.c(x), 3, None)}, c=conv()),
     "transposed, in groups, and normed": lambda: model(
-        lambda m, x: m.b(m.c(x, output_size=[12, 12])), c=lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2), b=norm
+        lambda m, x: m.b(m.c(x, output_size=[12, 12])),
+        c=lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, groups=2),
+        b=norm,
     ),
     "dropout between": lambda: model(
         lambda m, x: m.d(m.o(m.b(m.c(x)).relu())), c=conv(), b=norm, o=lambda: nn.Dropout(0.5), d=conv()
@@ -225,9 +229,7 @@ ANNOTATED = {
         weights=pmap({"_0": WEIGHT}),
         biases=pmap({"_0": Derived((Edge("_0", "input"), Edge("_0", "weight")), product, INT32)}),
     ),
-    "values that derive from values": Annotations(
-        outputs=pmap({"_1": VALUES, "_2": Derived(("_1",), doubled, UINT8)})
-    ),
+    "values that derive from values": Annotations(outputs=pmap({"_1": VALUES, "_2": Derived(("_1",), doubled, UINT8)})),
 }
 
 
