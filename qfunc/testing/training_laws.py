@@ -40,7 +40,7 @@ def check_training_laws(
 ) -> tuple[Violation, ...]:
     """The laws of training that do not hold for a case, of `TRAINING_LAWS` by default.
 
-    A model that cannot be trained in float has nothing to hold to: only that what is prepared fails, or not, as a value.
+    A model that cannot be trained in float has nothing to hold to, but that it fails as a value, if at all.
 
     >>> from qfunc.testing.walk import Case
     >>> x = torch.randn(4, 3)
@@ -138,7 +138,8 @@ def _total(training: TrainingCase) -> str:
     reached = "copying the model"
     try:
         stage: Any = training.model()
-        for reached, function in training_steps(training):
+        for name, function in training_steps(training):
+            reached = name
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())
@@ -153,7 +154,8 @@ def _total(training: TrainingCase) -> str:
             return ""
         reached = "training"
         train(module.unwrap().train(), training)
-        for reached, function in steps_back(training, module.unwrap()):
+        for name, function in steps_back(training, module.unwrap()):
+            reached = name
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())
