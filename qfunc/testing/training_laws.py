@@ -40,7 +40,7 @@ def check_training_laws(
 ) -> tuple[Violation, ...]:
     """The laws of training that do not hold for a case, of `TRAINING_LAWS` by default.
 
-    A model that cannot be trained in float has nothing to hold to: only that what is prepared fails, or not, as a value.
+    A model that cannot be trained in float has nothing to hold to, but that it fails as a value, if at all.
 
     >>> from qfunc.testing.walk import Case
     >>> x = torch.randn(4, 3)
@@ -138,7 +138,8 @@ def _total(training: TrainingCase) -> str:
     reached = "copying the model"
     try:
         stage: Any = training.model()
-        for reached, function in training_steps(training):
+        for name, function in training_steps(training):
+            reached = name
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())
@@ -153,7 +154,8 @@ def _total(training: TrainingCase) -> str:
             return ""
         reached = "training"
         train(module.unwrap().train(), training)
-        for reached, function in steps_back(training, module.unwrap()):
+        for name, function in steps_back(training, module.unwrap()):
+            reached = name
             result = function(stage)
             if isinstance(result, Failure):
                 render(result.failure())
@@ -187,7 +189,7 @@ def _converted_is_trained(way: TrainingWalk) -> str:
 
 
 _EXACT, _NEAR = 1e-9, 1e-4
-"""Of results in float64, and in float32 where a model runs only so; what cancels most of its sums loses a few digits."""
+"""Of results in float64, and in float32 where a model runs only so; what cancels most of its sums loses digits."""
 
 
 def _unrounded_is_float(way: TrainingWalk) -> str:

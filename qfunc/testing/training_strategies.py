@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qfunc.backends import CPU, X86
 from qfunc.config.backend_config import BackendConfig
-from qfunc.config.qconfig import QConfig
+from qfunc.config.qconfig import Choice, QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training, with_each
 from qfunc.edge.trace import trace

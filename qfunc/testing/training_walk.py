@@ -135,7 +135,8 @@ def _go(steps: tuple[Step, ...], stage: Any, stages: dict[str, Any]) -> QuantErr
     for name, function in steps:
         result = function(stage)
         if isinstance(result, Failure):
-            return result.failure()
+            error: QuantError = result.failure()
+            return error
         stage = stages[name] = result.unwrap()
     return None
 

@@ -1,7 +1,7 @@
 """A converted model beside the one that was trained, operator by operator, each on the values of the trained one.
 
-Rounding makes of a float's last bit a whole step now and then, and the operators behind it carry that on. Given the same
-inputs, an operator of the converted model gives what it gave in training but for the bits of folding a batch norm.
+Rounding makes of a float's last bit a whole step now and then, and the operators behind it carry that on. Given the
+same inputs, an operator of the converted model gives what it gave in training but for the bits of folding a batch norm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qfunc.config.annotation import Derived
 from qfunc.config.weights import RECURRENT
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.materialize import Emitted, emitted
@@ -91,6 +92,8 @@ class _Comparison:
         )
         self._calibrated, self._evaluator = calibrated, Evaluator(converted.sources)
         rounding = [node for node in trained if node.kind == "fake_quantize" and self._start(node).rounds]
+        derived = (node for node in rounding if isinstance(self._start(node).quantization, Derived))
+        self._derived = {next(iter(node.uses())): node.id for node in derived}
         self._rounded = {(next(iter(node.uses())), repr(self._how(node))): node.id for node in rounding}
 
     def known(self, id: str) -> Any:
@@ -129,7 +132,7 @@ class _Comparison:
             case _:
                 return None
         # what is only observed is read as it is
-        return self._rounded.get((source, repr(how)), source)
+        return self._rounded.get((source, repr(how))) or self._derived.get(source, source)
 
     def _start(self, node: Node) -> Start:
         token = node.get("start")

@@ -10,7 +10,19 @@ import torch.nn.functional as F  # noqa: N812
 from returns.result import Failure
 from torch import Tensor, nn
 
-from qfunc import CPU, MinMax, QConfig, QConfigMapping, calibrate, convert, fuse, materialize, prepare_qat, trace, unwrap
+from qfunc import (
+    CPU,
+    MinMax,
+    QConfig,
+    QConfigMapping,
+    calibrate,
+    convert,
+    fuse,
+    materialize,
+    prepare_qat,
+    trace,
+    unwrap,
+)
 from qfunc.errors import BadConfig, WrongStage, problems
 from qfunc.ir import Graph
 from qfunc.numerics.qparams import INT8_SYMMETRIC
