@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 
 from qfunc.edge.emit import Emitter
-from qfunc.edge.fake_quantize import FakeQuantizer, connect, fake_quantizer
+from qfunc.edge.fake_quantize import FakeQuantizer
+from qfunc.edge.fake_quantizers import connect, fake_quantizer
 from qfunc.edge.qat_layers import QAT_LAYERS, QAT_NORMS, Fold, RoundedParameter
 from qfunc.ir import Arg, Node, PostOp
 from qfunc.params import FakeQuantizeWeight, NormFactor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qfunc.edge.build import Builder, Literals, dims, literal, output, weights
 from qfunc.edge.custom_modules import CustomModuleError
 from qfunc.edge.evaluate import Evaluator
-from qfunc.edge.fake_quantize import fake_quantizer
+from qfunc.edge.fake_quantizers import fake_quantizer
 from qfunc.edge.kernels.affine import Dequantize, Quantize, requantize, tabulate
 from qfunc.edge.kernels.arithmetic import Add, Cat, Mul, Stack
 from qfunc.edge.kernels.conv import ConvCall, OnednnConv, OnednnConvAdd

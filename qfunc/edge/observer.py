@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from qfunc.edge.tally import Tally
 from qfunc.errors import BadConfig, Unobserved, UnsupportedDType, UserFunctionFailed, told
@@ -45,9 +46,7 @@ class ObserverModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not is_plain(x):
-            reason = f"{_described(x)} came by, which is not quantized"
-            raise ObserverError(UnsupportedDType(self.tap, reason, _UNKNOWN))
+        check_floats(x, self.tap)
         if self.ch_axis is not None:
             self._check_channels(x, self.ch_axis)
         seen = x.detach()
@@ -109,6 +108,15 @@ def guarded(observer: Observer[Any], place: str, function: Any, *args: Any) -> A
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def check_floats(x: object, place: str) -> None:
+    """Raise an `ObserverError` for what is no dense floating-point tensor."""
+    if isinstance(x, Proxy):
+        remedy = "trace with a torch.fx.Tracer whose is_leaf_module takes qfunc's modules for leaves"
+        raise ObserverError(BadConfig(place, "torch.fx traces through a module of qfunc's", remedy))
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not is_plain(x):
+        raise ObserverError(UnsupportedDType(place, f"{_described(x)} came by, which is not quantized", _UNKNOWN))
 
 
 def is_plain(tensor: Tensor) -> bool:

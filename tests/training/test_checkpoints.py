@@ -28,7 +28,8 @@ from qfunc import (
     switched,
     unwrap,
 )
-from qfunc.edge.fake_quantize import FakeQuantizer, fake_quantizer
+from qfunc.edge.fake_quantize import FakeQuantizer
+from qfunc.edge.fake_quantizers import fake_quantizer
 from qfunc.numerics.observers import MovingAveragePerChannelMinMax
 from qfunc.passes.training import Start
 from tests.training.models import Residual, differing, histograms, inputs, prepared, tensors, train, training

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfunc import QuantSpec, Switches, switch
-from qfunc.edge.fake_quantize import fake_quantizer
+from qfunc.edge.fake_quantizers import fake_quantizer
 from qfunc.numerics.affine import along, fake_quantize
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import (
