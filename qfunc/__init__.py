@@ -1,6 +1,7 @@
 """Quantize PyTorch models for CPUs with pure functions over immutable graphs.
 
     trace -> fuse -> prepare -> calibrate -> convert -> lower -> materialize
+    trace -> fuse(qat=True) -> prepare_qat -> materialize, train, absorb -> convert -> lower -> materialize
 
 Every function returns a `returns.result.Result`: `Success(stage)` or `Failure(error)`; `unwrap` turns it into the stage
 or an exception. `quantize` is the whole way in one call.
