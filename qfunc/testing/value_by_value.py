@@ -17,7 +17,7 @@ from qfunc.config.weights import RECURRENT
 from qfunc.edge.evaluate import Evaluator
 from qfunc.edge.materialize import Emitted, emitted
 from qfunc.ir import Expression, Graph, Node, Ref, Token
-from qfunc.numerics.grid import Affine, Grid, literals
+from qfunc.numerics.grid import Grid, literals
 from qfunc.numerics.unmeasured import Cast, Dynamic
 from qfunc.params import CastWeight, DequantizeWeight, FakeQuantizeWeight, QuantizeWeight
 from qfunc.passes.stages import Calibrated, Converted
@@ -146,7 +146,7 @@ class _Comparison:
         if isinstance(start.quantization, (Dynamic, Cast)):
             return start.quantization
         grids = (self._calibrated.qparams.get(owner) for owner in start.owners)
-        return next((literals(grid.qparams()) for grid in grids if grid is not None), None)
+        return next((literals(grid.qparams(), headroom=False) for grid in grids if grid is not None), None)
 
     def wrong(self, id: str, known: Any, value: Any) -> str:
         """How a value is another one than it was; empty where it is not."""
@@ -157,21 +157,11 @@ class _Comparison:
             return f"{id} has the shape {tuple(value.shape)}, in training it had {tuple(known.shape)}"
         x, y = known.to(torch.float64), value.to(torch.float64)
         # where half of the bits may be lost to infinity, both are lost alike
-        error = torch.where((x == y) | (x.isnan() & y.isnan()) | self._has_headroom(node), 0.0, (x - y).abs())
+        error = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs())
         size = float(x[x.isfinite()].abs().max()) if x.isfinite().any() else 0.0
         allowed = _NEAR * size + self._of_layer(node)
         worst = float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
         return f"{node.kind} {id} is off by {worst:.2e}, {allowed:.2e} is allowed" if worst > allowed else ""
-
-    def _has_headroom(self, node: Node) -> Tensor:
-        """Where codes of seven bits go on beyond the range that training clips to."""
-        grid = node.get("input") if node.kind == "dequantize" else None
-        if not isinstance(grid, Affine) or grid.expected == grid.bounds:
-            return torch.tensor(False)
-        (codes,) = node.uses()
-        (source,) = self._converted[codes].uses()
-        found = torch.round(self._values[source].to(torch.float64) / grid.scale) + grid.zero_point
-        return (found < grid.expected[0]) | (found > grid.expected[1])
 
     def _of_layer(self, node: Node) -> float:
         """How far the sums of a layer may be off: by the bits of its weight, and by weights that are half-way."""
