@@ -88,7 +88,7 @@ class FakeQuantizer(KeepsDType, Switched):
             learning = self.on["learning_enabled"]
             scale, shift = (v if learning else v.detach() for v in (self.scale, self.zero_point))
             # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
-            scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
+            scale = scale.detach().clamp(min=spec.eps) + (scale - scale.detach())
             given = (scale, shift, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         return round_through(x, *self._grid(), spec.quant_min, spec.quant_max, axis)
