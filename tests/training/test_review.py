@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from returns.result import Failure
 from torch import Tensor, nn
 
-from qfunc import Prepared, fuse, materialize, prepare_qat, trace, unwrap
+from qfunc import Prepared, absorb, convert, fuse, materialize, prepare_qat, trace, unwrap
 from qfunc.backends.cpu import CPU
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
+from qfunc.errors import NonFinite, problems
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -37,3 +39,36 @@ def test_a_learned_scale_below_zero_gives_numbers_and_finite_gradients(scale: fl
     assert given.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     assert (learned.grad != 0).all()
+
+
+class Masked(nn.Module):
+    """With an infinite buffer, as models with attention have, and a parameter named like the ranges of observers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4,), -torch.inf).where(torch.arange(4) > 1, torch.zeros(4)))
+        self.least_min_val = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.layer(x) + self.least_min_val + self.mask, -1)
+
+
+def test_a_mask_of_infinities_is_no_sign_of_divergence() -> None:
+    prepared = prepared_of(Masked())
+    module = unwrap(materialize(prepared))
+    module(X)
+    quantized = unwrap(absorb(prepared, module.eval()).bind(convert).bind(materialize))
+    assert torch.allclose(quantized(X), module(X))
+
+
+@pytest.mark.parametrize("name", ["mask", "least_min_val", "layer.weight"])
+def test_what_has_become_infinite_in_training_is_told_whatever_its_name(name: str) -> None:
+    prepared = prepared_of(Masked())
+    module = unwrap(materialize(prepared))
+    module(X)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    state[name].view(-1)[0] = torch.nan
+    result = absorb(prepared, state)
+    assert isinstance(result, Failure)
+    assert [(type(problem), problem.node) for problem in problems(result.failure())] == [(NonFinite, name)]
