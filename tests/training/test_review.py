@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from qfunc import Prepared, absorb, convert, fuse, materialize, prepare_qat, trace, unwrap
 from qfunc.backends.cpu import CPU
+from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
-from qfunc.errors import NonFinite, problems
+from qfunc.errors import BadConfig, NonFinite, problems
+from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.observers import MovingAveragePerChannelMinMax
+from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.unmeasured import KeepFloat
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -72,3 +77,23 @@ def test_what_has_become_infinite_in_training_is_told_whatever_its_name(name: st
     result = absorb(prepared, state)
     assert isinstance(result, Failure)
     assert [(type(problem), problem.node) for problem in problems(result.failure())] == [(NonFinite, name)]
+
+
+TABLE = QConfig(
+    KeepFloat(),
+    FakeQuantize(MovingAveragePerChannelMinMax(QuantSpec("uint8", 0, 255, "per_channel_affine_float_qparams", 0), 1.0)),
+)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_tables_with_sparse_gradients_are_refused_where_they_are_rounded(kind: Any) -> None:
+    x = torch.randint(0, 10, (3, 2), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(kind(10, 4, sparse=True))
+    graph = unwrap(trace(model, x).bind(lambda graph: fuse(graph, qat=True)))
+    result = prepare_qat(graph, QConfigMapping().set_object_type(kind, TABLE))
+    assert isinstance(result, Failure)
+    assert [(type(problem), problem.node) for problem in problems(result.failure())] == [(BadConfig, "0")]
+    floats = unwrap(materialize(unwrap(prepare_qat(graph, QConfigMapping()))))
+    floats(x).sum().backward()
+    assert floats.get_parameter("0.weight").grad.is_sparse
+    prepared_of(nn.Sequential(kind(10, 4)), QConfigMapping().set_object_type(kind, TABLE), x)
