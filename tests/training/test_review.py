@@ -9,7 +9,19 @@ import torch
 from returns.result import Failure
 from torch import Tensor, nn
 
-from qfunc import Prepared, absorb, convert, fuse, materialize, prepare_qat, trace, unwrap
+from qfunc import (
+    CustomConfig,
+    Prepared,
+    Switches,
+    absorb,
+    convert,
+    fuse,
+    materialize,
+    prepare_qat,
+    switch,
+    trace,
+    unwrap,
+)
 from qfunc.backends.cpu import CPU
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
@@ -19,6 +31,7 @@ from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.observers import MovingAveragePerChannelMinMax
 from qfunc.numerics.qparams import QuantSpec
 from qfunc.numerics.unmeasured import KeepFloat
+from qfunc.result import QuantException
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -97,3 +110,28 @@ def test_tables_with_sparse_gradients_are_refused_where_they_are_rounded(kind: A
     floats(x).sum().backward()
     assert floats.get_parameter("0.weight").grad.is_sparse
     prepared_of(nn.Sequential(kind(10, 4)), QConfigMapping().set_object_type(kind, TABLE), x)
+
+
+class Untraced(nn.Module):
+    """Whose way depends on its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return normed if x.numel() else x
+
+
+def test_norms_that_cannot_be_frozen_are_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Untraced()).train()
+    custom = CustomConfig(non_traceable_types=(Untraced,))
+    graph = unwrap(trace(model, X, custom=custom).bind(lambda graph: fuse(graph, qat=True)))
+    module = unwrap(prepare_qat(graph).bind(materialize))
+    with pytest.raises(QuantException) as raised:
+        switch(module, Switches(freeze_norms=True))
+    assert [(type(problem), problem.node) for problem in problems(raised.value.error)] == [(BadConfig, "2.norm")]
+    switch(module, Switches(freeze_norms=False, observe=False))
+    switch(module.get_submodule("1"), Switches(freeze_norms=True))
+    assert [module.get_submodule(path).training for path in ("1", "2.norm")] == [False, True]
