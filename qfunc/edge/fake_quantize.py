@@ -12,9 +12,7 @@ from qfunc.edge.observer import check_floats, guarded
 from qfunc.edge.switched import KeepsDType, Switched
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.fused_range import fused_qparams_of_range
-from qfunc.numerics.observers import (
-    finished,
-)
+from qfunc.numerics.observers import finished
 from qfunc.numerics.qparams import FLOAT_QPARAMS, QParams, middle, qparams_of_range
 from qfunc.numerics.statistic import RangeState, finite
 from qfunc.numerics.straight_through import round_and_learn, round_through

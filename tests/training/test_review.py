@@ -23,13 +23,14 @@ from qfunc import (
     unwrap,
 )
 from qfunc.backends.cpu import CPU
+from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
 from qfunc.errors import BadConfig, NonFinite, problems
 from qfunc.numerics.fake_quantize import FakeQuantize
-from qfunc.numerics.observers import MovingAveragePerChannelMinMax
-from qfunc.numerics.qparams import QuantSpec
+from qfunc.numerics.observers import MovingAverageMinMax, MovingAveragePerChannelMinMax
+from qfunc.numerics.qparams import INT8_SYMMETRIC, QuantSpec
 from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.result import QuantException
 
@@ -135,3 +136,15 @@ def test_norms_that_cannot_be_frozen_are_told() -> None:
     switch(module, Switches(freeze_norms=False, observe=False))
     switch(module.get_submodule("1"), Switches(freeze_norms=True))
     assert [module.get_submodule(path).training for path in ("1", "2.norm")] == [False, True]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_moving_average_of_the_users_stays_as_it_is_for_values_and_not_for_weights(learned: bool) -> None:
+    average, of_weights = MovingAverageMinMax(averaging_constant=0.5), MovingAverageMinMax(INT8_SYMMETRIC, 0.5)
+    chosen = QConfig(average, of_weights, average)
+    mapping = QConfigMapping().set_global(chosen).set_edge(Edge("a", "input"), average).set_output("a", average)
+    made = for_training(mapping, learned=learned)
+    kept = FakeQuantize(average, learned=learned)
+    weight = FakeQuantize(MovingAverageMinMax(INT8_SYMMETRIC, 1.0), learned=learned)
+    assert made.global_qconfig == QConfig(kept, weight, kept)
+    assert {*made.edges.values(), *made.outputs.values()} == {kept}
