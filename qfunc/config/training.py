@@ -19,8 +19,9 @@ from qfunc.numerics.unmeasured import UNMEASURED
 def for_training(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMapping:
     """The mapping that rounds to the same integers while a model trains.
 
-    What activations are measured with becomes a moving average of their ranges, and for weights the range that they
-    have now; known qparams stay. What is a `FakeQuantize` already, and what measures nothing, stays as it is.
+    What activations are measured with becomes a moving average of their ranges, and stays one that it is already; for
+    weights it becomes the range that they have now. Known qparams stay. What is a `FakeQuantize` already, and what
+    measures nothing, stays as it is.
 
     Args:
         mapping: a configuration, such as a backend's own.
@@ -38,7 +39,7 @@ def for_training(mapping: QConfigMapping, *, learned: bool = False) -> QConfigMa
         return trained(choice, learned=learned)
 
     def of_value(given: Any) -> Any:
-        return _trained(given, 0.01, learned=learned)
+        return _trained(given, learned=learned)
 
     return with_each(mapping, of_operator, of_value)
 
@@ -66,18 +67,16 @@ def trained(choice: Choice, *, learned: bool = False) -> Choice:
     if choice is None:
         return None
     given = choice.input_activation
-    inputs = None if given is None else _trained(given, 0.01, learned=learned)
-    activation, weight = (
-        _trained(part, c, learned=learned) for part, c in ((choice.activation, 0.01), (choice.weight, 1.0))
-    )
-    return QConfig(activation, weight, inputs)
+    inputs = None if given is None else _trained(given, learned=learned)
+    activation = _trained(choice.activation, learned=learned)
+    return QConfig(activation, _trained(choice.weight, of_weight=True, learned=learned), inputs)
 
 
 def _each(table: PMap[Any, Any], function: Callable[[Any], Any]) -> PMap[Any, Any]:
     return pmap({key: function(value) for key, value in table.items()})
 
 
-def _trained(given: Any, averaging_constant: float, *, learned: bool) -> Any:
+def _trained(given: Any, *, of_weight: bool = False, learned: bool) -> Any:
     """What rounds to the integers that a way to quantize gives."""
     if isinstance(given, (FakeQuantize, *UNMEASURED)):
         return given
@@ -85,4 +84,6 @@ def _trained(given: Any, averaging_constant: float, *, learned: bool) -> Any:
         return FakeQuantize(given)
     average = MovingAveragePerChannelMinMax if given.spec.per_channel else MovingAverageMinMax
     learns = learned and given.spec.qscheme != FLOAT_QPARAMS
-    return FakeQuantize(average(given.spec, averaging_constant), learned=learns)
+    if type(given) is average and not of_weight:
+        return FakeQuantize(given, learned=learns)
+    return FakeQuantize(average(given.spec, 1.0 if of_weight else 0.01), learned=learns)

@@ -179,9 +179,16 @@ def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem
             shapes = f"{tuple(value.shape)}, in the stage {tuple(known[name].shape)}"
             yield BadConfig(name, f"its shape is {shapes}", remedy)
         # ranges are infinite as long as nothing was measured
-        elif not (name.endswith(("min_val", "max_val")) or finite(value)):
+        elif not (resizes and name.endswith(("min_val", "max_val"))) and _diverged(value, known[name]):
             reason = "it holds NaN or infinity: training has diverged"
             yield NonFinite(name, reason, "go back to an earlier checkpoint, and train with smaller steps")
+
+
+def _diverged(value: Tensor, before: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinity that the model did not have there: masks do hold infinity."""
+    if finite(value):
+        return False
+    return value.shape != before.shape or not (value.isfinite() | (value == before.to(value.device))).all()
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -12,9 +12,7 @@ from qfunc.edge.observer import check_floats, guarded
 from qfunc.edge.switched import KeepsDType, Switched
 from qfunc.numerics.fake_quantize import FakeQuantize
 from qfunc.numerics.fused_range import fused_qparams_of_range
-from qfunc.numerics.observers import (
-    finished,
-)
+from qfunc.numerics.observers import finished
 from qfunc.numerics.qparams import FLOAT_QPARAMS, QParams, middle, qparams_of_range
 from qfunc.numerics.statistic import RangeState, finite
 from qfunc.numerics.straight_through import round_and_learn, round_through
@@ -88,7 +86,7 @@ class FakeQuantizer(KeepsDType, Switched):
             learning = self.on["learning_enabled"]
             scale, shift = (v if learning else v.detach() for v in (self.scale, self.zero_point))
             # a scale that a step has made too small is taken for the least, and is pulled back by its gradient
-            scale = scale + (scale.clamp(min=spec.eps) - scale).detach()
+            scale = scale.detach().clamp(min=spec.eps) + (scale - scale.detach())
             given = (scale, shift, spec.quant_min, spec.quant_max, axis)
             return round_and_learn(x, *given, scale_gradient=self.quantization.scale_gradient)
         return round_through(x, *self._grid(), spec.quant_min, spec.quant_max, axis)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qfunc.edge.switched import Switched
-from qfunc.errors import BadConfig, several
+from qfunc.errors import BadConfig, Problem, several
 from qfunc.result import QuantException
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -23,9 +24,6 @@ _FIELDS: Mapping[str, str] = MappingProxyType(
         "freeze_norms": "frozen",
     }
 )
-
-
-_SYNCHRONOUS = "a SyncBatchNorm took the place of the norm that can be frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +56,11 @@ class Switches:
 def switch(module: ModuleT, switches: Switches) -> ModuleT:
     """Turn the switches of a module that trains, in place; gives the module.
 
-    Raises `QuantException` for norms to be frozen that were made synchronous: those have no switch.
+    Raises `QuantException` for norms to be frozen that have no switch: those that were made synchronous, and those in
+    modules that were not traced.
     """
-    if switches.freeze_norms:
-        remedy = "train without SyncBatchNorm.convert_sync_batchnorm where norms are to be frozen"
-        synchronous = [path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
-        if synchronous:
-            raise QuantException(several([BadConfig(path, _SYNCHRONOUS, remedy) for path in synchronous]))
+    if switches.freeze_norms and (unfrozen := list(_without_switch(module))):
+        raise QuantException(several(unfrozen))
     for part in module.modules():
         if isinstance(part, Switched):
             for name, on in switches.names.items():
@@ -74,6 +70,18 @@ def switch(module: ModuleT, switches: Switches) -> ModuleT:
             if isinstance(part, Switched) and "frozen" in part.on:
                 part.train(module.training)
     return module
+
+
+def _without_switch(module: nn.Module) -> Iterator[Problem]:
+    """The batch norms that go on measuring whatever the switches say."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            reason = "a SyncBatchNorm took the place of the norm that can be frozen"
+            remedy = "train without SyncBatchNorm.convert_sync_batchnorm where norms are to be frozen"
+            yield BadConfig(path, reason, remedy)
+        elif isinstance(part, _BatchNorm) and part.track_running_stats and not isinstance(part, Switched):
+            reason = "it is in a module that was not traced, and has no switch"
+            yield BadConfig(path, reason, "trace that module too, or switch the others: switch(module.part, switches)")
 
 
 def switched(state: Mapping[str, Any], switches: Switches) -> dict[str, Any]:

@@ -13,10 +13,7 @@ from qfunc.result import QuantException
 
 
 class Switched(nn.Module):
-    """A module of `SWITCHES`, each on or off: a `uint8` buffer of its name in the `state_dict`, a boolean in `on`.
-
-    Its floating-point buffers and parameters keep their dtype through `.half()` and `.to(dtype)`.
-    """
+    """A module of `SWITCHES`, each on or off: a `uint8` buffer of its name in the `state_dict`, a boolean in `on`."""
 
     SWITCHES: ClassVar[tuple[tuple[str, bool], ...]] = ()
     """Name, and whether it is on at first."""

@@ -54,7 +54,8 @@ def prepare_qat(
 
     Returns:
         The prepared graph, or what `prepare` reports; `BadConfig` for layers that have a batch norm folded in already,
-        for a configuration that rounds nothing in training, and for norms that exact folding cannot run.
+        for a configuration that rounds nothing in training, for norms that exact folding cannot run, and for rounded
+        tables with sparse gradients.
 
     >>> from torch import nn
     >>> from qfunc import fuse, trace, unwrap
@@ -76,7 +77,7 @@ def prepare_qat(
 
 
 def _trainable(prepared: Prepared, folding: Folding) -> R[Prepared]:
-    problems = [*_folded_already(prepared), *_unfoldable(prepared, folding)]
+    problems = [*_folded_already(prepared), *_unfoldable(prepared, folding), *_sparse(prepared)]
     if _is_quantized(prepared) and not any(map(_rounds, _ways(prepared))):
         reason = "nothing that it quantizes is rounded in training: its observers are in no FakeQuantize"
         remedy = "make a configuration for training of it: for_training(mapping)"
@@ -124,6 +125,17 @@ def _unfoldable(prepared: Prepared, folding: Folding) -> Iterator[Problem]:
         elif folding == "exact" and (len(norms) > 1 or not _are_modules(node)):
             reason = "exact folding is for a layer and one batch norm that are modules of the model"
             yield BadConfig(node.place, reason, 'write them as modules, or choose folding="approximate"')
+
+
+def _sparse(prepared: Prepared) -> Iterator[Problem]:
+    """Tables whose gradients tell of single rows: rounding takes and gives whole ones."""
+    for id in (id for id in prepared.graph.order if _rounds(prepared.weights.get(id))):
+        node = prepared.graph[id]
+        if node.has("sparse") and node.get("sparse") is not False:
+            reason = "its weight is rounded in training, and has no sparse gradients then"
+            yield BadConfig(
+                node.place, reason, "train it with sparse=False, or keep it float: set_module_name(name, None)"
+            )
 
 
 def _are_modules(node: Node) -> bool:
