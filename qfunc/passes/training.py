@@ -193,9 +193,9 @@ def _channels(observer: SiteObserver, node: Node) -> int | None:
 
 def _factor(norm: PostOp) -> NormFactor:
     gamma, var, eps = norm.get("weight"), norm.get("running_var"), norm.get("eps")
-    assert isinstance(var, Expression) and isinstance(eps, float), norm
+    assert isinstance(var, Expression) and isinstance(eps, (int, float)), norm
     assert gamma is None or isinstance(gamma, Expression), norm
-    return NormFactor(gamma, var, eps)
+    return NormFactor(gamma, var, float(eps))
 
 
 # The mode of the model ------------------------------------------------------------------------------------------------
