@@ -171,6 +171,10 @@ class FixedFakeQuantizer(FakeQuantizer):
     def _measure(self, x: Tensor) -> None:
         pass
 
+    def state(self) -> Any:
+        """That of its observer, which needs no data."""
+        return self.observer.init()
+
 
 class RangeFakeQuantizer(FakeQuantizer):
     """With an observer of ranges, whose state is `min_val` and `max_val`: nothing here waits for a value."""

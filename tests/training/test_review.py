@@ -28,7 +28,7 @@ from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
 from qfunc.errors import BadConfig, NonFinite, problems
-from qfunc.numerics.fake_quantize import FakeQuantize
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.observers import MovingAverageMinMax, MovingAveragePerChannelMinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, QuantSpec
 from qfunc.numerics.unmeasured import KeepFloat
@@ -148,3 +148,29 @@ def test_a_moving_average_of_the_users_stays_as_it_is_for_values_and_not_for_wei
     weight = FakeQuantize(MovingAverageMinMax(INT8_SYMMETRIC, 1.0), learned=learned)
     assert made.global_qconfig == QConfig(kept, weight, kept)
     assert {*made.edges.values(), *made.outputs.values()} == {kept}
+
+
+BOUNDED = (nn.Sigmoid, nn.Hardsigmoid)
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_values_of_a_fixed_range_are_rounded_in_training_and_converted_alike(kind: Any) -> None:
+    torch.manual_seed(0)
+    prepared = prepared_of(nn.Sequential(nn.Linear(4, 4), kind(), nn.Linear(4, 4)))
+    fixed = [site.observer for site in prepared.sites.values() if is_fixed(site.observer)]
+    module = unwrap(materialize(prepared))
+    module(X)
+    converted = unwrap(absorb(prepared, module.eval()).bind(convert).bind(materialize))
+    assert [type(observer) for observer in fixed] == [FakeQuantize]
+    assert torch.allclose(converted(X), module(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_a_fixed_range_that_is_not_rounded_in_training_needs_no_data(kind: Any) -> None:
+    torch.manual_seed(0)
+    plain = CPU.qconfig_mapping.global_qconfig
+    mapping = for_training(CPU.qconfig_mapping).set_object_type(kind, plain)
+    prepared = prepared_of(nn.Sequential(nn.Linear(4, 4), kind(), nn.Linear(4, 4)), mapping)
+    module = unwrap(materialize(prepared))
+    module(X)
+    assert absorb(prepared, module).bind(convert).unwrap()
