@@ -25,7 +25,7 @@ from qfunc.numerics.statistic import finite
 from qfunc.passes.stages import Calibrated, Owner, Prepared
 from qfunc.passes.statistics import Key, Measured, Statistics, merge_of
 from qfunc.passes.training import with_fake_quantization
-from qfunc.result import R
+from qfunc.result import QuantException, R
 
 
 def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calibrated]:
@@ -42,7 +42,8 @@ def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calib
 
     Returns:
         The calibrated stage, or `WrongStage`, `BadConfig` for each tensor that is missing, of another shape or that
-        the stage does not have, `NonFinite` for each that holds NaN or infinity, `UserFunctionFailed` for a model that
+        the stage does not have, `NonFinite` for each that holds NaN or infinity, `BadFile` for an observer's state that
+        cannot be read, `UserFunctionFailed` for a model that
         cannot be copied, or what `materialize` reports.
 
     >>> import torch
@@ -120,7 +121,10 @@ def _absorbed(
     problems = list(_misfits(made.module, state))
     if problems:
         return Failure(several(problems))
-    _load(made.module, state)
+    try:
+        _load(made.module, state)
+    except QuantException as unread:
+        return Failure(unread.error)
     trained = _trained_source(prepared.graph.sources["model"], made.memo)
     if isinstance(trained, UserFunctionFailed):
         return Failure(trained)

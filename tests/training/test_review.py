@@ -27,9 +27,9 @@ from qfunc.config.point import Edge
 from qfunc.config.qconfig import QConfig
 from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
-from qfunc.errors import BadConfig, NonFinite, problems
+from qfunc.errors import BadConfig, BadFile, NonFinite, problems
 from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
-from qfunc.numerics.observers import MovingAverageMinMax, MovingAveragePerChannelMinMax
+from qfunc.numerics.observers import Histogram, MovingAverageMinMax, MovingAveragePerChannelMinMax
 from qfunc.numerics.qparams import INT8_SYMMETRIC, QuantSpec
 from qfunc.numerics.unmeasured import KeepFloat
 from qfunc.result import QuantException
@@ -174,3 +174,15 @@ def test_a_fixed_range_that_is_not_rounded_in_training_needs_no_data(kind: Any) 
     module = unwrap(materialize(prepared))
     module(X)
     assert absorb(prepared, module).bind(convert).unwrap()
+
+
+def test_an_observers_state_that_cannot_be_read_is_a_failure() -> None:
+    mapping = QConfigMapping().set_global(QConfig(FakeQuantize(Histogram()), CPU.qconfig_mapping.global_qconfig.weight))
+    prepared = prepared_of(nn.Sequential(nn.Linear(4, 4)), mapping)
+    module = unwrap(materialize(prepared))
+    module(X)
+    state = dict(module.state_dict())
+    state["activation_post_process_0.observer_state"] = torch.ones(7, dtype=torch.uint8)
+    result = absorb(prepared, state)
+    assert isinstance(result, Failure)
+    assert {type(problem) for problem in problems(result.failure())} == {BadFile}
