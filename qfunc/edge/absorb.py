@@ -43,8 +43,7 @@ def absorb(prepared: Prepared, module: nn.Module | Mapping[str, Any]) -> R[Calib
     Returns:
         The calibrated stage, or `WrongStage`, `BadConfig` for each tensor that is missing, of another shape or that
         the stage does not have, `NonFinite` for each that holds NaN or infinity, `BadFile` for an observer's state that
-        cannot be read, `UserFunctionFailed` for a model that
-        cannot be copied, or what `materialize` reports.
+        cannot be read, `UserFunctionFailed` for a model that cannot be copied, or what `materialize` reports.
 
     >>> import torch
     >>> from qfunc import convert, fuse, materialize, prepare_qat, trace, unwrap
