@@ -171,6 +171,10 @@ class FixedFakeQuantizer(FakeQuantizer):
     def _measure(self, x: Tensor) -> None:
         pass
 
+    def state(self) -> Any:
+        """What the observer begins with, which is all that it needs."""
+        return self.observer.init()
+
 
 class RangeFakeQuantizer(FakeQuantizer):
     """With an observer of ranges, whose state is `min_val` and `max_val`: nothing here waits for a value."""

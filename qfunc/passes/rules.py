@@ -21,7 +21,7 @@ from qfunc.config.resolve import GLOBAL, Chosen, Entry, Lookup, Resolution
 from qfunc.config.training import trained
 from qfunc.errors import Problem, UnsupportedDType
 from qfunc.ir import Arg, Expression, Graph, Node, Ref, refs, users
-from qfunc.numerics.fake_quantize import is_fixed
+from qfunc.numerics.fake_quantize import FakeQuantize, is_fixed
 from qfunc.numerics.observers import MinMax
 from qfunc.numerics.unmeasured import UNMEASURED, Cast, Dynamic, KeepFloat, Quantization, ReuseInput
 from qfunc.ops import WEIGHTED
@@ -127,7 +127,7 @@ class Rules:
                 else:
                     floats[node.id] = "its input, whose qparams it is to share, is kept float"
             elif self._read_quantized is None or node.id in self._read_quantized or not can_write_float(node, row):
-                outputs.update(_at(node.id, qconfig.of_output if row.fixed is None else row.fixed))
+                outputs.update(_at(node.id, _fixed(row, qconfig.of_output) or qconfig.of_output))
             inputs.update(self._computed_weight(node, row, qconfig))
         weights = {id: q.weight for id, (row, q) in self._chosen.items() if has_weight(self.graph[id], row)}
         biases = {id: q.weight for id, (row, q) in self._chosen.items() if self._casts_bias(id, row, q)}
@@ -291,7 +291,7 @@ class Rules:
         row = self.backend.operator(self.graph[value]) if self.backend.lazy else None
         if row is None or row.fixed is None or isinstance(given, UNMEASURED):
             return given
-        return row.fixed if given.spec == row.fixed.spec else given
+        return _fixed(row, given) or given if given.spec == row.fixed.spec else given
 
     def _overridden(self, edge: Edge, value: str) -> bool:
         """Whether the configuration says something of its own about a use."""
@@ -419,6 +419,13 @@ def with_reused(
 def _at(point: P, quantization: Quantization) -> tuple[tuple[P, Spec], ...]:
     """A point and how it is quantized, or nothing where it is not."""
     return () if isinstance(quantization, (KeepFloat, ReuseInput)) else ((point, quantization),)
+
+
+def _fixed(row: OperatorConfig, given: Quantization) -> Quantization | None:
+    """The known qparams of an operator's result, if it has some; in training they are rounded to."""
+    if row.fixed is None:
+        return None
+    return FakeQuantize(row.fixed) if isinstance(given, FakeQuantize) else row.fixed
 
 
 def _has_qparams(quantization: Quantization | None) -> bool:
