@@ -74,9 +74,17 @@ def _state_of(module: object) -> dict[str, Tensor] | BadConfig:
         found: Mapping[Any, Any] = {**own, **dict(_never_frozen(module))}
     elif isinstance(module, Mapping):
         found = module
+        inner = [name for name, value in module.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        if inner and not _has_tensors(module):
+            reason = f"it holds no tensors, but other states: {', '.join(map(shown, inner))}"
+            return BadConfig("module", reason, f"pass the one of the module, such as checkpoint[{shown(inner[0])}]")
     else:
         return BadConfig("module", f"expected a module, got {shown(module)}", remedy)
     return {_unwrapped(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
 
 
 def _never_frozen(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -104,7 +104,9 @@ def _batch_norm(node: Node, evaluator: Evaluator, _: _Objects) -> nn.Module:
     given: Any = Literals(node)
     mean, var = _float(given.running_mean, evaluator), _float(given.running_var, evaluator)
     assert mean is not None and var is not None
-    factors = (_float(given.weight, evaluator), _float(given.bias, evaluator))
+    weight, bias = _float(given.weight, evaluator), _float(given.bias, evaluator)
+    # the operator wants both
+    factors = (torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias)
     return QuantizedBatchNorm(mean, var, *factors, given.output, eps=given.eps, relu=given.relu)
 
 

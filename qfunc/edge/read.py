@@ -180,7 +180,9 @@ class Reader:
         """The node exactly as written, its kind the name of what it calls."""
         kind = type_name(type(self._modules[target])) if node.op == "call_module" else target
         kind = f".{kind}" if node.op == "call_method" else kind
-        positional = tuple((str(index), value) for index, value in enumerate(args))
+        mode = _parameters(node.target).index("training") if "training" in _parameters(node.target) else None
+        # whether the model trains is told by name wherever it is told, so that passes find it
+        positional = tuple(("training" if i == mode else str(i), value) for i, value in enumerate(args))
         written = Written(node.op, target, tuple(k for k, _ in positional), tuple((k, k) for k in kwargs))  # type: ignore[arg-type]
         named = tuple(kwargs.items())
         return Node(node.name, kind, positional + named, origin=self._origin(node, target, written))
@@ -239,11 +241,16 @@ def _is_switched(node: fx.Node) -> bool:
     """Whether a function is called with `inplace=True`, by keyword or by position."""
     if node.kwargs.get("inplace") is True:
         return True
-    try:
-        names = list(signature(node.target).parameters) if callable(node.target) else []
-    except ValueError:  # a builtin without a signature
-        return False
+    names = _parameters(node.target)
     return any(key == "inplace" and value is True for key, value in zip(names, node.args, strict=False))
+
+
+def _parameters(target: object) -> list[str]:
+    """The names of a function's parameters; none of what is no function, or a builtin without a signature."""
+    try:
+        return list(signature(target).parameters) if callable(target) else []
+    except ValueError:
+        return []
 
 
 def _type_hints(model: nn.Module) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qfunc.config.kernel import Call, Plan, kernel_node, on_codes
 from qfunc.engines.island import batched_rank
-from qfunc.engines.post_op import breach, post_op
+from qfunc.engines.post_op import breach, clips, post_op
 from qfunc.engines.quantized_layers import not_quantized
 from qfunc.ir import Expression, Node, Ref, TensorFact
 from qfunc.numerics.grid import Affine
@@ -144,7 +144,8 @@ def hardsigmoid(call: Call, engine: str) -> Plan:
 
 
 def _are(output: Affine | None, fixed: Affine) -> bool:
-    return output is not None and (output.scale, output.zero_point) == (fixed.scale, fixed.zero_point)
+    same = output is not None and (output.scale, output.zero_point) == (fixed.scale, fixed.zero_point)
+    return same and not clips(output)
 
 
 def curved(call: Call, engine: str) -> Plan:

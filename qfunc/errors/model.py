@@ -36,7 +36,9 @@ class InTrainingMode:
 
     @property
     def remedy(self) -> str:
-        return "call model.eval() first, and trace the model again"
+        return (
+            "call model.eval() first, and trace the model again; or fuse(graph, qat=True), to train with quantization"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ class WrongStage:
             return "pass calibrated.statistics, or what load(path) gives, unwrapped"
         if self.given in ("Success", "Failure"):
             return "take the stage out of the result with unwrap(result), or chain with result.bind(function)"
+        if "prepare_qat" in self.expected:
+            return "pass what prepare_qat gave; what absorb gives is for convert, or for materialize to go on training"
         return "follow trace -> fuse -> prepare -> calibrate -> convert -> lower; materialize takes any stage of them"
 
 

@@ -14,7 +14,7 @@ def render(error: QuantError) -> str:
     >>> print(render(InTrainingMode("model")))
     InTrainingMode at model
       why: it is in training mode, where batch norm follows the batch and dropout drops: neither can be folded away
-      fix: call model.eval() first, and trace the model again
+      fix: call model.eval() first, and trace the model again; or fuse(graph, qat=True), to train with quantization
     """
     places: dict[tuple[str, str, str], list[str]] = {}
     found = problems(error)

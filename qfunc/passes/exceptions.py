@@ -32,8 +32,10 @@ def _interpolate(node: Node, _: Graph) -> str:
     return "" if mode != "bicubic" else "bicubic interpolation leaves the range of its input"
 
 
-def _dropout(node: Node, _: Graph) -> str:
-    return "it drops at random, also in evaluation" if node.get("training") is not False else ""
+def _dropout(node: Node, graph: Graph) -> str:
+    training = node.get("training")
+    follows = training is True and graph.training  # what was traced in training is evaluated in the end
+    return "" if training is False or follows else "it drops at random, also in evaluation"
 
 
 def _getitem(node: Node, graph: Graph) -> str:

@@ -16,7 +16,7 @@ from qfunc.config.qconfig_mapping import QConfigMapping
 from qfunc.config.training import for_training
 from qfunc.config.weights import RECURRENT
 from qfunc.errors import BadConfig, Problem, WrongStage, several
-from qfunc.ir import Expression, Graph, Node, Note
+from qfunc.ir import Expression, Graph, Node, Note, PostOp
 from qfunc.params import Load
 from qfunc.passes.annotate import NOTHING
 from qfunc.passes.fold import norms_behind
@@ -143,11 +143,28 @@ def _are_modules(node: Node) -> bool:
     return all(each is not None and each.op == "call_module" for each in written)
 
 
+def _is_told_to_evaluate(part: Node | PostOp) -> bool:
+    written = part.origin.written
+    return any(name == "training" and value is False for name, value in part.args) and (
+        written is not None and written.op != "call_module"
+    )
+
+
 def _untrained(prepared: Prepared) -> Iterator[Note]:
-    """What is quantized in the end, and not rounded in training."""
+    """What is quantized in the end, and not rounded in training, and what does not train."""
     for id in (id for id in prepared.graph.order if id in prepared.weights):
         node, spec = prepared.graph[id], prepared.weights[id]
         if node.kind in RECURRENT and _rounds(spec):
             yield Note(node.place, "trains with its weights as they are: they are rounded afterwards")
+    sites = {site.taps[0] for site in prepared.sites.values() if not _rounds(site.observer)}
+    weights = {id for id, spec in prepared.weights.items() if not _rounds(spec)}
+    for id in (id for id in prepared.graph.order if id in sites | weights):
+        what = "its value" if id in sites else "its weight"
+        yield Note(prepared.graph[id].place, f"{what} is not rounded in training: its observer is in no FakeQuantize")
+    for node in prepared.graph if not prepared.graph.training else ():
+        parts: tuple[Node | PostOp, ...] = (node, *node.post)
+        for part in filter(_is_told_to_evaluate, parts):
+            reason = f"{part.kind} does not follow train(): it was traced in evaluation; trace(model.train(), ...)"
+            yield Note(node.place, reason)
     for id in (id for id in prepared.graph.order if id in prepared.swapped):
         yield Note(prepared.graph[id].place, "is a custom module, which trains as its own functions have it")

@@ -23,8 +23,11 @@ from qfunc.passes.reroute import reroute, with_unrounded
 from qfunc.passes.stages import Calibrated, Owner, Prepared, SiteObserver, measures
 from qfunc.passes.statistics import Answers, Fold, Measured
 
-_MOVING = frozenset({*MOVES, *MAX_POOLS, "cat", "stack", "relu"}) - {"dropout"}
-"""Operators whose results are among the numbers that they read, or zero."""
+_MOVING = frozenset({*MOVES, *MAX_POOLS, "cat", "stack", "relu"})
+"""Operators whose results are among the numbers that they read, or zero.
+
+A dropout's are in evaluation. In training they are larger, and would be clipped by the range of what it reads.
+"""
 
 Rounding: TypeAlias = FakeQuantize | Dynamic | Cast | Derived
 """What is rounded to while a model trains."""
@@ -232,6 +235,8 @@ def _is_told(node: Node | PostOp) -> bool:
     """Whether a function was told that the model trains."""
     written = node.origin.written
     functional = written is not None and written.op in ("call_function", "call_method")
+    if node.kind == "batch_norm" and node.get("running_mean") is None:
+        return False  # it has no statistics to take in evaluation
     return functional and any(name == "training" and value is True for name, value in node.args)
 
 
