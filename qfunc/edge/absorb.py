@@ -176,23 +176,37 @@ def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem
     if any(name.endswith("_orig") or ".parametrizations." in name for name in state):
         remedy = "take parametrizations off first: parametrize.remove_parametrizations, prune.remove"
     known = {**module.state_dict(), **dict(named_tensors(module))}
-    rounding = {path for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
+    rounding = {path: part for path, part in module.named_modules() if isinstance(part, FakeQuantizer)}
     if known and not state:
         yield BadConfig("module", "it has no tensors", remedy)
         return
     for name in (name for name in module.state_dict() if name not in state):
         yield BadConfig(name, "the module does not have this tensor", remedy)
     for name, value in state.items():
-        resizes = name.rpartition(".")[0] in rounding
+        path, _, leaf = name.rpartition(".")
+        part = rounding.get(path)
         if name not in known:
             yield BadConfig(name, "the stage does not have this tensor", remedy)
-        elif not resizes and value.shape != known[name].shape:
+        elif value.shape != known[name].shape and (part is None or not _resizes(part, leaf, value, known[name])):
             shapes = f"{tuple(value.shape)}, in the stage {tuple(known[name].shape)}"
             yield BadConfig(name, f"its shape is {shapes}", remedy)
+        elif part is not None and leaf == "scale" and not part.learned and bool((value < 0).any()):
+            yield BadConfig(name, "it holds a scale below zero", "go back to an earlier checkpoint")
         # ranges are infinite as long as nothing was measured
-        elif not (resizes and name.endswith(("min_val", "max_val"))) and _diverged(value, known[name]):
+        elif not (part is not None and _is_unmeasured(leaf, value)) and _diverged(value, known[name]):
             reason = "it holds NaN or infinity: training has diverged"
             yield NonFinite(name, reason, "go back to an earlier checkpoint, and train with smaller steps")
+
+
+def _resizes(part: FakeQuantizer, leaf: str, value: Tensor, known: Tensor) -> bool:
+    """Whether a tensor of a fake quantizer may have another shape: bytes may, and channels that nobody has counted."""
+    if leaf == "observer_state":
+        return value.dim() == 1 and value.dtype == torch.uint8
+    return part.spec.per_channel and value.dim() == 1 and known.numel() <= 1 and leaf not in part.on
+
+
+def _is_unmeasured(leaf: str, value: Tensor) -> bool:
+    return leaf in ("min_val", "max_val") and not bool(value.isnan().any())
 
 
 def _diverged(value: Tensor, before: Tensor) -> bool:

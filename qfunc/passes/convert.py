@@ -118,7 +118,7 @@ def _converted(calibrated: Calibrated, keep_original_weights: bool) -> R[Convert
 
 def _dropped(before: Graph, made: Graph) -> Iterator[Note]:
     for id in before.order:
-        if id not in made.nodes:
+        if id not in made.nodes and before[id].kind != "dropout":
             yield Note(id, "is not computed: nobody reads what it gives")
 
 

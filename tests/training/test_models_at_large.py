@@ -171,7 +171,8 @@ def test_what_is_lowered_computes_what_was_trained(name: str, configuration: str
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     after = quantize(model.eval(), [x], backend=options.get("backend", CPU), engine=engine, progress=False)
     kept = {entry.node for entry in stage.certificate.entries if entry.kernel}
-    lost = [entry for entry in unwrap(after).certificate.entries if entry.kernel and entry.node not in kept]
+    computed = [entry for entry in unwrap(after).certificate.entries if entry.kernel and entry.operator != "dropout"]
+    lost = [entry for entry in computed if entry.node not in kept]
     assert not lost, (lost, stage.certificate)
 
 
