@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qfunc import check_host, materialize, params, quantize, trace, unwrap
-from qfunc.ir import Expression
+from qfunc.ir import Expression, Token
 from qfunc.numerics.observers import PerChannelMinMax
 from qfunc.numerics.qparams import INT8_NARROW_PER_CHANNEL
 from qfunc.passes.work import dtype_of, multiply_adds, shape_of
@@ -148,6 +148,7 @@ EXPRESSIONS: dict[type, tuple[Expression, tuple[int, ...], str]] = {
     params.Load: (W, (4, 3, 2), "float32"),
     params.FoldBatchNorm: (params.FoldBatchNorm("bias", W, None, B, B, None, None, 1e-5), (4,), "float32"),
     params.QuantizeWeight: (QW, (4, 3, 2), "int8"),
+    params.FakeQuantizeWeight: (params.FakeQuantizeWeight(W, Token("t")), (4, 3, 2), "float32"),
     params.DequantizeWeight: (params.DequantizeWeight(QW), (4, 3, 2), "float32"),
     params.CastWeight: (params.CastWeight(W, "float16"), (4, 3, 2), "float32"),
     params.WeightCodes: (params.WeightCodes(QW), (4, 3, 2), "int8"),

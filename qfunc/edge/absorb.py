@@ -193,7 +193,7 @@ def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[Problem
         elif part is not None and leaf == "scale" and not part.learned and bool((value < 0).any()):
             yield BadConfig(name, "it holds a scale below zero", "go back to an earlier checkpoint")
         # ranges are infinite as long as nothing was measured
-        elif not (part is not None and _is_unmeasured(leaf, value)) and _diverged(value, known[name]):
+        elif not (part is not None and _is_unmeasured(part, leaf, value)) and _diverged(value, known[name]):
             reason = "it holds NaN or infinity: training has diverged"
             yield NonFinite(name, reason, "go back to an earlier checkpoint, and train with smaller steps")
 
@@ -205,8 +205,9 @@ def _resizes(part: FakeQuantizer, leaf: str, value: Tensor, known: Tensor) -> bo
     return part.spec.per_channel and value.dim() == 1 and known.numel() <= 1 and leaf not in part.on
 
 
-def _is_unmeasured(leaf: str, value: Tensor) -> bool:
-    return leaf in ("min_val", "max_val") and not bool(value.isnan().any())
+def _is_unmeasured(part: FakeQuantizer, leaf: str, value: Tensor) -> bool:
+    """Whether it is a range of nothing; averages of such ranges are NaN where qparams are learned, and need none."""
+    return leaf in ("min_val", "max_val") and (part.learned or not bool(value.isnan().any()))
 
 
 def _diverged(value: Tensor, before: Tensor) -> bool:

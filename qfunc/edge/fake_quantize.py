@@ -27,8 +27,8 @@ class FakeQuantizer(KeepsDType, Switched):
     there are no qparams (`scale` is 0), and while `fake_quant_enabled` is off, inputs pass as they are. Learned qparams
     are parameters that begin with what the first batch gives; while `learning_enabled` is off they follow the observer
     as others do. What was measured and the qparams are in the `state_dict`. A batch with NaN or infinity does not
-    count. What a checkpointed part computes once more on the way back is rounded as it was on the way there, and not
-    measured again.
+    count. What a checkpointed part computes once more on the way back is not measured again, and is rounded as when it
+    last ran on the way there.
 
     Raises `ObserverError` for an input that is no floating-point tensor, and for a user's observer that fails.
     """
@@ -41,12 +41,8 @@ class FakeQuantizer(KeepsDType, Switched):
         super().__init__()
         self.add_switches()
         assert isinstance(start.quantization, FakeQuantize), start
-        self.quantization, self.place, self.owners, self.rounds = (
-            start.quantization,
-            start.place,
-            start.owners,
-            start.rounds,
-        )
+        self.quantization, self.place = start.quantization, start.place
+        self.owners, self.rounds = start.owners, start.rounds
         self.observer, self.spec = start.quantization.observer, start.quantization.spec
         self.learned = start.quantization.learned
         known = start.qparams

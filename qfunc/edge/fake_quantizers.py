@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qfunc.config.annotation import Derived
 from qfunc.edge.fake_quantize import FakeQuantizer, FixedFakeQuantizer, FusedFakeQuantizer, RangeFakeQuantizer
+from qfunc.edge.kernels.base import outside_compile
 from qfunc.edge.observer import ObserverError, check_floats, guarded
 from qfunc.edge.statistic_types import types_of_observers
 from qfunc.edge.statistics_file import from_bytes, to_bytes
@@ -33,8 +34,6 @@ from qfunc.passes.statistics import Key, Measured, Statistics
 from qfunc.passes.training import Start
 from qfunc.result import unwrap
 
-_not_compiled: Any = torch.compiler.disable
-
 
 class StateFakeQuantizer(FakeQuantizer):
     """With any other observer. In the `state_dict` its state is bytes, in the form that files of statistics have.
@@ -50,7 +49,7 @@ class StateFakeQuantizer(FakeQuantizer):
         self._device = torch.device("cpu")
         self.register_buffer("observer_state", torch.zeros(0, dtype=torch.uint8))
 
-    @_not_compiled  # type: ignore[untyped-decorator]
+    @outside_compile
     def _measure(self, x: Tensor) -> None:
         if not finite(x):
             return

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from pyrsistent import pmap
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -111,6 +112,9 @@ class Schedule:
     """
 
     entries: Mapping[int, Switches]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", pmap(self.entries))  # the caller's dict may change, a schedule does not
 
     def at(self, step: int) -> Switches:
         """What holds at a step; the same whatever was done before, so that a run can be resumed anywhere."""

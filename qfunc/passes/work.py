@@ -16,6 +16,7 @@ from qfunc.params import (
     DequantizeWeight,
     DeriveQParams,
     DivideColumns,
+    FakeQuantizeWeight,
     FoldBatchNorm,
     Load,
     MultiplyRows,
@@ -44,7 +45,7 @@ def shape_of(expression: Expression) -> Shape:
             return shape
         case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
             return shape_of(value)
-        case DivideColumns(value) | MultiplyRows(value):
+        case DivideColumns(value) | MultiplyRows(value) | FakeQuantizeWeight(value):
             return shape_of(value)
         case QParamsPart(of=of):
             return _channels(of)
@@ -230,7 +231,7 @@ def _float(expression: Expression) -> Expression | None:
     match expression:
         case QuantizeWeight(value=value) | DequantizeWeight(value=value) | CastWeight(value=value) | WeightCodes(value):
             return _float(value)
-        case DivideColumns(value) | MultiplyRows(value):
+        case DivideColumns(value) | MultiplyRows(value) | FakeQuantizeWeight(value):
             return _float(value)
         case QParamsPart() | Constant():
             return None
@@ -249,7 +250,7 @@ def _dtype(expression: Expression) -> str:
             return observer.spec.dtype
         case Constant(dtype=dtype):
             return dtype
-        case CastWeight(value=value) | DivideColumns(value) | MultiplyRows(value):
+        case CastWeight(value=value) | DivideColumns(value) | MultiplyRows(value) | FakeQuantizeWeight(value):
             return _dtype(value)
         case WeightCodes(CastWeight(dtype=dtype)):
             return dtype

@@ -52,7 +52,7 @@ from qfunc.testing import (
 from qfunc.testing.training_strategies import training_cases
 from tests.zoo import ZOO, ZooCase
 
-FEWER = max(10, settings().max_examples // 4)
+FEWER = max(6, settings().max_examples // 8)
 WITHOUT_SECOND_WALKS = tuple(
     law for law in TRAINING_LAWS if law.name not in ("training is pure", "training is repeatable")
 )
