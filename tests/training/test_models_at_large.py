@@ -166,8 +166,8 @@ def test_what_is_lowered_computes_what_was_trained(name: str, configuration: str
     with torch.no_grad():
         expected, actual = module(x), unwrap(materialize(stage))(x)
         assert torch.equal(again.eval()(x), expected)
-    # a value between two codes may be rounded to the other
-    assert sqnr(expected, actual) > 35
+    # a value between two codes may be rounded to the other; weights that a host limits are rounded anew
+    assert sqnr(expected, actual) > (15 if stage.certificate.limited else 35)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     after = quantize(model.eval(), [x], backend=options.get("backend", CPU), engine=engine, progress=False)
     kept = {entry.node for entry in stage.certificate.entries if entry.kernel}
